@@ -1,0 +1,322 @@
+"""The command line: one function a verb, each parses, calls and prints; what they do is in the stages' modules.
+
+Results go to stdout, as a table or with --json as one JSON document; progress and notes go to stderr. Exit status:
+0 done, 1 the check failed, 2 the call is off (one line says how), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from int8kit import __version__
+from int8kit.spec import CheckFailed, InputError, Int8kitError, Source
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="INT8 linears of diffusion transformers on integer tensor cores: trace, tune, verify, run.",
+)  # fmt: skip
+_stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite a file that int8kit did not write.")]
+Size = Annotated[list[str] | None, typer.Option("--size", metavar="WxH", help="Image size in pixels; repeatable.")]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: runs a verb, turns every error of ours into one line, and exits."""
+    usage_error: Any = typer.BadParameter.__base__  # typer exports no name for the root of its usage errors
+    try:
+        sys.exit(app(args=argv, prog_name="int8kit", standalone_mode=False) or 0)
+    except Int8kitError as error:
+        _fail(str(error), error.exit_status)
+    except usage_error as error:
+        _fail(f"{error.format_message()} See `int8kit --help`.", 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; what was finished is kept", 130)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"int8kit: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        raise InputError("no verb; legal are trace-shapes, tune, verify and run; see `int8kit --help`")
+
+
+@contextmanager
+def _progress(description: str) -> Iterator[tuple[Progress, Any]]:
+    """A bar on stderr, silent where stderr is no terminal. The task has no total until somebody sets one."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as bar:
+        yield bar, bar.add_task(description, total=None)
+
+
+def _print(document: dict[str, Any], table: str, as_json: bool) -> None:
+    print(json.dumps(document, indent=1, default=str) if as_json else table)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """WxH in pixels -> (height, width)."""
+    width, x, height = text.lower().partition("x")
+    if not (x and width.isdecimal() and height.isdecimal()):
+        raise InputError(f"size {text!r}: legal is WIDTHxHEIGHT in pixels, multiples of 16, such as 1024x1024")
+    return int(height), int(width)
+
+
+@app.command("trace-shapes")
+def trace_shapes(
+    model: Annotated[str, typer.Argument(help="A model's name, or a local folder in diffusers' layout.")] = "ideogram4",
+    size: Size = None,
+    text_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 200,
+    batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
+    slots: Annotated[
+        list[int] | None,
+        typer.Option(help="Text slots of the sequence; 2048 is the stock pipeline's. Default: the tokens. Repeatable."),
+    ] = None,
+    branch: Annotated[str, typer.Option(help="cond, uncond or both.")] = "both",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: shapes/<model>.json")] = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Every GEMM of one forward of a model, without weights or a GPU -> a shapes file.
+
+    Example: int8kit trace-shapes ideogram4 --size 1024x1024 --text-tokens 200
+    """
+    from int8kit import files, models, report, trace
+
+    known = models.get(model)
+    if branch not in (*models.BRANCHES, "both"):
+        raise InputError(f"branch {branch!r}: legal are cond, uncond and both")
+    cases: dict[models.Case, None] = {}
+    for height, width in map(_size, size or ["1024x1024"]):
+        for one in models.BRANCHES if branch == "both" else (branch,):
+            for padded in slots if slots and one == "cond" else (None,):
+                cases[models.Case(height, width, batch, text_tokens, padded, one)] = None
+    path = output or Path("shapes") / f"{known.name}.json"
+    files.check_target(path, ours=lambda p: files.is_ours(p, trace.FORMAT), force=force)
+    with _progress("tracing") as (bar, task):
+        bar.update(task, total=len(cases))
+        document = trace.trace(known, cases, on_case=lambda _: bar.advance(task))
+    trace.write(document, path)
+    _print(document, f"{report.shapes_table(document)}\n\nwrote {path}", as_json)
+
+
+@app.command()
+def tune(
+    gpu: Annotated[str | None, typer.Option(help="The card, such as rtx3090. Default: the one that is here.")] = None,
+    shapes: Annotated[Path | None, typer.Option(help="A shapes file. Default: Ideogram 4's.")] = None,
+    size: Size = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: tuning_db/<gpu>.json")] = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """The best tile configuration of each shape -> a tuning database.
+
+    On the card itself it measures; on a newer NVIDIA card it measures that card's code and says so; without a GPU it
+    compiles for the card and ranks by a model. Ctrl-C keeps what is done.
+
+    Example: int8kit tune --gpu rtx3090 --size 1024x1024
+    """
+    from int8kit import db, files, gpus, report, trace
+    from int8kit.tune import search
+
+    card = gpus.get(gpu) if gpu else gpus.present()
+    if card is None:
+        raise InputError(f"no card here to tune for; name one with --gpu: {', '.join(sorted(gpus.GPUS))}")
+    source_file = shapes or files.shipped("shapes") / "ideogram4.json"
+    document = trace.read(source_file)
+    wanted: set[Any] = set()
+    for one in [_size(text) for text in size] if size else [None]:
+        found = trace.int8_shapes(document, one)
+        if not found:
+            where = f"of {one[1]}x{one[0]} px " if one else ""
+            raise InputError(f"no shape {where}to tune in {str(source_file)!r}; trace it with `int8kit trace-shapes`")
+        wanted |= set(found)
+    path = output or Path("tuning_db") / f"{card.alias}.json"
+    files.check_target(path, ours=db.is_ours, force=force)
+    if path.exists() and db.is_ours(path):
+        db.load(path, card.alias)  # a damaged or foreign database is refused before the work, not after
+    source = search.how(card)
+    if source is not Source.MODELLED:
+        _health()
+    _note(_how(source, card.alias))
+
+    entries = []
+    with _progress(f"compiling for sm_{card.arch}") as (bar, task):
+        space = search.compile_space(
+            wanted, card, on_total=lambda n: bar.update(task, total=n), on_step=lambda: bar.advance(task)
+        )
+    try:
+        with _progress("choosing") as (bar, task):
+            bar.update(task, total=len(wanted))
+            for shape in sorted(wanted):
+                entry = search.choose(shape, card, space, source)
+                db.update(path, card, [entry], force=force)
+                entries.append(entry)
+                bar.advance(task)
+    except CheckFailed:
+        if not space.complete:
+            raise KeyboardInterrupt from None  # nothing compiled yet that this shape could use
+        raise
+    _print(
+        {"database": str(path), "gpu": card.alias, "source": source, "failed": len(space.failed),
+         "entries": [e.model_dump(mode="json", exclude_none=True) for e in entries]},
+        f"{report.tuning_table(entries)}\n\nwrote {len(entries)} entries to {path}", as_json,
+    )  # fmt: skip
+    if not space.complete:
+        done = len(space.resources) + len(space.failed)
+        _fail(f"interrupted after {done} of {space.total} kernels; {path} ranks those; run again for all", 130)
+
+
+def _how(source: str, alias: str) -> str:
+    return {
+        "measured": f"{alias} is here: measuring",
+        "proxy": f"no {alias} here: timing its code on this card; entries are marked proxy",
+        "modelled": f"no {alias} here: compiling for it and ranking by a model; entries are marked modelled",
+    }[source]
+
+
+def _note(text: str) -> None:
+    _stderr.print(f"int8kit: {text}")
+
+
+def _health() -> None:
+    from int8kit import gpus
+    from int8kit.tune import measure
+
+    card = gpus.present()
+    assert card is not None
+    _note(f"{card.name}: {measure.check_health(card):.0f} bf16 TFLOP/s, healthy")
+
+
+@app.command()
+def verify(
+    gpu: Annotated[str | None, typer.Option(help="The card. Default: the one that is here, else rtx3090.")] = None,
+    database: Annotated[Path | None, typer.Option("--db", help="Default: ./tuning_db/<gpu>.json, or shipped.")] = None,
+    examples: Annotated[int, typer.Option(help="Examples drawn for each property.", min=1)] = 150,
+    seed: Annotated[int, typer.Option(help="Draws other examples.")] = 0,
+    stamp: Annotated[bool, typer.Option(help="Write what passed into the database.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Prove the kernels bit-exact against torch._int_mm, 64-bit integers and the reference.
+
+    Executes on the GPU, or at reduced sizes in Triton's interpreter on a CPU. Exit status 1 if anything differs, with
+    the smallest example that does.
+
+    Example: int8kit verify --gpu rtx3090
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the verb's process runs nothing else
+    from int8kit import db, gpus, report
+    from int8kit.verify import checks, foreign
+
+    card = gpus.get(gpu) if gpu else gpus.present() or gpus.get("rtx3090")
+    path = db.find(card.alias, database)
+    base = db.Database(card) if path is None else db.load(path, card.alias)
+    executors = foreign.executors(card)
+    for executor in executors:
+        reduced = ", at reduced M, N and K" if executor.on == "interpreter" else ""
+        _note(f"executing on {executor}{reduced}; {len(base.entries)} entries of {path or 'no database'}")
+    results: list[checks.Result] = []
+    stamps: dict[Any, list[db.Stamp]] = {}
+    with _progress("verifying") as (bar, task):
+        for executor in executors:
+            configs = {entry.config for entry in base.entries}
+            results += checks.check_properties(
+                executor, configs, examples=examples, random_seed=seed, on_example=lambda: bar.advance(task)
+            )
+            if base.entries:
+                result, passed = checks.check_entries(executor, base, lambda: bar.advance(task))
+                results.append(result)
+                for key, new in passed.items():
+                    stamps.setdefault(key, []).extend(new)
+    failures = [r for r in results if r.failure]
+    lines = [report.verify_table(results)]
+    lines += [f"\n{r.name} differs on {r.on}, smallest example:\n  {r.failure}" for r in failures]
+    _print({"gpu": card.alias, "database": path, "results": [vars(r) for r in results]}, "\n".join(lines), as_json)
+    if failures:
+        raise CheckFailed(f"{len(failures)} of {len(results)} properties differ: {', '.join(r.name for r in failures)}")
+    if stamp and path is not None and stamps:
+        _stamp(path, stamps)
+
+
+def _stamp(path: Path, stamps: dict[Any, Any]) -> None:
+    from int8kit import db
+    from int8kit.spec import FileError
+
+    try:
+        changed = db.stamp(path, stamps)
+    except FileError as error:  # a package folder is often not the user's to write: the proof holds all the same
+        _note(f"stamps not written: {error}")
+    else:
+        _note(f"{'stamped' if changed else 'stamps are up to date in'} {path}")
+
+
+@app.command()
+def run(
+    prompt: Annotated[str, typer.Option(help="What to paint.")] = "a red bicycle against a white brick wall",
+    model: Annotated[str, typer.Option(help="tiny, a local folder in diffusers' layout, or a hub id.")] = "tiny",
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Default: 1024x1024; 256x256 for tiny.")] = None,
+    preset: Annotated[str, typer.Option(help="quality, default or turbo: 48, 20 or 12 steps.")] = "quality",
+    steps: Annotated[int | None, typer.Option(help="Default: the preset's; 4 for tiny.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="One guidance scale instead of the preset's schedule.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    gpu: Annotated[str | None, typer.Option(help="Whose database. Default: the card here, else rtx3090.")] = None,
+    database: Annotated[Path | None, typer.Option("--db", help="Default: ./tuning_db/<gpu>.json, or shipped.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG.")] = Path("out/image.png"),
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Text to image with the transformers' linears in INT8; configurations come from the database, once.
+
+    The default model, tiny, has random weights: it shows the whole way in seconds, on a CPU too, and paints noise.
+
+    Example: int8kit run --prompt "a red bicycle" --output out/bicycle.png
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    from int8kit import files, report
+    from int8kit.runtime import generate
+
+    tiny = model == "tiny"
+    height, width = _size(size or ("256x256" if tiny else "1024x1024"))
+    files.check_target(output, ours=generate.is_ours, force=force)
+    request = generate.Request(
+        prompt, model, height, width, preset, 4 if tiny and steps is None else steps, guidance, seed, gpu, database
+    )
+    outcome = generate.generate(request)
+    generate.save(outcome, output)
+    took = {key: value for key, value in vars(outcome).items() if key.endswith(("_s", "_ms", "_gib"))}
+    choices = [
+        {"m": c.shape.m, "n": c.shape.n, "k": c.shape.k, "layers": count, "config": vars(c.config), "rung": c.rung,
+         "why": c.why} for c, count in outcome.choices
+    ]  # fmt: skip
+    document = {"image": str(output), "device": outcome.device, "text_tokens": outcome.tokens, **took,
+                "database": outcome.database, "configurations": choices}  # fmt: skip
+    _print(document, f"{report.run_tables(outcome)}\n\nwrote {output}", as_json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Files that int8kit writes: whole or not at all, and never over somebody else's.
+
+Every JSON file names its format in its first key, `{"format": "int8kit.shapes/1", ...}`; that is how a file is
+recognised as ours. `shipped("shapes")` and `shipped("tuning_db")` are the folders that come with the package: inside
+it when installed from a wheel, at the top of the checkout otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from int8kit.spec import FileError
+
+
+def shipped(folder: str) -> Path:
+    """The folder `shapes` or `tuning_db` that this installation came with."""
+    package = Path(__file__).parent
+    inside = package / folder
+    return inside if inside.is_dir() else package.parent / folder
+
+
+def read_json(path: Path, format: str, *, remedy: str) -> dict[str, Any]:
+    """The document in `path`, whose "format" must be `format`. Raises FileError with `remedy` otherwise."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileError(f"no file {str(path)!r}; {remedy}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"cannot read {str(path)!r} ({_reason(error)}); {remedy}") from None
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FileError(f"damaged JSON in {str(path)!r} (line {error.lineno}: {error.msg}); {remedy}") from None
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != format:
+        raise FileError(f"{str(path)!r} has the format {found!r}; legal is {format!r}; {remedy}")
+    assert isinstance(document, dict)
+    return document
+
+
+def is_ours(path: Path, format: str) -> bool:
+    """True if `path` is a JSON document of this format."""
+    try:
+        read_json(path, format, remedy="")
+    except FileError:
+        return False
+    return True
+
+
+def check_target(path: Path, *, ours: Callable[[Path], bool], force: bool) -> None:
+    """Raise FileError unless `path` can be written, before any long work starts."""
+    if path.is_dir():
+        raise FileError(f"cannot write {str(path)!r}: it is a folder; name a file")
+    if path.exists() and not force and not ours(path):
+        raise FileError(f"{str(path)!r} exists and was not written by int8kit; name another file, or use --force")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".int8kit-"):
+            pass
+    except OSError as error:
+        raise FileError(f"cannot write {str(path)!r} ({_reason(error)}); name a file in a writable folder") from None
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".int8kit-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise FileError(f"cannot write {str(path)!r} ({_reason(error)}); name a file in a writable folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in one step. Raises FileError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def dump_rows(document: dict[str, Any], rows: str) -> str:
+    """`document` as JSON with each item of its list `rows` on one line, so that a diff shows the items that changed."""
+    head = {key: value for key, value in document.items() if key != rows}
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+    items = ",\n".join(f"    {json.dumps(item)}" for item in document[rows])
+    body = f"[\n{items}\n  ]" if items else "[]"
+    return "\n".join(["{", *lines, f"  {json.dumps(rows)}: {body}", "}", ""])
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

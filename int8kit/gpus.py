@@ -1,0 +1,107 @@
+"""What a card is: one record by alias, and which of them is in this machine.
+
+    >>> get("rtx3090").arch
+    86
+
+Figures are the vendors' data sheets (dense rates, boost clocks); `l2_gb_s` is 32 bytes a clock and slice, a lead for
+the model and not a promise. To add a card, add a record: nothing else names one. The one place that asks the driver
+anything is `present`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from int8kit.spec import UnknownName
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card's limits and rates."""
+
+    alias: str
+    name: str  # as the driver spells it
+    arch: int  # compute capability as in sm_86
+    sms: int  # streaming multiprocessors
+    shared_memory: int  # bytes that one block may use
+    shared_memory_sm: int  # bytes of one multiprocessor
+    threads_sm: int  # threads resident on one multiprocessor
+    l2_bytes: int
+    memory_gib: int
+    dram_gb_s: float
+    l2_gb_s: float
+    clock_mhz: int  # boost
+    int8_tops: float  # dense
+    bf16_tflops: float  # dense, float32 accumulate
+
+
+def _ampere(alias: str, name: str, arch: int, sms: int, l2_mib: int, gib: int, dram: float, l2: float, clock: int,
+            tops: float, tflops: float) -> Gpu:  # fmt: skip
+    """A card with the shared memory of GA102 and its successors: 100 KiB a multiprocessor, 1 KiB of it reserved."""
+    return Gpu(alias, name, arch, sms, 101376, 102400, 1536, l2_mib << 20, gib, dram, l2, clock, tops, tflops)
+
+
+def _datacenter(alias: str, name: str, arch: int, sms: int, kib: int, l2_mib: int, gib: int, dram: float, l2: float,
+                clock: int, tops: float, tflops: float) -> Gpu:  # fmt: skip
+    return Gpu(alias, name, arch, sms, (kib - 1) << 10, kib << 10, 2048, l2_mib << 20, gib, dram, l2, clock, tops,
+               tflops)  # fmt: skip
+
+
+GPUS: dict[str, Gpu] = {
+    gpu.alias: gpu
+    for gpu in (
+        _ampere("rtx3060", "NVIDIA GeForce RTX 3060", 86, 28, 3, 12, 360, 1360, 1777, 102, 25.5),
+        _ampere("rtx3080", "NVIDIA GeForce RTX 3080", 86, 68, 5, 10, 760, 2190, 1710, 238, 59.5),
+        _ampere("rtx3090", "NVIDIA GeForce RTX 3090", 86, 82, 6, 24, 936, 2600, 1695, 284, 71),
+        _ampere("rtx4090", "NVIDIA GeForce RTX 4090", 89, 128, 72, 24, 1008, 5000, 2520, 660.6, 165.2),
+        _ampere("l40s", "NVIDIA L40S", 89, 142, 96, 48, 864, 5000, 2520, 733, 362),
+        _ampere("rtx5090", "NVIDIA GeForce RTX 5090", 120, 170, 96, 32, 1792, 6500, 2407, 838, 209.5),
+        _datacenter("a100", "NVIDIA A100-SXM4-80GB", 80, 108, 164, 40, 80, 2039, 3600, 1410, 624, 312),
+        _datacenter("h100", "NVIDIA H100 80GB HBM3", 90, 132, 228, 50, 80, 3350, 5500, 1980, 1979, 989),
+        _datacenter("h200", "NVIDIA H200", 90, 132, 228, 50, 141, 4800, 5500, 1980, 1979, 989),
+    )
+}
+
+
+def get(alias: str) -> Gpu:
+    """The record of `alias`. Raises UnknownName with the list."""
+    try:
+        return GPUS[alias]
+    except KeyError:
+        raise UnknownName("card", alias, GPUS, "add a record to int8kit/gpus.py for another") from None
+
+
+def present() -> Gpu | None:
+    """The record of the current CUDA device, or None without one.
+
+    A card that has no record gets one from what the driver tells, named after itself, with the rates of the most
+    similar known card scaled by multiprocessors.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    p = torch.cuda.get_device_properties(torch.cuda.current_device())
+    for gpu in GPUS.values():
+        if gpu.name == p.name:
+            return gpu
+    arch = p.major * 10 + p.minor
+    like = min(GPUS.values(), key=lambda gpu: abs(gpu.arch - arch))
+    share = p.multi_processor_count / like.sms
+    block = int(getattr(p, "shared_memory_per_block_optin", like.shared_memory))
+    return Gpu(
+        alias="".join(c for c in p.name.lower() if c.isalnum()),
+        name=p.name,
+        arch=arch,
+        sms=p.multi_processor_count,
+        shared_memory=block,
+        shared_memory_sm=block + 1024,
+        threads_sm=int(p.max_threads_per_multi_processor),
+        l2_bytes=int(getattr(p, "L2_cache_size", like.l2_bytes)),
+        memory_gib=round(p.total_memory / 2**30),
+        dram_gb_s=like.dram_gb_s * share,
+        l2_gb_s=like.l2_gb_s * share,
+        clock_mhz=like.clock_mhz,
+        int8_tops=like.int8_tops * share,
+        bf16_tflops=like.bf16_tflops * share,
+    )

@@ -1,0 +1,188 @@
+"""An image from a prompt: what `int8kit run` does, with its timings, its memory and the configurations it used.
+
+    generate(Request("a red bicycle", model="tiny", width=256, height=256))  ->  Outcome(image, load_s, step_ms, ...)
+
+The PNG carries the call's parameters in its text chunk "int8kit", as JSON: `save` writes it, `is_ours` recognises it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import resource
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from int8kit import __version__, db, files, gpus
+from int8kit.db import Choice
+from int8kit.models import Case
+from int8kit.runtime import ideogram4
+from int8kit.spec import InputError, UnknownName
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A schedule of the model's makers: steps, the spread of noise levels, and the last steps at low guidance."""
+
+    steps: int
+    mu: float
+    std: float
+    polish: int  # steps at guidance 3 that end the schedule; the others have 7
+
+    def guidance(self, steps: int) -> list[float]:
+        """Guidance of each of `steps` steps; the share of polish steps is kept, at least one of two or more."""
+        polish = min(steps - 1, math.ceil(steps * self.polish / self.steps))
+        return [7.0] * (steps - polish) + [3.0] * polish
+
+
+PRESETS = {"quality": Preset(48, 0.0, 1.5, 3), "default": Preset(20, 0.0, 1.75, 2), "turbo": Preset(12, 0.5, 1.75, 1)}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of `int8kit run`."""
+
+    prompt: str
+    model: str = "tiny"
+    height: int = 1024
+    width: int = 1024
+    preset: str = "quality"
+    steps: int | None = None  # None: the preset's
+    guidance: float | None = None  # None: the preset's schedule
+    seed: int = 0
+    gpu: str | None = None  # None: the card that is here
+    database: Path | None = None  # None: see `db.find`
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An image and what it took."""
+
+    image: Image.Image
+    request: Request
+    device: str
+    tokens: int
+    steps: int
+    choices: list[tuple[Choice, int]]
+    database: Path | None
+    load_s: float
+    prepare_s: float  # encoding the prompt, quantizing the weights
+    denoise_s: float
+    decode_s: float
+    step_ms: float  # median
+    peak_gib: float  # of the card; of the process on a CPU
+
+
+def generate(request: Request) -> Outcome:
+    """Make an image. Raises UnknownName, InputError or FileError before any long work where the request is off."""
+    if request.preset not in PRESETS:
+        raise UnknownName("preset", request.preset, PRESETS)
+    preset = PRESETS[request.preset]
+    steps = preset.steps if request.steps is None else request.steps
+    if steps < 1:
+        raise InputError(f"{steps} steps: legal is 1 or more")
+    Case(request.height, request.width)
+    card = gpus.present()
+    gpu = gpus.get(request.gpu) if request.gpu else card or gpus.get("rtx3090")
+    path = db.find(gpu.alias, request.database)
+    database = None if path is None else db.load(path, gpu.alias)
+    device = torch.device("cpu" if card is None else "cuda")
+    triton, kernel = _toolchain()
+
+    start = time.perf_counter()
+    stock = ideogram4.load(request.model)
+    tokens = ideogram4.count_tokens(stock, request.prompt)
+    case = Case(request.height, request.width, text_tokens=tokens)
+    loaded = time.perf_counter()
+    pipe, choices = ideogram4.prepare(stock, request.prompt, case, database, device, triton=triton, kernel=kernel)
+    prepared = time.perf_counter()
+
+    ends: list[float] = []
+
+    def on_step(_pipe: Any, _step: int, _t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+        return values
+
+    pipe.set_progress_bar_config(desc="denoising", unit="step")
+    schedule = [request.guidance] * steps if request.guidance is not None else preset.guidance(steps)
+    image = pipe(
+        request.prompt,
+        height=request.height,
+        width=request.width,
+        num_inference_steps=steps,
+        guidance_schedule=schedule,
+        mu=preset.mu,
+        std=preset.std,
+        max_sequence_length=tokens,
+        generator=torch.Generator(device).manual_seed(request.seed),
+        callback_on_step_end=on_step,
+    ).images[0]
+    done = time.perf_counter()
+    laps = sorted(b - a for a, b in zip([prepared, *ends], ends, strict=False))
+    return Outcome(
+        image=image,
+        request=request,
+        device="cpu, reference backend" if card is None else card.name,
+        tokens=tokens,
+        steps=steps,
+        choices=choices,
+        database=path,
+        load_s=loaded - start,
+        prepare_s=prepared - loaded,
+        denoise_s=ends[-1] - prepared,
+        decode_s=done - ends[-1],
+        step_ms=1e3 * laps[len(laps) // 2],
+        peak_gib=_peak_bytes(device) / 2**30,
+    )
+
+
+def save(outcome: Outcome, path: Path) -> None:
+    """Write the PNG with the call's parameters in its text chunk "int8kit". Raises FileError."""
+    request = {k: v for k, v in asdict(outcome.request).items() if k != "database" and v is not None}
+    info = PngInfo()
+    info.add_text("int8kit", json.dumps({**request, "steps": outcome.steps, "versions": versions()}))
+    with files.replacing(path) as temporary:
+        outcome.image.save(temporary, format="PNG", pnginfo=info)
+
+
+def is_ours(path: Path) -> bool:
+    """True if `path` is a PNG that `save` wrote."""
+    try:
+        with Image.open(path) as image:
+            return "int8kit" in image.info
+    except (OSError, UnidentifiedImageError):
+        return False
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a result: no host name, user or path."""
+    return {
+        "int8kit": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "diffusers", "transformers")},
+    }
+
+
+def _toolchain() -> tuple[str, str]:
+    """The running Triton's version and the kernel's hash, which the database's entries are compared with."""
+    import triton
+
+    from int8kit.kernels import gemm
+
+    return triton.__version__, gemm.kernel_hash()
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,117 @@
+"""diffusers' `Ideogram4Pipeline` on INT8 linears: loaded part by part, so that it fits one 24 GB card.
+
+    load(model)         -> the stock pipeline, on the CPU
+    prepare(pipe, ...)  -> an Int8Pipeline whose prompt is encoded and whose two transformers are INT8, on the device
+
+The text encoder (16 GB in bf16) and the two INT8 transformers (20 GB) are never on the card together: the prompt is
+encoded first, then the encoder goes back. The text is packed tight: as many text slots as the prompt has tokens, not
+the stock 2048, which the mask makes inert and which cost half as much again at 1024 px.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import Ideogram4Pipeline
+
+from int8kit import models
+from int8kit.db import Choice, Database
+from int8kit.models import PATCH
+from int8kit.runtime.linear import replace_linears
+from int8kit.spec import FileError, GemmShape, InputError, Plan, UnknownName
+
+MAX_TEXT_TOKENS = 2048
+BRANCHES = {"cond": "transformer", "uncond": "unconditional_transformer"}
+
+
+class Int8Pipeline(Ideogram4Pipeline):
+    """The stock pipeline with its prompt already encoded, run on `run_device` whatever its parts' devices."""
+
+    encoded: tuple[torch.Tensor, ...]
+    run_device: torch.device
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        """What `prepare` encoded."""
+        return self.encoded
+
+    @property
+    def _execution_device(self) -> torch.device:
+        return self.run_device
+
+
+def load(model: str) -> Any:
+    """The stock pipeline of `model`: "tiny", a local folder, or a hub id. Raises UnknownName or FileError."""
+    if model == models.TINY:
+        return models.tiny_pipeline()
+    if not Path(model).is_dir() and "/" not in model:
+        raise UnknownName("model", model, [models.TINY], "or name a local folder in diffusers' layout, or a hub id")
+    try:
+        return Ideogram4Pipeline.from_pretrained(model, dtype=torch.bfloat16)
+    except Exception as error:  # the hub, safetensors and diffusers each have their own
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise FileError(
+            f"cannot load {model!r} as an Ideogram4Pipeline ({reason[:160]}); legal are tiny, a local folder in "
+            "diffusers' layout, or a hub id that `hf auth login` gives you access to"
+        ) from None
+
+
+def count_tokens(pipe: Any, prompt: str) -> int:
+    """Tokens of the chat-templated prompt. Raises InputError beyond 2048."""
+    messages = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
+    text = pipe.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    tokens = len(pipe.tokenizer(text, add_special_tokens=False)["input_ids"])
+    if tokens > MAX_TEXT_TOKENS:
+        raise InputError(f"the prompt has {tokens} tokens; legal is up to {MAX_TEXT_TOKENS}; shorten it")
+    return tokens
+
+
+def prepare(
+    pipe: Any,
+    prompt: str,
+    case: models.Case,
+    database: Database | None,
+    device: torch.device,
+    *,
+    triton: str,
+    kernel: str,
+) -> tuple[Int8Pipeline, list[tuple[Choice, int]]]:
+    """Encode the prompt, quantize both transformers, and move what runs to `device`.
+
+    Returns the pipeline and, for each GEMM shape that a step runs, the choice from the database and how many layers
+    share it. The database is asked here, once.
+    """
+    int8 = Int8Pipeline(**pipe.components)
+    int8.run_device = device
+    encoder = int8.text_encoder.to(device)
+    grid = case.height // PATCH, case.width // PATCH
+    with torch.no_grad():
+        encoded = Ideogram4Pipeline.encode_prompt(int8, prompt, *grid, case.text_slots, device)
+    int8.encoded = tuple(encoded)
+    encoder.to("cpu")
+
+    policy = models.MODELS["ideogram4"]
+    rows = {"cond": case.batch * (case.text_slots + case.image_tokens), "uncond": case.batch * case.image_tokens}
+    plans: dict[tuple[int, int], Plan] = {}
+
+    def plan(n: int, k: int) -> Plan:
+        if database is not None and (n, k) not in plans:
+            plans[n, k] = database.plan(n, k, rows.values(), triton=triton, kernel=kernel)
+        return plans.get((n, k), Plan())
+
+    layers: dict[GemmShape, int] = {}
+    for branch, part in BRANCHES.items():
+        transformer = getattr(int8, part)
+        for layer in replace_linears(transformer, policy.quantizes, plan, device).values():
+            shape = GemmShape(rows[branch], layer.out_features, layer.in_features)
+            layers[shape] = layers.get(shape, 0) + 1
+        transformer.to(device)
+    int8.vae.to(device)
+    chosen = []
+    for shape, count in sorted(layers.items()):
+        if database is not None:
+            chosen.append((database.resolve(shape, triton=triton, kernel=kernel), count))
+        else:
+            chosen.append((Choice(shape, Plan().choose(shape), "default", "no database for this card"), count))
+    return int8, chosen

@@ -1,0 +1,219 @@
+"""What every stage agrees on: a GEMM's shape, a kernel's tile configuration, where a figure came from, and the errors.
+
+    out[m, n] = x[m, k] @ w[n, k].T        GemmShape(m, n, k); x and w int8 and row-major, sums in int32
+
+A `TileConfig` is a plain frozen value that is passed to the launchers. The alternative, a decorated autotuner that
+picks one at the call, was rejected: it tunes inside the user's first image and cannot be reviewed in a file.
+`why_illegal` is the only place that says what a configuration may be; the tuner's space, the database's reader and the
+verifier's strategies all call it.
+
+This module imports nothing of int8kit, and neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+
+NUMERICS_VERSION = 1
+"""Version of the arithmetic that `int8kit.reference` defines. A database of another version is refused."""
+
+K_MAX = 131071
+"""Largest K whose int32 sums cannot overflow: 128 * 128 * K < 2**31."""
+
+
+class Int8kitError(Exception):
+    """Root of every error that int8kit raises on purpose.
+
+    Int8kitError
+    +-- InputError          the call is off: exit status 2
+    |   +-- ShapeError      a GEMM outside the kernels' domain, or tensors that do not fit together
+    |   +-- ConfigError     a tile configuration that cannot run
+    |   +-- UnknownName     a model, card or branch that is not known; lists those that are
+    |   +-- FileError       a file that is missing, damaged, not ours, or cannot be written
+    +-- CheckFailed         the program ran and the answer is no: exit status 1
+    """
+
+    exit_status = 2
+
+
+class InputError(Int8kitError):
+    """The call is off; the message names the value, the legal values and the remedy."""
+
+
+class ShapeError(InputError):
+    """A GEMM outside the kernels' domain, or tensors that do not fit together."""
+
+
+class ConfigError(InputError):
+    """A tile configuration that cannot run."""
+
+
+class UnknownName(InputError):
+    """A name that is in no list. `UnknownName("card", "rtx9", ["rtx3090"])` spells the message."""
+
+    def __init__(self, what: str, name: str, known: Iterable[str], remedy: str = "") -> None:
+        super().__init__(f"unknown {what} {name!r}; known: {', '.join(sorted(known))}{'; ' + remedy if remedy else ''}")
+
+
+class FileError(InputError):
+    """A file that is missing, damaged, not ours, or cannot be written."""
+
+
+class CheckFailed(Int8kitError):
+    """The program ran and the answer is no."""
+
+    exit_status = 1
+
+
+class Source(StrEnum):
+    """Where a database entry's claim comes from, the strongest first."""
+
+    MEASURED = "measured"  # timed on that card
+    PROXY = "proxy"  # that card's code, timed on another card
+    MODELLED = "modelled"  # compiled for that card, ranked by exact resources and a model
+
+    @property
+    def strength(self) -> int:
+        """3 for measured, 2 for proxy, 1 for modelled: a stronger entry is never replaced by a weaker one."""
+        return 3 - list(Source).index(self)
+
+
+@dataclass(frozen=True, order=True)
+class GemmShape:
+    """One GEMM: `out[m, n] = x[m, k] @ w[n, k].T`. Raises ShapeError outside the kernels' domain."""
+
+    m: int
+    n: int
+    k: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("M", self.m), ("N", self.n), ("K", self.k)):
+            if value < 1:
+                raise ShapeError(f"{name} = {value}: M, N and K must be at least 1")
+        if self.k > K_MAX:
+            raise ShapeError(
+                f"K = {self.k}: legal is 1 to {K_MAX}, beyond which an int32 sum of int8 products can overflow; "
+                "split the layer along K and add the parts in float32"
+            )
+
+    @property
+    def ops(self) -> int:
+        """Operations, a multiplication and an addition counted as two: 2 m n k."""
+        return 2 * self.m * self.n * self.k
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.n}x{self.k}"
+
+
+@dataclass(frozen=True, order=True)
+class TileConfig:
+    """How a GEMM is cut into tiles. Any legal value gives the same bits; only the time differs."""
+
+    block_m: int  # rows of an output tile
+    block_n: int  # columns of an output tile
+    block_k: int  # int8 elements of K read in one step
+    num_warps: int  # warps of 32 threads that share a tile
+    num_stages: int  # steps of K in flight
+    group_m: int = 8  # tile rows that are finished before the next band starts, for reuse in L2
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages} g{self.group_m}"
+
+
+BLOCKS_MN = (16, 32, 64, 128, 256)
+BLOCKS_K = (32, 64, 128, 256)
+WARPS = (1, 2, 4, 8)
+STAGES = (2, 3, 4, 5, 6)
+
+
+def shared_memory_bound(config: TileConfig, *, arch: int, out_bytes: int = 2) -> int:
+    """Upper bound in bytes of the shared memory that Triton gives `config` on `arch` (86 for sm_86).
+
+    Ampere, Ada and consumer Blackwell (cp.async): the load ring holds one step less than `num_stages`, and the
+    epilogue reuses it for the output tile. Hopper (wgmma) keeps all steps. Never under the compiler's own figure
+    (tests/test_tune_offline.py compiles and compares); `tune` records the exact one.
+    """
+    step = (config.block_m + config.block_n) * config.block_k
+    steps = config.num_stages if arch in (90, 100) else config.num_stages - 1
+    return max(steps * step, config.block_m * config.block_n * out_bytes)
+
+
+def why_illegal(config: TileConfig, *, arch: int, shared_memory: int) -> str | None:
+    """The reason why `config` cannot run on a card, or None if it can.
+
+    arch is the compute capability as in sm_86; shared_memory is what one block may use, in bytes.
+    """
+    for name, legal in (
+        ("block_m", BLOCKS_MN),
+        ("block_n", BLOCKS_MN),
+        ("block_k", BLOCKS_K),
+        ("num_warps", WARPS),
+        ("num_stages", STAGES),
+    ):
+        value = getattr(config, name)
+        if value not in legal:
+            return f"{name} = {value}: legal are {', '.join(map(str, legal))}"
+    if not 1 <= config.group_m <= 64:
+        return f"group_m = {config.group_m}: legal is 1 to 64"
+    accumulators = config.block_m * config.block_n // (32 * config.num_warps)
+    if accumulators > 128:
+        return f"{accumulators} accumulators a thread: at most 128 leave registers for the operands; use more warps"
+    if accumulators < 4:
+        return f"{accumulators} accumulators a thread: a warp's mma tile of 16x8 needs 4; use fewer warps"
+    needed = shared_memory_bound(config, arch=arch)
+    if needed > shared_memory:
+        return f"{needed} bytes of shared memory: a block has {shared_memory}; use fewer stages or a smaller tile"
+    return None
+
+
+def default_config(shape: GemmShape) -> TileConfig:
+    """The configuration of a shape that no database knows: legal on every supported card.
+
+    Few rows get a low tile, so that small batches still spread over the card.
+    """
+    if shape.m <= 16:
+        return TileConfig(16, 64, 128, num_warps=4, num_stages=4)
+    if shape.m <= 64:
+        return TileConfig(64, 64, 128, num_warps=4, num_stages=4)
+    return TileConfig(128, 128, 64, num_warps=8, num_stages=4)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The configurations of one weight, resolved when a model is loaded: (m, config) pairs, ascending in m.
+
+    `choose(m)` gives the exact pair, or the nearest in log(m); an empty plan gives `default_config`.
+    """
+
+    rungs: tuple[tuple[int, TileConfig], ...] = ()
+
+    def choose(self, shape: GemmShape) -> TileConfig:
+        """The configuration for `shape`, which is of this plan's weight."""
+        if not self.rungs:
+            return default_config(shape)
+        return min(self.rungs, key=lambda rung: abs(math.log(rung[0] / shape.m)))[1]
+
+    def to_ints(self) -> list[int]:
+        """The plan as a flat list, the form in which it passes through a torch operator's schema."""
+        return [
+            value
+            for m, c in self.rungs
+            for value in (m, c.block_m, c.block_n, c.block_k, c.num_warps, c.num_stages, c.group_m)
+        ]
+
+    @classmethod
+    def from_ints(cls, values: Sequence[int]) -> Plan:
+        """The inverse of `to_ints`. Raises ConfigError if the length is no multiple of 7."""
+        return _plan_from_ints(tuple(values))
+
+
+@lru_cache(maxsize=4096)
+def _plan_from_ints(values: tuple[int, ...]) -> Plan:
+    if len(values) % 7:
+        raise ConfigError(f"a plan of {len(values)} integers: a multiple of 7 is needed (m and a TileConfig's six)")
+    rows = [values[i : i + 7] for i in range(0, len(values), 7)]
+    return Plan(tuple((row[0], TileConfig(*row[1:])) for row in rows))

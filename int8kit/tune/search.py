@@ -1,0 +1,156 @@
+"""The choice: rank every legal configuration by the model, and on a card time the best of them.
+
+    how(gpu)           what can be known of that card here: measured, proxy or modelled
+    resources = compile_space(...)          (config, even K) -> registers, spills, shared memory
+    choose(shape, gpu, resources, source)   -> one database entry
+
+Configurations that spill are left out. On a card the default is always a contestant, the first FINALISTS by the model
+are checked bit-exact and timed, and the best few again in more rounds; another than the default needs to win by more
+than MARGIN. Ties fall to the model's order, so that a second run gives the same file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from int8kit.db import Entry, Resources
+from int8kit.gpus import Gpu, present
+from int8kit.spec import CheckFailed, GemmShape, Source, TileConfig, default_config
+from int8kit.tune import offline, space, workers
+
+CONTESTANTS = 20  # of each shape, by the model, timed in few rounds
+FINALISTS = 4  # of those, timed again in many
+MARGIN = 0.01  # a tie within 1 % keeps the default
+
+
+@dataclass
+class Space:
+    """What each compiled kernel takes, and why the others do not compile."""
+
+    resources: dict[workers.Job, Resources] = field(default_factory=dict)
+    failed: dict[workers.Job, str] = field(default_factory=dict)
+    total: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """False after an interrupt."""
+        return len(self.resources) + len(self.failed) == self.total
+
+
+def how(gpu: Gpu) -> Source:
+    """What can be said of `gpu` on this machine: measured on itself, proxy on a newer card, else modelled."""
+    card = present()
+    if card is None:
+        return Source.MODELLED
+    if card.alias == gpu.alias:
+        return Source.MEASURED
+    # mma.sync code of sm_80 to sm_89 assembles for and runs on every newer card; wgmma code does not
+    return Source.PROXY if gpu.arch in (80, 86, 89) and card.arch >= gpu.arch else Source.MODELLED
+
+
+def jobs(shapes: Iterable[GemmShape], gpu: Gpu) -> list[workers.Job]:
+    """Every kernel that a run over `shapes` has to compile, each once."""
+    return sorted({(c, s.k % c.block_k == 0) for s in shapes for c in space.candidates(s, gpu)})
+
+
+def compile_space(
+    shapes: Iterable[GemmShape], gpu: Gpu, *, on_total: Callable[[int], None], on_step: Callable[[], None]
+) -> Space:
+    """Compile the kernels of `shapes` for `gpu`. An interrupt returns what is done: see `Space.complete`."""
+    todo = jobs(shapes, gpu)
+    found = Space(total=len(todo))
+    on_total(len(todo))
+    results = workers.compile_all(gpu.arch, todo)
+    try:
+        for job, outcome in results:
+            if isinstance(outcome, Resources):
+                found.resources[job] = outcome
+            else:
+                found.failed[job] = outcome
+            on_step()
+    except KeyboardInterrupt:
+        results.close()  # type: ignore[attr-defined]
+    return found
+
+
+def rank(shape: GemmShape, gpu: Gpu, found: Space) -> list[tuple[float, TileConfig, Resources]]:
+    """(estimated microseconds, configuration, resources) of each candidate without spills, best first."""
+    rows = []
+    for config in space.candidates(shape, gpu):
+        resources = found.resources.get((config, shape.k % config.block_k == 0))
+        if resources is not None and resources.spill_bytes == 0:
+            rows.append((offline.estimate(shape, config, resources, gpu), config, resources))
+    return sorted(rows, key=lambda row: row[:2])
+
+
+def choose(shape: GemmShape, gpu: Gpu, found: Space, source: Source) -> Entry:
+    """The entry of one shape. Raises CheckFailed if nothing compiled, or if no configuration is exact on the card."""
+    import triton
+
+    from int8kit.kernels import gemm
+
+    ranked = rank(shape, gpu, found)
+    if not ranked:
+        reason = next(iter(found.failed.values()), "all spill")
+        raise CheckFailed(f"no configuration for {shape} on {gpu.alias}: {reason}")
+    modelled = Entry(
+        m=shape.m,
+        n=shape.n,
+        k=shape.k,
+        source=Source.MODELLED,
+        config=ranked[0][1],
+        triton=triton.__version__,
+        kernel=gemm.kernel_hash(),
+        resources=ranked[0][2],
+        tried=len(ranked),
+        model_us=round(ranked[0][0], 2),
+    )
+    if source is Source.MODELLED:
+        return modelled
+    return _measured(modelled, gpu, ranked, source)
+
+
+def _measured(
+    modelled: Entry, gpu: Gpu, ranked: list[tuple[float, TileConfig, Resources]], source: Source
+) -> Entry:  # fmt: skip
+    from int8kit.tune import measure
+
+    shape, card = modelled.shape, present()
+    assert card is not None  # `how` found one
+    bench = measure.Bench(shape, card, arch=f"sm{gpu.arch}" if source is Source.PROXY else None)
+    default = default_config(shape)
+    entrants = dict.fromkeys([config for _, config, _ in ranked[:CONTESTANTS]] + [default])
+    wrong = {config: reason for config in entrants if (reason := bench.why_not(config))}
+    exact = [config for config in entrants if config not in wrong]
+    if default in wrong or not exact:
+        raise CheckFailed(f"{shape} on {card.name}: {wrong.get(default, 'no configuration is exact')}")
+
+    first = measure.interleave([bench.call(config) for config in exact], rounds=3)
+    by_time = sorted(range(len(exact)), key=lambda i: first[i].p50)
+    finalists = dict.fromkeys([exact[i] for i in by_time[:FINALISTS]] + [default])
+    *times, bf16 = measure.interleave([*map(bench.call, finalists), bench.bf16], rounds=11)
+    final = dict(zip(finalists, times, strict=True))
+
+    order = {config: i for i, (_, config, _) in enumerate(ranked)}
+    fastest = min(final.values(), key=lambda t: t.p50).p50
+    tied = [config for config, t in final.items() if t.p50 <= fastest * (1 + MARGIN)]
+    winner = default if default in tied else min(tied, key=lambda config: order.get(config, len(order)))
+    estimates = {config: (us, resources) for us, config, resources in ranked}
+    us, resources = estimates.get(winner, (None, modelled.resources))
+    return modelled.model_copy(
+        update={
+            "source": source,
+            "config": winner,
+            "resources": resources,
+            "tried": len(entrants),
+            "model_us": None if us is None else round(us, 2),
+            "time_us": round(final[winner].p50, 2),
+            "p20_us": round(final[winner].p20, 2),
+            "p80_us": round(final[winner].p80, 2),
+            "default_us": round(final[default].p50, 2),
+            "bf16_us": round(bf16.p50, 2),
+            "measured_on": card.name,
+            "policy": measure.POLICY,
+        }
+    )

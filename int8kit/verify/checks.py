@@ -1,0 +1,293 @@
+"""What must hold, and the run that tries to break it.
+
+    accumulator   the int32 sums equal int64-exact arithmetic, and `torch._int_mm` where that takes the shape
+    output        the dequantized output is bit-equal to `reference.scaled_mm`; NaN equals NaN
+    quantize      q and s are bit-equal to `reference.quantize`
+    entry         the first two for one database entry: at its full size on a card, reduced on a CPU
+
+Every operand of the first two lies in a larger buffer full of poison, so that a read past a tail changes a sum; every
+output lies in a buffer of sentinels, of which none may change outside [M, N]. There is no tolerance.
+
+Examples are drawn and shrunk by hypothesis; the smallest that fails is what a Result carries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from int8kit import reference
+from int8kit.db import Database, Entry, Stamp
+from int8kit.kernels import gemm, quantize
+from int8kit.spec import GemmShape, TileConfig, default_config
+from int8kit.verify.foreign import Executor
+from int8kit.verify.strategies import Draw, Rows, draws, float_matrix, int8_matrix, rows, scales
+
+T = TypeVar("T")
+
+POISON = 113  # int8 beyond the operands
+SENTINEL = 77  # in every element of a fresh output buffer
+
+SMALL_TILES = (  # many tiles, bands and k-steps in a small matrix
+    TileConfig(16, 16, 32, num_warps=1, num_stages=2, group_m=1),
+    TileConfig(16, 32, 32, num_warps=1, num_stages=3, group_m=2),
+    TileConfig(32, 16, 64, num_warps=2, num_stages=2, group_m=3),
+)
+_DEEP = tuple(  # sums beyond 2**24, where the conversion to float32 rounds, and the largest K
+    Draw(GemmShape(17, 24, k), SMALL_TILES[2], kind, 1, bias, torch.float32, 0)
+    for k, kind, bias in (
+        (2112, "extremes", True), (53248, "normal", False), (53248, "least", True), (131071, "least", True)
+    )
+)  # fmt: skip
+_LONG = tuple(
+    Rows(3, k, kind, 0, dtype, 0)
+    for k, kind in ((12288, "normal"), (16384, "nan"), (53248, "one hot"), (53248, "inf"))
+    for dtype in (torch.bfloat16, torch.float32)
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one property came to."""
+
+    name: str
+    on: str  # the executor, for people
+    examples: int
+    failure: str | None = None  # the smallest failing example and how it differs
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How hard to look: examples a property, and the extents that an executor can afford."""
+
+    examples: int
+    most: int  # M and N
+    ops: int  # 2 M N K
+    deep: bool  # the largest K as well
+
+
+def budget(executor: Executor, examples: int) -> Budget:
+    """The interpreter makes some 10^7 operations a second, a card more than anyone needs here."""
+    if executor.on == "interpreter":
+        return Budget(examples, most=150, ops=4_000_000, deep=False)
+    return Budget(examples, most=600, ops=2_000_000_000, deep=True)
+
+
+def difference(got: torch.Tensor, want: torch.Tensor) -> str | None:
+    """None if the two are bit-equal, NaN for NaN; else how many elements differ and the first of them."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[want.element_size()]
+    wrong = got.view(bits) != want.view(bits)
+    if want.is_floating_point():
+        wrong &= ~(got.isnan() & want.isnan())
+    count = int(wrong.sum())
+    if not count:
+        return None
+    first = tuple(int(i) for i in wrong.nonzero()[0])
+    place = ", ".join(map(str, first))
+    return f"{count} of {want.numel()} differ, first [{place}]: got {got[first].item()!r}, want {want[first].item()!r}"
+
+
+def _padded(matrix: torch.Tensor, padding: int) -> torch.Tensor:
+    """`matrix` as a view into a larger buffer: rows `padding` elements further apart, one row of poison after it."""
+    m, k = matrix.shape
+    buffer = torch.full((m + 1, k + padding), POISON, dtype=matrix.dtype, device=matrix.device)
+    view = buffer[:m, :k]
+    view.copy_(matrix)
+    return view
+
+
+class _Canvas:
+    """An output [m, n] inside a larger buffer of sentinels."""
+
+    def __init__(self, m: int, n: int, padding: int, dtype: torch.dtype, device: str) -> None:
+        self.buffer = torch.full((m + 1, n + padding), SENTINEL, dtype=dtype, device=device)
+        self.view = self.buffer[:m, :n]
+
+    def touched(self) -> str | None:
+        """How many elements outside the view were written, if any."""
+        m, n = self.view.shape
+        outside = int((self.buffer[m:] != SENTINEL).sum()) + int((self.buffer[:m, n:] != SENTINEL).sum())
+        return f"{outside} elements outside [M, N] were written" if outside else None
+
+
+def _operands(d: Draw, device: str) -> tuple[torch.Tensor, ...]:
+    m, n, k = d.shape.m, d.shape.n, d.shape.k
+    x = _padded(int8_matrix(m, k, d.kind, d.seed, device), d.padding)
+    w = _padded(int8_matrix(n, k, d.kind, d.seed + 100, device), d.padding)
+    g = torch.Generator(device).manual_seed(d.seed)
+    bias = torch.randn(n, generator=g, device=device).to(d.out_dtype)
+    return x, w, scales(m, d.seed, device), scales(n, d.seed + 7, device), bias
+
+
+def check_accumulator(d: Draw, executor: Executor) -> str | None:
+    """How the int32 sums differ from int64-exact ones and from `torch._int_mm`, or None."""
+    x, w, *_ = _operands(d, executor.device)
+    canvas = _Canvas(d.shape.m, d.shape.n, d.padding, torch.int32, executor.device)
+    got = gemm.accumulate(x, w, config=d.config, out=canvas.view, arch=executor.arch)
+    why = difference(got, reference.accumulate(x, w))
+    if why is None and d.shape.m > 16 and d.shape.n % 8 == 0 and d.shape.k % 8 == 0:
+        theirs = torch._int_mm(x.contiguous(), w.contiguous().t())
+        why = difference(got, theirs)
+        why = why and f"against torch._int_mm: {why}"
+    return why or canvas.touched()
+
+
+def check_output(d: Draw, executor: Executor) -> str | None:
+    """How the dequantized output differs from the reference, or None."""
+    x, w, sx, sw, bias = _operands(d, executor.device)
+    canvas = _Canvas(d.shape.m, d.shape.n, d.padding, d.out_dtype, executor.device)
+    some = bias if d.bias else None
+    got = gemm.scaled_mm(x, w, sx, sw, some, config=d.config, out=canvas.view, arch=executor.arch)
+    return difference(got, reference.scaled_mm(x, w, sx, sw, some, out_dtype=d.out_dtype)) or canvas.touched()
+
+
+def check_quantize(r: Rows, executor: Executor) -> str | None:
+    """How q or s differs from the reference, or None."""
+    wide = float_matrix(r.m, r.k + r.padding, r.kind, r.seed, r.dtype, executor.device)
+    x = wide[:, : r.k]
+    (q, s), (want_q, want_s) = quantize.quantize(x), reference.quantize(x)
+    why_s, why_q = difference(s, want_s), difference(q, want_q)
+    return (why_s and f"scales: {why_s}") or (why_q and f"values: {why_q}")
+
+
+def check_entry(entry: Entry, executor: Executor) -> str | None:
+    """How an entry's configuration differs from the truth on normal and on extreme data, or None.
+
+    On a card at the entry's size, against `torch._int_mm` on every element and int64-exact arithmetic on sampled rows;
+    in the interpreter at `reduced` size, where every element is compared exactly.
+    """
+    shape = reduced(entry.shape, entry.config) if executor.on == "interpreter" else entry.shape
+    for kind in ("normal", "extremes"):
+        d = Draw(shape, entry.config, kind, 3, True, torch.bfloat16, 0)
+        if executor.on == "interpreter":
+            why = check_accumulator(d, executor) or check_output(d, executor)
+        else:
+            why = _check_full(d, executor)
+        if why:
+            return f"{d}: {why}"
+    return None
+
+
+def _check_full(d: Draw, executor: Executor) -> str | None:
+    x, w, sx, sw, bias = _operands(d, executor.device)
+    got = gemm.accumulate(x, w, config=d.config, arch=executor.arch)
+    picks = torch.linspace(0, d.shape.m - 1, min(d.shape.m, 32), device=x.device).long()
+    why = difference(got[picks], reference.accumulate(x[picks], w))
+    if why is None and d.shape.m > 16 and d.shape.n % 8 == 0 and d.shape.k % 8 == 0:
+        why = difference(got, torch._int_mm(x, w.t()))
+    if why:
+        return f"accumulator: {why}"
+    want = reference.dequantize(got, sx, sw, bias, d.out_dtype)
+    out = gemm.scaled_mm(x, w, sx, sw, bias, config=d.config, out_dtype=d.out_dtype, arch=executor.arch)
+    why = difference(out, want)
+    return why and f"output: {why}"
+
+
+def reduced(shape: GemmShape, config: TileConfig) -> GemmShape:
+    """A small shape with the same tails: up to two tiles each way and three steps of K, remainders kept."""
+
+    def cut(size: int, block: int, whole: int) -> int:
+        tail = size % block
+        return min(size, (whole - 1) * block + tail if tail else whole * block)
+
+    return GemmShape(
+        cut(shape.m, config.block_m, 2), cut(shape.n, config.block_n, 2), cut(shape.k, config.block_k, 3)
+    )  # fmt: skip
+
+
+def hold(
+    name: str,
+    on: Executor,
+    strategy: st.SearchStrategy[T],
+    check: Callable[[T, Executor], str | None],
+    *,
+    examples: int,
+    random_seed: int,
+    always: Iterable[T] = (),
+    on_example: Callable[[], None] = lambda: None,
+) -> Result:
+    """Try `check` on `examples` drawn examples and on those of `always`; a Result with the smallest failure, if any."""
+    tried: list[T] = []
+
+    @seed(random_seed)
+    @settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+        report_multiple_bugs=False,
+    )
+    @given(strategy)
+    def attempt(example: T) -> None:
+        tried.append(example)
+        on_example()
+        why = check(example, on)
+        if why:
+            raise AssertionError(why)
+
+    failure = None
+    try:
+        attempt()
+        for example in always:
+            tried.append(example)
+            on_example()
+            why = check(example, on)
+            if why:
+                raise AssertionError(why)
+    except AssertionError as error:
+        failure = f"{tried[-1]}: {error}"
+    except Exception as error:  # a kernel that does not compile or launch is a failure of the kernel, not of the run
+        failure = f"{tried[-1]}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return Result(name, str(on), len(tried), failure)
+
+
+def check_properties(
+    executor: Executor,
+    configs: Iterable[TileConfig],
+    *,
+    examples: int,
+    random_seed: int,
+    on_example: Callable[[], None] = lambda: None,
+) -> Iterator[Result]:
+    """The three properties, over `configs` and some small tiles."""
+    tiles = tuple(sorted({*SMALL_TILES, *configs, default_config(GemmShape(1024, 1, 1))}))
+    limits = budget(executor, examples)
+    deep = _DEEP if limits.deep else _DEEP[:1]
+    more: dict[str, Any] = {"examples": examples, "random_seed": random_seed, "on_example": on_example}
+    gemms = draws(tiles, limits.most, limits.ops)
+    yield hold("accumulator", executor, gemms, check_accumulator, always=deep, **more)
+    yield hold("output", executor, gemms, check_output, always=deep, **more)
+    if executor.arch is None:  # the row quantization has one source and no configuration
+        long = _LONG if limits.deep else _LONG[:2]
+        yield hold("quantize", executor, rows(2000), check_quantize, always=long, **more)
+
+
+def check_entries(
+    executor: Executor, database: Database, on_entry: Callable[[], None] = lambda: None
+) -> tuple[Result, dict[tuple[int, int, int, str], list[Stamp]]]:
+    """Every entry of the database: a Result with the smallest failing one, and stamps of those that passed."""
+    import triton
+
+    stamp = Stamp(on=executor.on, device=executor.name, kernel=gemm.kernel_hash(), triton=triton.__version__)
+    verdicts: dict[tuple[GemmShape, TileConfig], str | None] = {}
+    stamps: dict[tuple[int, int, int, str], list[Stamp]] = {}
+    failure = None
+    for entry in sorted(database.entries, key=lambda e: e.shape.ops):
+        shape = reduced(entry.shape, entry.config) if executor.on == "interpreter" else entry.shape
+        if (shape, entry.config) not in verdicts:
+            try:
+                verdicts[shape, entry.config] = check_entry(entry, executor)
+            except Exception as error:
+                verdicts[shape, entry.config] = f"{entry.shape}, {entry.config}: {type(error).__name__}: {error}"
+        why = verdicts[shape, entry.config]
+        if why is None:
+            stamps[entry.key] = [stamp]
+        failure = failure or why
+        on_entry()
+    return Result("entries", str(executor), len(database.entries), failure), stamps

@@ -1,0 +1,142 @@
+"""Hypothesis strategies of everything a kernel may be given, derived from `spec`, so that what is legal stands once.
+
+Data are drawn as a kind and a seed, not element by element: a matrix of 10^5 elements is made in one call, and an
+example that fails still shrinks, in its shape, its configuration and its kind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+
+from int8kit.spec import GemmShape, TileConfig
+
+INT8_KINDS = ("ones", "normal", "uniform", "extremes", "least")
+FLOAT_KINDS = ("normal", "zero rows", "halves", "tiny", "huge", "subnormal", "nan", "inf", "one hot")
+OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One example of a GEMM: shape, configuration, what the operands hold, the epilogue, and padding between rows."""
+
+    shape: GemmShape
+    config: TileConfig
+    kind: str
+    seed: int
+    bias: bool
+    out_dtype: torch.dtype
+    padding: int  # poisoned elements between rows of x, w and out
+
+    def __str__(self) -> str:
+        bias = "bias" if self.bias else "no bias"
+        dtype = str(self.out_dtype).removeprefix("torch.")
+        data = f"{self.kind} data of seed {self.seed}"
+        return f"{self.shape}, {self.config}, {data}, {bias}, {dtype}, padding {self.padding}"
+
+
+def sizes(block: int, most: int) -> st.SearchStrategy[int]:
+    """An extent of up to `most` elements, often around a multiple of `block`, where tails begin."""
+    around = st.builds(
+        lambda times, off: max(1, min(most, times * block + off)),
+        st.integers(0, max(1, most // block)),
+        st.sampled_from((-1, 0, 0, 1, 3)),
+    )
+    return st.one_of(st.integers(1, most), around)
+
+
+@st.composite
+def draws(draw: st.DrawFn, configs: tuple[TileConfig, ...], most: int, ops: int) -> Draw:
+    """An example with M and N up to `most` and 2 M N K up to about `ops`."""
+    config = draw(st.sampled_from(configs))
+    m, n = draw(sizes(config.block_m, most)), draw(sizes(config.block_n, most))
+    k = draw(sizes(config.block_k, max(config.block_k + 1, min(4096, ops // (2 * m * n)))))
+    return Draw(
+        GemmShape(m, n, k),
+        config,
+        draw(st.sampled_from(INT8_KINDS)),
+        draw(st.integers(0, 7)),
+        draw(st.booleans()),
+        draw(st.sampled_from(OUT_DTYPES)),
+        draw(st.sampled_from((0, 3, 16))),
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One example of a quantization."""
+
+    m: int
+    k: int
+    kind: str
+    seed: int
+    dtype: torch.dtype
+    padding: int
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"[{self.m}, {self.k}] {dtype}, {self.kind} data of seed {self.seed}, padding {self.padding}"
+
+
+@st.composite
+def rows(draw: st.DrawFn, most_k: int) -> Rows:
+    """An example of up to 5 rows of up to `most_k` elements."""
+    return Rows(
+        draw(st.integers(1, 5)),
+        draw(sizes(128, most_k)),
+        draw(st.sampled_from(FLOAT_KINDS)),
+        draw(st.integers(0, 7)),
+        draw(st.sampled_from(OUT_DTYPES)),
+        draw(st.sampled_from((0, 3))),
+    )
+
+
+def int8_matrix(m: int, k: int, kind: str, seed: int, device: str) -> torch.Tensor:
+    """[m, k] int8 of a kind: all ones, quantized normal, every value, +-127 and -128 at random, or -128 alone."""
+    g = torch.Generator(device).manual_seed(seed)
+    if kind == "ones":
+        return torch.ones(m, k, dtype=torch.int8, device=device)
+    if kind == "normal":
+        return (torch.randn(m, k, generator=g, device=device) * 34).round().clamp(-127, 127).to(torch.int8)
+    if kind == "uniform":
+        return torch.randint(-128, 128, (m, k), generator=g, dtype=torch.int8, device=device)
+    if kind == "extremes":
+        choice = torch.randint(0, 3, (m, k), generator=g, dtype=torch.int8, device=device)
+        return torch.where(choice == 0, -128, torch.where(choice == 1, -127, 127)).to(torch.int8)
+    return torch.full((m, k), -128, dtype=torch.int8, device=device)
+
+
+def scales(length: int, seed: int, device: str) -> torch.Tensor:
+    """[length] fp32, positive, all different and none a power of two: an exchanged or misplaced one shows."""
+    g = torch.Generator(device).manual_seed(seed + 1000)
+    return torch.rand(length, generator=g, device=device) * 0.011 + 0.0003
+
+
+def float_matrix(m: int, k: int, kind: str, seed: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """[m, k] of a kind; the special rows are the odd ones, so that ordinary rows stand beside them."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, k, generator=g)
+    odd = torch.arange(m) % 2 == (1 if m > 1 else 0)
+    spot = torch.randint(0, k, (m,), generator=g)
+    if kind == "zero rows":
+        x[odd] = 0.0
+    elif kind == "halves":  # quotients that end in .5 exactly: ties
+        x = torch.randint(-253, 254, (m, k), generator=g) * 0.5
+        x[torch.arange(m), spot] = 127.0
+    elif kind == "tiny":
+        x *= 1e-30 if dtype is not torch.float16 else 1e-4
+    elif kind == "huge":
+        x *= 1e37 if dtype is not torch.float16 else 1e4
+    elif kind == "subnormal":  # down to the last bit: the scale is subnormal too, or underflows to zero
+        bits = torch.randint(0, 300, (m, k), generator=g, dtype=torch.int32)
+        if dtype is torch.float32:
+            return (bits.view(torch.float32) * (1 - 2 * (bits % 2))).to(device)
+        return bits.remainder(100).to(torch.int16).view(dtype).to(device)
+    elif kind in ("nan", "inf"):
+        x[odd, spot[odd]] = float(kind) * (1 if seed % 2 else -1)
+    elif kind == "one hot":
+        x = torch.zeros(m, k)
+        x[torch.arange(m), spot] = -3.0
+    return x.to(dtype).to(device)

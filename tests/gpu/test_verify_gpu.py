@@ -1,0 +1,57 @@
+"""Bit-exactness on the card, of its own code and of sm_86 code, over properties and every shipped entry."""
+
+import pytest
+import torch
+
+from int8kit import db, files, gpus, reference
+from int8kit.kernels import gemm
+from int8kit.spec import TileConfig
+from int8kit.verify import checks, foreign
+
+DATABASES = sorted(files.shipped("tuning_db").glob("*.json"))
+
+
+def executors():
+    return foreign.executors(gpus.get("rtx3090")) if torch.cuda.is_available() else []
+
+
+@pytest.mark.parametrize("executor", executors(), ids=str)
+def test_properties(executor):
+    configs = [TileConfig(128, 256, 64, 8, 3), TileConfig(64, 128, 128, 4, 3)]
+    results = list(checks.check_properties(executor, configs, examples=60, random_seed=1))
+    assert [r.failure for r in results if r.failure] == []
+
+
+@pytest.mark.parametrize("path", DATABASES, ids=lambda p: p.stem)
+def test_every_shipped_entry(path):
+    database = db.load(path)
+    for executor in foreign.executors(database.gpu):
+        result, stamps = checks.check_entries(executor, database)
+        assert result.failure is None
+        assert len(stamps) == len(database.entries)
+
+
+@pytest.mark.parametrize("m", [1, 16, 17, 127, 129])
+@pytest.mark.parametrize("k", [53248, 131071])
+def test_deep_extremes(m, k):
+    """The largest sums: -128 everywhere, just inside int32, where saturation or overflow would show."""
+    x = torch.full((m, k), -128, dtype=torch.int8, device="cuda")
+    w = torch.full((136, k), -128, dtype=torch.int8, device="cuda")
+    for executor in executors():
+        for config in (TileConfig(64, 64, 128, 4, 3), TileConfig(128, 128, 64, 8, 4)):
+            got = gemm.accumulate(x, w, config=config, arch=executor.arch)
+            assert (got == 128 * 128 * k).all()
+
+
+def test_cpu_and_gpu_reference_agree():
+    """The reference is the same function on both devices: the plain linear's bits do not depend on the device."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(37, 416, generator=generator).bfloat16()
+    q, s = reference.quantize(x)
+    q_gpu, s_gpu = reference.quantize(x.cuda())
+    assert torch.equal(q, q_gpu.cpu())
+    assert torch.equal(s, s_gpu.cpu())
+    sw, bias = torch.rand(37, generator=generator) / 256, torch.randn(37, generator=generator).bfloat16()
+    y = reference.scaled_mm(q, q, s, sw, bias)
+    y_gpu = reference.scaled_mm(q_gpu, q_gpu, s_gpu, sw.cuda(), bias.cuda())
+    assert torch.equal(y, y_gpu.cpu())
