@@ -1,10 +1,10 @@
 """The tuning database: one JSON file a card, one entry a line.
 
-    {"format": "int8kit.tuning/1", "numerics": 1,
+    {"format": "int8kit.tuning/1", "numerics": 1, "policies": {"1": "GEMM with epilogue and bias, ..."},
      "gpu": {"alias": "rtx3090", "name": "NVIDIA GeForce RTX 3090", "arch": 86, "sms": 82, "shared_memory": 101376},
      "entries": [
        {"m": 4296, "n": 12288, "k": 4608, "source": "proxy", "config": {"block_m": 128, ...}, "triton": "3.6.0",
-        "kernel": "f00d...", "time_us": 712.4, "measured_on": "NVIDIA H200", "policy": "...", ...}]}
+        "kernel": "f00d...", "time_us": 712.4, "measured_on": "NVIDIA H200", "policy": 1, ...}]}
 
 An entry is identified by (m, n, k) and the Triton version that compiled it; the header identifies card and numerics.
 `Database.resolve` climbs down a ladder and says on which rung it stood:
@@ -37,6 +37,7 @@ from int8kit import files, gpus
 from int8kit.gpus import Gpu
 from int8kit.spec import (
     NUMERICS_VERSION,
+    POLICIES,
     FileError,
     GemmShape,
     Plan,
@@ -93,8 +94,8 @@ class Entry(_Row):
     default_us: float | None = None  # default_config in the same rounds
     bf16_us: float | None = None  # torch's bf16 matmul in the same rounds
     measured_on: str | None = None  # the card that was timed
-    policy: str | None = None  # how
-    verified: tuple[Stamp, ...] = ()
+    policy: int | None = None  # how: see the header
+    verified: tuple[Stamp, ...] | None = None
 
     @property
     def shape(self) -> GemmShape:
@@ -141,13 +142,17 @@ class Database:
     def merged(self, new: Iterable[Entry]) -> Database:
         """With `new` entries: a weaker source never replaces a stronger one of the same kernel, else the new one stays.
 
-        An entry of another kernel source is out of date and always gives way.
+        An entry of another kernel source is out of date and always gives way. A verification stays with its
+        configuration.
         """
         entries = {entry.key: entry for entry in self.entries}
         for entry in new:
             old = entries.get(entry.key)
-            if old is None or entry.source.strength >= old.source.strength or old.kernel != entry.kernel:
+            if old is None or old.kernel != entry.kernel:
                 entries[entry.key] = entry
+            elif entry.source.strength >= old.source.strength:
+                same = old.config == entry.config and entry.verified is None
+                entries[entry.key] = entry.model_copy(update={"verified": old.verified}) if same else entry
         return Database(self.gpu, tuple(sorted(entries.values(), key=lambda e: e.key)))
 
     def stamped(self, stamps: dict[tuple[int, int, int, str], Sequence[Stamp]]) -> Database:
@@ -156,7 +161,7 @@ class Database:
         for entry in self.entries:
             new = stamps.get(entry.key, ())
             kernels = {stamp.kernel for stamp in new}
-            old = [s for s in entry.verified if not kernels or s.kernel in kernels]
+            old = [s for s in entry.verified or () if not kernels or s.kernel in kernels]
             kept = sorted({(s.on, s.device): s for s in (*old, *new)}.values(), key=lambda s: (s.on, s.device))
             entries.append(entry.model_copy(update={"verified": tuple(kept)}))
         return Database(self.gpu, tuple(entries))
@@ -193,7 +198,13 @@ class Database:
         gpu = self.gpu
         card = _Card(alias=gpu.alias, name=gpu.name, arch=gpu.arch, sms=gpu.sms, shared_memory=gpu.shared_memory)
         rows = [entry.model_dump(mode="json", exclude_none=True) for entry in self.entries]
-        document = {"format": FORMAT, "numerics": NUMERICS_VERSION, "gpu": card.model_dump(), "entries": rows}
+        document = {
+            "format": FORMAT,
+            "numerics": NUMERICS_VERSION,
+            "policies": POLICIES,
+            "gpu": card.model_dump(),
+            "entries": rows,
+        }
         return files.dump_rows(document, "entries")
 
 

@@ -21,6 +21,14 @@ from functools import lru_cache
 NUMERICS_VERSION = 1
 """Version of the arithmetic that `int8kit.reference` defines. A database of another version is refused."""
 
+POLICIES = {
+    1: "GEMM with epilogue and bias, bf16 out; operands quantized from normal data; weights rotated past twice the L2; "
+    "contestants interleaved round by round in turning order; CUDA events; medians with p20 and p80"
+}
+"""How times are measured, by version. A database entry names the version; its file's header has the text."""
+
+POLICY = max(POLICIES)
+
 K_MAX = 131071
 """Largest K whose int32 sums cannot overflow: 128 * 128 * K < 2**31."""
 

@@ -1,7 +1,6 @@
 """Timing on the card in this machine, by one stated policy.
 
-    POLICY   GEMM with epilogue and bias, bf16 out; operands quantized from normal data; weights rotated past twice the
-             L2; contestants interleaved round by round, in turning order; CUDA events; medians with p20 and p80.
+The policy is `spec.POLICIES[spec.POLICY]`, which every database carries in its header: change one, change the other.
 
 Before anything is timed, `check_health` multiplies two bf16 matrices: a card that throttles gives no figures worth
 storing (a throttled RTX 3090 has been seen at an eighth of its rate). Zeros are never timed: they draw less power, so
@@ -22,7 +21,6 @@ from int8kit.gpus import Gpu
 from int8kit.kernels import gemm, quantize
 from int8kit.spec import CheckFailed, ConfigError, GemmShape, TileConfig
 
-POLICY = "gemm+bias bf16 out; normal data; weights rotated past 2x L2; interleaved; events; median, p20, p80"
 HEALTHY_SHARE = 0.5  # of the data sheet's dense bf16 rate; healthy cards reach 0.75 to 0.92 of it
 SAMPLE_US = 4000  # launches are repeated to fill about this long, so that events' resolution does not matter
 

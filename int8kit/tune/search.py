@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from int8kit.db import Entry, Resources
 from int8kit.gpus import Gpu, present
-from int8kit.spec import CheckFailed, GemmShape, Source, TileConfig, default_config
+from int8kit.spec import POLICY, CheckFailed, GemmShape, Source, TileConfig, default_config
 from int8kit.tune import offline, space, workers
 
 CONTESTANTS = 20  # of each shape, by the model, timed in few rounds
@@ -151,6 +151,6 @@ def _measured(
             "default_us": round(final[default].p50, 2),
             "bf16_us": round(bf16.p50, 2),
             "measured_on": card.name,
-            "policy": measure.POLICY,
+            "policy": POLICY,
         }
     )
