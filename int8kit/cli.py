@@ -19,12 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from int8kit import __version__
-from int8kit.spec import CheckFailed, InputError, Int8kitError, Source
+from int8kit.spec import CheckFailed, FileError, InputError, Int8kitError, Source
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="INT8 linears of diffusion transformers on integer tensor cores: trace, tune, verify, run.",
 )  # fmt: skip
+_EXTRAS = {"diffusers": "run", "transformers": "run", "PIL": "run", "hypothesis": "verify"}
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -41,6 +42,10 @@ def main(argv: list[str] | None = None) -> None:
         _fail(str(error), error.exit_status)
     except usage_error as error:
         _fail(f"{error.format_message()} See `int8kit --help`.", 2)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in _EXTRAS:
+            raise
+        _fail(f"no module {error.name!r}; install it with `pip install 'int8kit[{_EXTRAS[str(error.name)]}]'`", 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; what was finished is kept", 130)
 
@@ -211,7 +216,7 @@ def _health() -> None:
 def verify(
     gpu: Annotated[str | None, typer.Option(help="The card. Default: the one that is here, else rtx3090.")] = None,
     database: Annotated[Path | None, typer.Option("--db", help="Default: ./tuning_db/<gpu>.json, or shipped.")] = None,
-    examples: Annotated[int, typer.Option(help="Examples drawn for each property.", min=1)] = 150,
+    examples: Annotated[int, typer.Option(help="Examples drawn for each property.")] = 150,
     seed: Annotated[int, typer.Option(help="Draws other examples.")] = 0,
     stamp: Annotated[bool, typer.Option(help="Write what passed into the database.")] = True,
     as_json: Json = False,
@@ -223,6 +228,8 @@ def verify(
 
     Example: int8kit verify --gpu rtx3090
     """
+    if examples < 1:
+        raise InputError(f"--examples {examples}: legal is 1 or more")
     import torch
 
     if not torch.cuda.is_available():
@@ -261,12 +268,14 @@ def verify(
 
 
 def _stamp(path: Path, stamps: dict[Any, Any]) -> None:
-    from int8kit import db
-    from int8kit.spec import FileError
+    from int8kit import db, files
 
+    if path.parent == files.shipped("tuning_db") and path.parent != Path("tuning_db").resolve():
+        _note(f"{path} came with the package: not stamped; copy it to ./tuning_db to keep stamps")
+        return
     try:
         changed = db.stamp(path, stamps)
-    except FileError as error:  # a package folder is often not the user's to write: the proof holds all the same
+    except FileError as error:  # the proof holds, whether or not it can be written down
         _note(f"stamps not written: {error}")
     else:
         _note(f"{'stamped' if changed else 'stamps are up to date in'} {path}")
@@ -294,9 +303,11 @@ def run(
     Example: int8kit run --prompt "a red bicycle" --output out/bicycle.png
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import diffusers
     import transformers
 
     transformers.logging.set_verbosity_error()
+    diffusers.logging.set_verbosity_error()
     from int8kit import files, report
     from int8kit.runtime import generate
 
@@ -311,7 +322,8 @@ def run(
     took = {key: value for key, value in vars(outcome).items() if key.endswith(("_s", "_ms", "_gib"))}
     choices = [
         {"m": c.shape.m, "n": c.shape.n, "k": c.shape.k, "layers": count, "config": vars(c.config), "rung": c.rung,
-         "why": c.why} for c, count in outcome.choices
+         "why": c.why,
+         "verified": c.verified} for c, count in outcome.choices
     ]  # fmt: skip
     document = {"image": str(output), "device": outcome.device, "text_tokens": outcome.tokens, **took,
                 "database": outcome.database, "configurations": choices}  # fmt: skip

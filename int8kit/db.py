@@ -124,7 +124,7 @@ class Choice:
     config: TileConfig
     rung: str
     why: str
-    entry: Entry | None = None
+    verified: bool = False  # the entry's configuration was proven exact with the present kernel
 
 
 def minor(version: str) -> str:
@@ -156,13 +156,18 @@ class Database:
         return Database(self.gpu, tuple(sorted(entries.values(), key=lambda e: e.key)))
 
     def stamped(self, stamps: dict[tuple[int, int, int, str], Sequence[Stamp]]) -> Database:
-        """With verification stamps, by entry key. Stamps of another kernel source are void and dropped."""
+        """With verification stamps, by entry key. Stamps of another kernel source are void and dropped.
+
+        What a card has executed at full size, the interpreter adds nothing to.
+        """
         entries = []
         for entry in self.entries:
             new = stamps.get(entry.key, ())
             kernels = {stamp.kernel for stamp in new}
             old = [s for s in entry.verified or () if not kernels or s.kernel in kernels]
             kept = sorted({(s.on, s.device): s for s in (*old, *new)}.values(), key=lambda s: (s.on, s.device))
+            if any(s.on != "interpreter" for s in kept):
+                kept = [s for s in kept if s.on != "interpreter"]
             entries.append(entry.model_copy(update={"verified": tuple(kept)}))
         return Database(self.gpu, tuple(entries))
 
@@ -180,7 +185,8 @@ class Database:
         ):
             if found:
                 entry = min(found, key=lambda e: (_distance(e, shape, self.gpu.sms), *_age(e, triton, kernel), e.key))
-                return Choice(shape, entry.config, rung, _why(entry, shape, triton, kernel), entry)
+                proven = any(s.kernel == (kernel or entry.kernel) for s in entry.verified or ())
+                return Choice(shape, entry.config, rung, _why(entry, shape, triton, kernel), proven)
         config = default_config(shape)
         return Choice(shape, config, "default", f"no entry for {self.gpu.alias}")
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from int8kit.db import Database, Entry
-from int8kit.runtime.generate import Outcome
-from int8kit.verify.checks import Result
+from int8kit.db import Entry
+
+if TYPE_CHECKING:  # a verb needs the packages of its own stage, not those of all
+    from int8kit.runtime.generate import Outcome
+    from int8kit.verify.checks import Result
 
 
 def shapes_table(document: dict[str, Any]) -> str:
@@ -37,8 +39,9 @@ def _some(layers: list[str]) -> str:
 
 def tuning_table(entries: Iterable[Entry]) -> str:
     """Entries of a tuning run: each shape's configuration, what it takes, and its time."""
-    rows = []
+    rows, cards = [], set()
     for e in entries:
+        cards.add(e.measured_on or "the model: no card was timed")
         us = e.time_us or e.model_us or 0.0
         rows.append(
             (e.shape, e.config, e.source, e.tried, e.resources.registers, e.resources.shared_bytes // 1024,
@@ -47,7 +50,7 @@ def tuning_table(entries: Iterable[Entry]) -> str:
              f"{e.bf16_us / e.time_us:.2f}x" if e.bf16_us and e.time_us else "")
         )  # fmt: skip
     head = ("M x N x K", "tile", "source", "tried", "regs", "KiB", "us", "TOP/s", "vs default", "vs bf16")
-    return tabulate(rows, head, disable_numparse=True, stralign="right")
+    return f"{tabulate(rows, head, disable_numparse=True, stralign='right')}\ntimes by {', '.join(sorted(cards))}"
 
 
 def verify_table(results: Iterable[Result]) -> str:
@@ -58,12 +61,9 @@ def verify_table(results: Iterable[Result]) -> str:
 
 def run_tables(outcome: Outcome) -> str:
     """The configurations of an image and what it took."""
-    rows = [
-        (c.shape, count, c.config, c.rung, "native" if c.entry and c.entry.verified else "", c.why)
-        for c, count in outcome.choices
-    ]
+    rows = [(c.shape, count, c.config, c.rung, "yes" if c.verified else "no", c.why) for c, count in outcome.choices]
     head = ("M x N x K", "layers", "tile", "rung", "verified", "from")
-    configs = tabulate([(a, b, c, d, "yes" if e else "", f) for a, b, c, d, e, f in rows], head, disable_numparse=True)
+    configs = tabulate(rows, head, disable_numparse=True)
     took = [
         ("load", f"{outcome.load_s:.2f} s"),
         ("encode and quantize", f"{outcome.prepare_s:.2f} s"),
@@ -72,11 +72,3 @@ def run_tables(outcome: Outcome) -> str:
         ("peak memory", f"{outcome.peak_gib:.2f} GiB ({outcome.device})"),
     ]
     return f"{configs}\n\n{tabulate(took, disable_numparse=True)}"
-
-
-def database_line(database: Database) -> str:
-    """One line about a database: how many entries of each source."""
-    counts = {
-        source: sum(e.source == source for e in database.entries) for source in {e.source for e in database.entries}
-    }
-    return ", ".join(f"{count} {source}" for source, count in sorted(counts.items()))

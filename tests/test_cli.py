@@ -1,0 +1,211 @@
+"""The verbs as a user calls them: in a process of their own, in an empty folder, on good and on bad input."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from int8kit import cli, db, files, trace
+
+TUNE = ("tune", "--gpu", "rtx3090", "--shapes", "s.json", "-o", "t.json")
+
+
+def int8kit(*args, cwd, status=0, **env):
+    done = subprocess.run(
+        [sys.executable, "-m", "int8kit.cli", *map(str, args)],
+        cwd=cwd, capture_output=True, text=True, timeout=300,
+        env={k: v for k, v in {**os.environ, **env}.items() if k != "TRITON_INTERPRET"},
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A folder in which the whole way was walked once: s.json, t.json, out/image.png."""
+    folder = tmp_path_factory.mktemp("workshop")
+    int8kit("trace-shapes", "tiny", "--size", "256x128", "--text-tokens", "40", "-o", "s.json", cwd=folder)
+    int8kit(*TUNE, cwd=folder)
+    return folder
+
+
+def test_trace_shapes(tmp_path):
+    done = int8kit("trace-shapes", "ideogram4", "--size", "1024x768", "--batch", "2", "--json", cwd=tmp_path)
+    document = json.loads(done.stdout)
+    assert document == trace.read(tmp_path / "shapes" / "ideogram4.json")
+    assert [(c["height"], c["width"], c["batch"], c["branch"]) for c in document["cases"]] == [
+        (768, 1024, 2, "cond"),
+        (768, 1024, 2, "uncond"),
+    ]
+    assert {"m", "n", "k", "count", "bias", "layers"} <= set(document["cases"][0]["gemms"][0])
+    table = int8kit("trace-shapes", "tiny", "--slots", "2048", "--branch", "cond", cwd=tmp_path).stdout
+    assert "layers.*.feed_forward.w2" in table
+    assert "2048 text slots" in table
+
+
+def test_tune(workshop):
+    base = db.load(workshop / "t.json", "rtx3090")
+    assert {e.shape for e in base.entries} == set(trace.int8_shapes(trace.read(workshop / "s.json")))
+    assert len({e.triton for e in base.entries}) == 1
+
+
+def test_tune_says_where_it_stands(workshop):
+    done = int8kit(*TUNE, "--json", cwd=workshop)
+    report = json.loads(done.stdout)
+    assert report["source"] in ("modelled", "proxy", "measured")
+    assert report["source"] in done.stderr or "measuring" in done.stderr
+    again = db.load(workshop / "t.json")
+    assert len(again.entries) == len(report["entries"])
+
+
+def test_verify_stamps_what_it_proved(workshop):
+    done = int8kit("verify", "--gpu", "rtx3090", "--db", "t.json", "--examples", "15", cwd=workshop)
+    assert "holds" in done.stdout
+    assert "differs" not in done.stdout
+    assert all(e.verified for e in db.load(workshop / "t.json").entries)
+    done = int8kit("verify", "--gpu", "rtx3090", "--db", "t.json", "--examples", "15", "--json", cwd=workshop)
+    assert {r["name"] for r in json.loads(done.stdout)["results"]} == {"accumulator", "output", "quantize", "entries"}
+    assert "up to date" in done.stderr
+
+
+def test_verify_fails_on_a_broken_kernel(tmp_path):
+    """A copy of the package with one character of the kernel changed: exit status 1, and an example."""
+    package = files.shipped("shapes").parent
+    for name in ("int8kit", "tuning_db", "shapes"):
+        source = package / name if (package / name).is_dir() else package
+        subprocess.run(["cp", "-r", source, tmp_path / name], check=True)
+    kernel = tmp_path / "int8kit" / "kernels" / "gemm.py"
+    text = kernel.read_text()
+    assert text.count("mask=(ks < K - k)[:, None]") == 1
+    kernel.write_text(text.replace("mask=(ks < K - k)[:, None]", "mask=(ks <= K - k)[:, None]"))
+    kernel.write_text(kernel.read_text().replace("mask=(ks < K - k)[None, :]", "mask=(ks <= K - k)[None, :]"))
+    done = int8kit("verify", "--gpu", "rtx3090", "--no-stamp", "--examples", "40", cwd=tmp_path, status=1,
+                   PYTHONPATH=str(tmp_path))  # fmt: skip
+    assert re.search(r"accumulator differs on .*smallest example:\n  1x1x\d+, ", done.stdout)
+    assert "Traceback" not in done.stderr
+
+
+def test_run(workshop):
+    done = int8kit("run", "--size", "64x48", "--steps", "2", "--gpu", "rtx3090", "--db", "t.json", cwd=workshop)
+    assert "wrote out/image.png" in done.stdout
+    assert "peak memory" in done.stdout
+    with Image.open(workshop / "out" / "image.png") as image:
+        image.load()
+        assert image.size == (64, 48)
+    done = int8kit("run", "--size", "64x48", "--steps", "2", "--json", cwd=workshop)  # ours: overwritten
+    report = json.loads(done.stdout)
+    assert report["configurations"]
+    assert report["step_ms"] > 0
+    assert "denoising" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((), ["no verb", "trace-shapes, tune, verify and run"]),
+        (("paint",), ["paint", "int8kit --help"]),
+        (("tune", "--gpus", "x"), ["--gpus"]),
+        (("trace-shapes", "sdxl"), ["'sdxl'", "ideogram4, tiny", "local folder"]),
+        (("trace-shapes", "--size", "1000x1024"), ["width 1000", "multiple of 16", "992 and 1008"]),
+        (("trace-shapes", "--size", "big"), ["'big'", "WIDTHxHEIGHT", "1024x1024"]),
+        (("trace-shapes", "--slots", "10"), ["10 text slots", "200"]),
+        (("trace-shapes", "--branch", "both?"), ["'both?'", "cond, uncond and both"]),
+        (("trace-shapes", "--batch", "0"), ["batch 0", "at least 1"]),
+        (("trace-shapes", "tiny", "-o", "."), ["it is a folder"]),
+        (("trace-shapes", "tiny", "-o", "mine.json"), ["was not written by int8kit", "--force"]),
+        (("trace-shapes", "tiny", "-o", "/proc/x/s.json"), ["cannot write", "writable folder"]),
+        (("tune", "--gpu", "rtx9"), ["unknown card 'rtx9'", "rtx3090", "gpus.py"]),
+        (("tune", "--gpu", "rtx3090", "--shapes", "no.json"), ["no file 'no.json'", "trace-shapes"]),
+        (("tune", "--gpu", "rtx3090", "--shapes", "half.json"), ["damaged JSON", "half.json", "trace-shapes"]),
+        (("tune", "--gpu", "rtx3090", "--shapes", "mine.json"), ["has the format None", "int8kit.shapes/1"]),
+        (("tune", "--gpu", "rtx3090", "--shapes", "deep.json"), ["K = 131072", "1 to 131071", "split"]),
+        (("tune", "--gpu", "rtx3090", "--size", "64x64"), ["no shape of 64x64 px", "trace-shapes"]),
+        (("tune", "--gpu", "rtx3090", "-o", "mine.json"), ["was not written by int8kit", "--force"]),
+        (("verify", "--gpu", "rtx9"), ["unknown card"]),
+        (("verify", "--gpu", "rtx3090", "--db", "mine.json"), ["has the format None", "int8kit.tuning/1"]),
+        (("verify", "--examples", "0"), ["--examples", "0"]),
+        (("run", "--model", "sdxl"), ["'sdxl'", "tiny", "hub id"]),
+        (("run", "--model", "nobody/nothing"), ["cannot load 'nobody/nothing'", "hf auth login"]),
+        (("run", "--size", "250x256"), ["width 250", "240 and 256"]),
+        (("run", "--prompt", "x" * 3000), ["tokens; legal is up to 2048"]),
+        (("run", "-o", "mine.json"), ["was not written by int8kit"]),
+        (("run", "--preset", "best"), ["unknown preset 'best'", "quality"]),
+        (("run", "--db", "mine.json"), ["has the format None"]),
+        (("run", "--steps", "-3"), ["-3 steps"]),
+    ],
+    ids=lambda value: "-".join(value)[:40] if isinstance(value, tuple) else None,
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capfd, args, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text('{"mine": 1}')
+    (tmp_path / "half.json").write_text('{"format": "int8kit.shapes/1", "cas')
+    deep = {"m": 64, "n": 64, "k": 131072, "count": 1, "bias": False, "layers": ["a"]}
+    case = {"height": 64, "width": 64, "batch": 1, "text_tokens": 1, "branch": "cond", "gemms": [deep]}
+    (tmp_path / "deep.json").write_text(json.dumps({"format": trace.FORMAT, "model": "m", "cases": [case]}))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(args))
+    assert ended.value.code == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    [line] = [line for line in err.splitlines() if not line.startswith("int8kit: no rtx3090 here")]
+    assert line.startswith("int8kit: ")
+    for word in words:
+        assert word in line
+    written = {path for path in tmp_path.rglob("*") if path.is_file()} - set(before)
+    assert written == set()
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_missing_package_names_its_extra(tmp_path):
+    (tmp_path / "diffusers.py").write_text("raise ModuleNotFoundError(name='diffusers')")
+    done = int8kit("trace-shapes", "tiny", cwd=tmp_path, status=2, PYTHONPATH=str(tmp_path))
+    assert "pip install 'int8kit[run]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_bad_input_in_a_process_of_its_own(tmp_path):
+    done = int8kit("tune", "--gpu", "rtx9", cwd=tmp_path, status=2)
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+
+
+def test_force_overwrites(tmp_path):
+    (tmp_path / "mine.json").write_text("precious")
+    int8kit("trace-shapes", "tiny", "--size", "64x64", "-o", "mine.json", "--force", cwd=tmp_path)
+    assert files.is_ours(tmp_path / "mine.json", trace.FORMAT)
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path):
+    int8kit("trace-shapes", "tiny", "--size", "64x64", "-o", "s.json", cwd=tmp_path)
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment.pop("TRITON_INTERPRET", None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "int8kit.cli", *TUNE], cwd=tmp_path, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    while len(list((tmp_path / "cache").glob("*/*.cubin"))) < 6:  # in the middle of some 100 kernels
+        assert process.poll() is None
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in out + err
+    assert "interrupted after" in err
+    assert "run again" in err
+    kept = db.load(tmp_path / "t.json").entries
+    assert len(kept) == len(trace.int8_shapes(trace.read(tmp_path / "s.json")))
+    done = int8kit(*TUNE, cwd=tmp_path, TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    assert "wrote" in done.stdout
+
+
+def test_verbs_show_an_example():
+    for verb in ("trace-shapes", "tune", "verify", "run"):
+        assert f"Example: int8kit {verb}" in int8kit(verb, "--help", cwd=".").stdout
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", int8kit("--version", cwd=".").stdout)

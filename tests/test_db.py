@@ -1,0 +1,177 @@
+import json
+import multiprocessing
+from dataclasses import replace
+
+import pytest
+
+from int8kit import db, files, gpus
+from int8kit.db import Database, Entry, Resources, Stamp
+from int8kit.spec import FileError, GemmShape, Source, TileConfig, default_config, why_illegal
+
+GPU = gpus.get("rtx3090")
+A, B, C = TileConfig(64, 64, 64, 4, 3), TileConfig(128, 128, 64, 8, 3), TileConfig(128, 64, 64, 4, 4)
+
+
+def entry(m=4096, n=4608, k=4608, config=A, source=Source.MODELLED, triton="3.7.1", kernel="k1", **more):
+    resources = Resources(registers=100, spill_bytes=0, shared_bytes=32768)
+    return Entry(
+        m=m, n=n, k=k, config=config, source=source, triton=triton, kernel=kernel, resources=resources, tried=9, **more
+    )
+
+
+def test_rungs():
+    base = Database(GPU).merged([entry(m=1000), entry(m=4000, config=B), entry(n=12288, config=C)])
+    assert base.resolve(GemmShape(1000, 4608, 4608)).rung == "exact"
+    near = base.resolve(GemmShape(3900, 4608, 4608))
+    assert (near.rung, near.config) == ("nearest-m", B)
+    assert base.resolve(GemmShape(1100, 4608, 4608)).config == A
+    other = base.resolve(GemmShape(4096, 12000, 4608))
+    assert (other.rung, other.config) == ("nearest", C)
+    shape = GemmShape(3, 3, 3)
+    assert Database(GPU).resolve(shape).config == default_config(shape)
+    assert Database(GPU).resolve(shape).rung == "default"
+
+
+def test_another_toolchain_serves_with_a_remark():
+    base = Database(GPU).merged([entry(config=A, triton="3.6.0"), entry(config=B, triton="3.9.0", kernel="k0")])
+    shape = GemmShape(4096, 4608, 4608)
+    assert base.resolve(shape, triton="3.6.1").config == A
+    assert base.resolve(shape, triton="3.9.2").config == B
+    choice = base.resolve(shape, triton="3.7.0", kernel="k1")
+    assert choice.config == A
+    assert choice.why == "modelled for 4096x4608x4608; tuned with Triton 3.6.0, running 3.7.0"
+    assert "another kernel source" in base.resolve(shape, triton="3.9.0", kernel="k1").why
+
+
+def test_an_illegal_entry_is_never_chosen():
+    big = TileConfig(128, 256, 128, 8, 4)
+    assert why_illegal(big, arch=86, shared_memory=GPU.shared_memory)
+    base = Database(GPU).merged([entry(config=big)])
+    assert base.resolve(GemmShape(4096, 4608, 4608)).rung == "default"
+
+
+def test_merge_keeps_the_stronger_source():
+    base = Database(GPU).merged([entry(config=A, source=Source.PROXY)])
+    assert base.merged([entry(config=B, source=Source.MODELLED)]).entries[0].config == A
+    assert base.merged([entry(config=B, source=Source.MEASURED)]).entries[0].config == B
+    assert base.merged([entry(config=B, source=Source.PROXY)]).entries[0].config == B
+    stale = base.merged([entry(config=B, source=Source.MODELLED, kernel="k2")])
+    assert stale.entries[0].config == B
+    assert len(base.merged([entry(triton="3.9.0")]).entries) == 2
+
+
+def test_stamps_follow_the_kernel_and_the_configuration():
+    native = Stamp(on="native", device="RTX", kernel="k1", triton="3.7.1")
+    weak = Stamp(on="interpreter", device="CPU", kernel="k1", triton="3.7.1")
+    base = Database(GPU).merged([entry()])
+    key = base.entries[0].key
+    both = base.stamped({key: [weak]}).stamped({key: [native]})
+    assert both.entries[0].verified == (native,)
+    assert both.stamped({key: [weak]}) == both
+    foreign = native.model_copy(update={"on": "foreign", "device": "H200"})
+    assert set(both.stamped({key: [foreign]}).entries[0].verified) == {native, foreign}
+    newer = weak.model_copy(update={"kernel": "k2"})
+    assert both.stamped({key: [newer]}).entries[0].verified == (newer,)
+    assert both.merged([entry()]).entries[0].verified == both.entries[0].verified
+    assert both.merged([entry(config=B)]).entries[0].verified is None
+
+
+def test_plan_covers_what_runs_and_what_is_known():
+    base = Database(GPU).merged([entry(m=1000), entry(m=4000, config=B)])
+    plan = base.plan(4608, 4608, [4096])
+    assert [m for m, _ in plan.rungs] == [1000, 4000, 4096]
+    assert dict(plan.rungs)[4096] == B
+
+
+def test_file_is_one_line_an_entry_and_round_trips(tmp_path):
+    path = tmp_path / "rtx3090.json"
+    written = db.update(path, GPU, [entry(m=m, time_us=1.5) for m in (3, 1, 2)])
+    assert db.load(path, "rtx3090") == written
+    lines = [line for line in path.read_text().splitlines() if '"config"' in line]
+    assert [json.loads(line.rstrip(","))["m"] for line in lines] == [1, 2, 3]
+    assert str(tmp_path) not in path.read_text()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda d: d.update(numerics=2), "numerics 2; legal is 1"),
+        (lambda d: d["entries"][0].update(host="pc"), "Entry.host: Extra inputs"),
+        (lambda d: d["entries"][0].pop("config"), "Entry.config: Field required"),
+        (lambda d: d["entries"][0].update(k=200000), "K = 200000"),
+        (lambda d: d["entries"][0].update(m=0), "Entry.m: Input should be greater"),
+        (lambda d: d.update(entries=3), "is damaged"),
+        (lambda d: d.pop("gpu"), "is damaged"),
+        (lambda d: d["gpu"].update(alias="rtx4090"), "is for the card 'rtx4090'; asked was 'rtx3090'"),
+        (lambda d: d.update(format="int8kit.shapes/1"), "has the format 'int8kit.shapes/1'"),
+    ],
+)
+def test_damage_is_one_clear_error(tmp_path, damage, reason):
+    path = tmp_path / "a.json"
+    db.update(path, GPU, [entry()])
+    document = json.loads(path.read_text())
+    damage(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(Exception, match=reason) as caught:
+        db.load(path, "rtx3090")
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_status == 2
+    before = path.read_text()
+    with pytest.raises(Exception, match=reason):
+        db.update(path, GPU, [entry()])
+    assert path.read_text() == before
+
+
+def test_force_replaces_a_file_that_is_not_ours(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("mine")
+    with pytest.raises(FileError):
+        db.update(path, GPU, [entry()])
+    db.update(path, GPU, [entry()], force=True)
+    db.update(path, GPU, [entry(m=7)], force=True)
+    assert len(db.load(path).entries) == 2
+
+
+def _write(path, first):
+    for m in range(first, first + 20):
+        db.update(path, GPU, [entry(m=m)])
+
+
+def test_two_writers_lose_nothing(tmp_path):
+    path = tmp_path / "a.json"
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_write, args=(path, first)) for first in (1, 101)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [e.m for e in db.load(path).entries] == [*range(1, 21), *range(101, 121)]
+
+
+def test_find(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert db.find("rtx3090") == files.shipped("tuning_db") / "rtx3090.json"
+    assert db.find("nosuchcard") is None
+    db.update(tmp_path / "tuning_db" / "rtx3090.json", GPU, [entry()])
+    assert db.find("rtx3090").resolve() == tmp_path / "tuning_db" / "rtx3090.json"
+    assert db.find("rtx3090", tmp_path / "x.json") == tmp_path / "x.json"
+
+
+def test_a_card_without_a_record_keeps_its_identity(tmp_path):
+    mine = replace(GPU, alias="mycard", name="My Card", sms=99)
+    db.update(tmp_path / "a.json", mine, [entry()])
+    loaded = db.load(tmp_path / "a.json").gpu
+    assert (loaded.alias, loaded.sms, loaded.arch) == ("mycard", 99, 86)
+
+
+@pytest.mark.parametrize("path", sorted(files.shipped("tuning_db").glob("*.json")), ids=lambda p: p.stem)
+def test_shipped_databases_are_sound(path):
+    """Every entry is legal on its card, without spills, in order, and covers Ideogram 4 at 1024 px."""
+    base = db.load(path, path.stem)
+    assert path.read_text() == base.dumps()
+    for e in base.entries:
+        assert why_illegal(e.config, arch=base.gpu.arch, shared_memory=base.gpu.shared_memory) is None
+        assert e.resources.spill_bytes == 0
+        assert e.source is Source.MODELLED or (e.time_us and e.measured_on)
+    assert {e.m for e in base.entries} >= {4096, 4296, 6144}

@@ -1,0 +1,92 @@
+"""kernels/gemm.py in whatever executes here: its launcher's refusals, and values against the reference."""
+
+import inspect
+
+import pytest
+import torch
+
+from int8kit import reference
+from int8kit.kernels import gemm
+from int8kit.spec import ShapeError, TileConfig
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TILE = TileConfig(32, 32, 32, 4, 2, group_m=2)
+
+
+def operands(m=40, n=24, k=70):
+    torch.manual_seed(0)
+    x = torch.randint(-128, 128, (m, k), dtype=torch.int8, device=DEVICE)
+    w = torch.randint(-128, 128, (n, k), dtype=torch.int8, device=DEVICE)
+    return x, w, torch.rand(m, device=DEVICE) / 99, torch.rand(n, device=DEVICE) / 99
+
+
+@pytest.mark.parametrize("dtype", gemm.OUT_DTYPES)
+@pytest.mark.parametrize("m", [1, 33, 100])
+def test_scaled_mm_equals_the_reference(dtype, m):
+    x, w, sx, sw = operands(m)
+    for bias in (None, torch.randn(24, device=DEVICE).to(dtype)):
+        got = gemm.scaled_mm(x, w, sx, sw, bias, config=TILE, out_dtype=dtype)
+        assert torch.equal(got, reference.scaled_mm(x, w, sx, sw, bias, out_dtype=dtype))
+
+
+def test_accumulate_equals_int_mm():
+    x, w, *_ = operands(40, 24, 64)
+    assert torch.equal(gemm.accumulate(x, w, config=TILE), torch._int_mm(x, w.t()))
+
+
+def test_any_two_configurations_give_the_same_bits():
+    x, w, sx, sw = operands(75, 90, 200)
+    tiles = (TILE, TileConfig(64, 16, 64, 2, 3), TileConfig(16, 128, 128, 4, 4, group_m=1))
+    first, *others = (gemm.scaled_mm(x, w, sx, sw, config=c, out_dtype=torch.float32) for c in tiles)
+    for other in others:
+        assert torch.equal(first, other)
+
+
+def test_no_rows_is_no_launch():
+    x, w, sx, sw = operands(0)
+    assert gemm.scaled_mm(x, w, sx, sw, config=TILE).shape == (0, 24)
+
+
+def test_nan_scales_stay_in_their_row():
+    x, w, sx, sw = operands()
+    sx[3] = torch.nan
+    y = gemm.scaled_mm(x, w, sx, sw, config=TILE)
+    assert y[3].isnan().all()
+    assert y.isnan().sum() == 24
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x, w, sx, sw: (x.float(), w, sx, sw), "both must be torch.int8"),
+        (lambda x, w, sx, sw: (x[:, :8], w, sx, sw), r"legal are \[M, K\] and \[N, K\]"),
+        (lambda x, w, sx, sw: (x, w, sx[:3], sw), r"sx \(3,\): legal is a contiguous \[40\]"),
+        (lambda x, w, sx, sw: (x, w, sx, sw.double()), "sw torch.float64: legal are torch.float32"),
+        (lambda x, w, sx, sw: (x.t().contiguous().t(), w, sx, sw), "x has strides .*the last must be 1"),
+        (lambda x, w, sx, sw: (x.expand(1, 40, 70), w, sx, sw), "legal are"),
+    ],
+)
+def test_refuses_by_name(change, reason):
+    with pytest.raises(ShapeError, match=reason):
+        gemm.scaled_mm(*change(*operands()), config=TILE)
+
+
+def test_refuses_k_beyond_int32():
+    x = torch.zeros(1, 131072, dtype=torch.int8, device=DEVICE)
+    with pytest.raises(ShapeError, match="K = 131072"):
+        gemm.accumulate(x, x, config=TILE)
+
+
+def test_hash_ignores_comments_and_layout_and_nothing_else(monkeypatch):
+    source = inspect.getsource(gemm._gemm.fn)
+    digests = []
+    for variant in (
+        source,
+        "\n" + source.replace("    pid =", "    # a remark\n    pid   ="),
+        source.replace("rows < M", "rows <= M"),
+    ):
+        gemm.kernel_hash.cache_clear()
+        monkeypatch.setattr(inspect, "getsource", lambda _, text=variant: text)
+        digests.append(gemm.kernel_hash())
+    gemm.kernel_hash.cache_clear()
+    assert digests[0] == digests[1] != digests[2]

@@ -1,0 +1,45 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from int8kit import gpus
+from int8kit.spec import UnknownName
+
+
+def test_every_record_is_sound():
+    for alias, gpu in gpus.GPUS.items():
+        assert gpu.alias == alias
+        assert gpu.shared_memory < gpu.shared_memory_sm
+        assert gpu.int8_tops > gpu.bf16_tflops
+    names = [gpu.name for gpu in gpus.GPUS.values()]
+    assert len(set(names)) == len(names)
+
+
+def test_unknown_card_lists_the_known():
+    with pytest.raises(UnknownName, match=r"unknown card 'rtx9'.*rtx3090.*gpus\.py"):
+        gpus.get("rtx9")
+
+
+def test_present_matches_the_whole_name(monkeypatch):
+    """A 3090 Ti is not a 3090: identification by a part of the name has sent cards the wrong file elsewhere."""
+
+    class Properties:
+        name, major, minor, multi_processor_count = "NVIDIA GeForce RTX 3090 Ti", 8, 6, 84
+        max_threads_per_multi_processor, total_memory = 1536, 24 << 30
+        shared_memory_per_block_optin, L2_cache_size = 101376, 6 << 20
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    card = gpus.present()
+    assert card is not None
+    assert (card.alias, card.arch, card.sms) == ("nvidiageforcertx3090ti", 86, 84)
+    Properties.name = "NVIDIA GeForce RTX 3090"
+    assert gpus.present() == gpus.get("rtx3090")
+    assert replace(card, alias="x") != card
+
+
+def test_no_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpus.present() is None

@@ -1,0 +1,43 @@
+"""The torch operators on the CPU: values, schema, fake kernels, torch.compile."""
+
+import pytest
+import torch
+
+from int8kit import ops, reference
+from int8kit.spec import Plan, TileConfig
+
+PLAN = Plan(((64, TileConfig(64, 64, 64, 4, 3)),))
+
+
+@pytest.fixture
+def operands():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 40).bfloat16()
+    wq, sw = reference.quantize(torch.randn(24, 40))
+    return x, wq, sw, torch.randn(24).bfloat16()
+
+
+def test_linear_is_quantize_then_scaled_mm(operands):
+    x, wq, sw, bias = operands
+    xq, sx = ops.quantize(x.reshape(10, 40))
+    want = ops.scaled_mm(xq, wq, sx, sw, bias, plan=PLAN).reshape(2, 5, 24)
+    got = ops.linear(x, wq, sw, bias, plan=PLAN)
+    assert torch.equal(got, want)
+    assert torch.equal(got, reference.linear(x, wq, sw, bias))
+
+
+def test_schema_and_fake_kernels(operands):
+    x, wq, sw, bias = operands
+    xq, sx = ops.quantize(x.reshape(10, 40))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.int8kit.quantize.default, (x.reshape(10, 40),), test_utils=checks)
+    for b in (bias, None):
+        torch.library.opcheck(torch.ops.int8kit.linear.default, (x, wq, sw, b, PLAN.to_ints()), test_utils=checks)
+        args = (xq, wq, sx, sw, b, torch.float16, PLAN.to_ints())
+        torch.library.opcheck(torch.ops.int8kit.scaled_mm.default, args, test_utils=checks)
+
+
+def test_compiles_without_a_graph_break(operands):
+    x, wq, sw, bias = operands
+    compiled = torch.compile(ops.linear, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, wq, sw, bias, plan=PLAN), ops.linear(x, wq, sw, bias))

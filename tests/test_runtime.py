@@ -1,0 +1,174 @@
+import copy
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from int8kit import Int8Linear, db, gpus, models, reference
+from int8kit.runtime import generate, ideogram4
+from int8kit.runtime.generate import PRESETS, Request
+from int8kit.runtime.linear import replace_linears
+from int8kit.spec import FileError, InputError, Plan, ShapeError, UnknownName
+
+
+def test_linear_is_the_reference():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(40, 24).bfloat16()
+    layer = Int8Linear.from_linear(linear)
+    x = torch.randn(2, 7, 40).bfloat16()
+    wq, sw = reference.quantize(linear.weight.detach())
+    assert torch.equal(layer(x), reference.linear(x, wq, sw, linear.bias.detach()))
+    # near the layer that it stands for: half a step of each operand, summed over K independent errors
+    exact = linear(x).float()
+    step = x.abs().amax() / 254 * linear.weight.abs().amax()
+    assert (layer(x) - exact).abs().max() < 6 * step * math.sqrt(40)
+
+
+def test_casting_a_model_keeps_the_scales():
+    layer = Int8Linear.from_linear(torch.nn.Linear(16, 8))
+    scales = layer.sw.clone()
+    cast = layer.to(torch.bfloat16)
+    assert cast.sw.dtype is torch.float32
+    assert torch.equal(cast.sw, scales)
+    assert cast.bias.dtype is torch.bfloat16
+    assert cast.wq.dtype is torch.int8
+    assert torch.equal(layer.half().sw, scales)
+
+
+def test_state_dict_round_trip():
+    first, second = (Int8Linear.from_linear(torch.nn.Linear(16, 8)) for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(3, 16)
+    assert torch.equal(first(x), second(x))
+
+
+def test_refuses_k_beyond_int32():
+    with pytest.raises(ShapeError, match="131072"):
+        Int8Linear(torch.zeros(1, 131072, dtype=torch.int8), torch.zeros(1))
+
+
+def test_replaces_what_is_wanted():
+    model = models.get("tiny")
+    module = model.build()
+    asked = []
+
+    def plan(n, k):
+        asked.append((n, k))
+        return Plan()
+
+    done = replace_linears(module, model.quantizes, plan)
+    assert len(done) == 2 * 7 + 1
+    assert all(isinstance(module.get_submodule(name), Int8Linear) for name in done)
+    left = [name for name, child in module.named_modules() if isinstance(child, torch.nn.Linear)]
+    assert left
+    assert not any(model.quantizes(name) for name in left)
+    assert (512, 416) in asked
+
+
+def test_int8_transformer_is_near_the_original():
+    model = models.get("tiny")
+    torch.manual_seed(0)
+    module = model.build()
+    int8 = copy.deepcopy(module)
+    replace_linears(int8, model.quantizes, lambda n, k: Plan())
+    inputs = model.inputs(module, models.Case(64, 64, text_tokens=9))
+    with torch.no_grad():
+        a, b = module(**inputs).sample.float(), int8(**inputs).sample.float()
+    noise = ((a - b).norm() / a.norm()).item()
+    assert 0 < noise < 0.1  # 8 bits, two blocks deep; a layer put in the wrong place gives more than 1
+
+
+def test_presets_follow_the_makers_schedules():
+    assert PRESETS["quality"].guidance(48) == [7.0] * 45 + [3.0] * 3
+    assert PRESETS["default"].guidance(20) == [7.0] * 18 + [3.0] * 2
+    assert PRESETS["turbo"].guidance(12) == [7.0] * 11 + [3.0]
+    assert PRESETS["quality"].guidance(1) == [7.0]
+    assert PRESETS["quality"].guidance(4) == [7.0] * 3 + [3.0]
+
+
+REQUEST = Request("a red bicycle", height=64, width=96, steps=2)
+
+
+@pytest.fixture(scope="module")
+def outcome():
+    return generate.generate(REQUEST)
+
+
+def test_an_image(outcome, tmp_path):
+    assert outcome.image.size == (96, 64)
+    assert outcome.steps == 2
+    assert outcome.tokens == len("<user\na red bicycle<\n<assistant")  # a byte each, and < for each special token
+    assert min(outcome.load_s, outcome.prepare_s, outcome.denoise_s, outcome.step_ms, outcome.peak_gib) > 0
+    path = tmp_path / "a.png"
+    assert not generate.is_ours(path)
+    generate.save(outcome, path)
+    assert generate.is_ours(path)
+    with Image.open(path) as image:
+        image.load()
+        assert image.size == (96, 64)
+        for word in ("a red bicycle", '"seed": 0', '"torch"', '"steps": 2'):
+            assert word in image.info["int8kit"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_configurations_are_resolved_for_what_runs(outcome):
+    image, text = 4 * 6, outcome.tokens
+    assert {choice.shape.m for choice, _ in outcome.choices} == {image, image + text}
+    assert sum(count for _, count in outcome.choices) == 2 * (2 * 7 + 1)
+    assert all(choice.rung in db.RUNGS for choice, _ in outcome.choices)
+
+
+def test_same_seed_same_picture(outcome):
+    again = generate.generate(REQUEST)
+    assert again.image.tobytes() == outcome.image.tobytes()
+    other = generate.generate(Request("a red bicycle", height=64, width=96, steps=2, seed=1))
+    assert other.image.tobytes() != outcome.image.tobytes()
+
+
+def test_tight_text_and_int8_stay_near_the_stock_pipeline():
+    """The picture against diffusers' own run with 2048 padded slots in bf16: only quantization noise between them."""
+    stock = models.tiny_pipeline()
+    stock.set_progress_bar_config(disable=True)
+    call = {"height": 64, "width": 96, "num_inference_steps": 2, "std": 1.5, "guidance_schedule": [7.0, 3.0]}
+    theirs = stock("a red bicycle", generator=torch.Generator().manual_seed(0), output_type="pt", **call).images[0]
+    ours = torch.tensor(list(generate.generate(REQUEST).image.tobytes())).reshape(64, 96, 3).permute(2, 0, 1) / 255
+    assert (ours - theirs).abs().mean() < 0.05
+    assert theirs.std() > 0.05
+
+
+def test_a_local_folder(tmp_path):
+    models.tiny_pipeline().save_pretrained(tmp_path / "m")
+    here = generate.generate(Request("a red bicycle", model=str(tmp_path / "m"), height=64, width=96, steps=2))
+    there = generate.generate(REQUEST)
+    assert here.image.tobytes() == there.image.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "reason"),
+    [
+        ({"model": "sdxl"}, UnknownName, "unknown model 'sdxl'; known: tiny"),
+        ({"model": "nobody/nothing"}, FileError, "cannot load 'nobody/nothing'"),
+        ({"preset": "best"}, UnknownName, "unknown preset 'best'; known: default, quality, turbo"),
+        ({"steps": 0}, InputError, "0 steps"),
+        ({"width": 100}, InputError, "width 100: legal is a positive multiple of 16"),
+        ({"gpu": "rtx1"}, UnknownName, "unknown card"),
+        ({"prompt": "x" * 3000}, InputError, "the prompt has 30[0-9]+ tokens; legal is up to 2048; shorten it"),
+    ],
+)
+def test_bad_requests(change, error, reason):
+    with pytest.raises(error, match=reason):
+        generate.generate(Request(**{"prompt": "x", "height": 64, "width": 64, "steps": 1, **change}))
+
+
+def test_a_folder_that_is_no_pipeline(tmp_path):
+    with pytest.raises(FileError, match="as an Ideogram4Pipeline"):
+        ideogram4.load(str(tmp_path))
+
+
+def test_no_database_for_a_card(monkeypatch, tmp_path):
+    monkeypatch.setattr(db, "find", lambda alias, given=None: None)
+    outcome = generate.generate(Request("x", height=64, width=64, steps=1, gpu="rtx3060"))
+    assert {choice.rung for choice, _ in outcome.choices} == {"default"}
+    assert outcome.database is None
+    assert gpus.get("rtx3060").alias == "rtx3060"

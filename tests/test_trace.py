@@ -1,0 +1,124 @@
+import json
+import resource
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from int8kit import files, models, trace
+from int8kit.models import Case
+from int8kit.spec import FileError, GemmShape
+
+SHIPPED = files.shipped("shapes") / "ideogram4.json"
+
+
+def product_flops(module, inputs):
+    """mm, addmm and bmm FLOPs by torch's own counter, which knows nothing of our tracer."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(**inputs)
+    counts = counter.get_flop_counts()["Global"]
+    return sum(counts.get(getattr(torch.ops.aten, op), 0) for op in ("mm", "addmm", "bmm", "baddbmm"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1024, 1024),
+        Case(1024, 1024, slots=2048),
+        Case(768, 1280, batch=2, text_tokens=77),
+        Case(512, 512, branch="uncond", batch=3),
+    ],
+    ids=str,
+)
+def test_totals_agree_with_torch(case):
+    model = models.get("ideogram4")
+    [row] = trace.trace(model, [case])["cases"]
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        module = model.build()
+        assert row["gemm_flops"] == product_flops(module, model.inputs(module, case))
+    assert row["gemm_flops"] == sum(g["flops"] for g in row["gemms"])
+    assert sum(g["share"] for g in row["gemms"]) == pytest.approx(1, abs=1e-4)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2_000_000  # KiB; the whole test process
+
+
+def test_every_linear_of_the_full_model_is_found():
+    case = Case(1024, 1024)
+    model = models.get("ideogram4")
+    [row] = trace.trace(model, [case])["cases"]
+    gemms = {(g["m"], g["n"], g["k"], g["bias"]): g for g in row["gemms"]}
+    length = 200 + 4096
+    assert gemms[length, 4608, 4608, False]["count"] == 4 * 34
+    assert gemms[length, 12288, 4608, False]["count"] == 2 * 34
+    assert gemms[length, 4608, 12288, False]["count"] == 34
+    assert gemms[length, 4608, 53248, True]["layers"] == ["llm_cond_proj"]
+    assert gemms[1, 18432, 512, True]["layers"] == ["layers.*.adaln_modulation"]
+    linears = sum(g["count"] for g in row["gemms"] if g["op"] != "bmm")
+    assert linears == 279
+    [attention] = row["attention"]
+    assert (attention["count"], attention["heads"], attention["queries"]) == (34, 18, length)
+    assert attention["mask"]
+
+
+def test_tracing_on_real_tensors_finds_the_same():
+    model, case = models.get("tiny"), Case(64, 96, batch=2, text_tokens=9)
+    [fake] = trace.trace(model, [case])["cases"]
+    module = model.build()
+    recorder = trace.record(module, model.inputs(module, case))
+    real = trace._case_document(model, case, recorder)
+    assert real == fake
+    assert not module._forward_hooks
+    assert not module._forward_pre_hooks
+
+
+def test_sees_products_that_no_linear_makes():
+    class Odd(torch.nn.Module):
+        def forward(self, a, b):
+            c = torch.addmm(torch.zeros(3), a, b)
+            return torch.baddbmm(torch.zeros(1), c.expand(2, 4, 3), torch.ones(2, 3, 5)) + (a @ b).sum()
+
+    recorder = trace.record(Odd(), {"a": torch.ones(4, 6), "b": torch.ones(6, 3)})
+    found = {(p.op, p.batch, p.m, p.n, p.k, p.bias) for p in recorder.products}
+    assert found == {("addmm", 1, 4, 3, 6, True), ("baddbmm", 2, 4, 5, 3, True), ("mm", 1, 4, 3, 6, False)}
+
+
+def test_patterns():
+    assert trace.pattern("layers.17.attention.to_out.0") == "layers.*.attention.to_out.*"
+    assert trace.pattern("w2") == "w2"
+
+
+def test_shipped_file_is_what_the_tracer_gives():
+    document = trace.read(SHIPPED)
+    sizes = {(c["width"], c["slots"], c["branch"]) for c in document["cases"]}
+    assert sizes == {
+        (size, slots, branch)
+        for size in (768, 1024, 1536, 2048)
+        for slots, branch in ((200, "cond"), (2048, "cond"), (0, "uncond"))
+    }
+    case = Case(768, 768, slots=2048)
+    [fresh] = trace.trace(models.get("ideogram4"), [case])["cases"]
+    assert fresh in document["cases"]
+
+
+def test_round_trip(tmp_path):
+    document = trace.trace(models.get("tiny"), [Case(64, 64), Case(64, 64, branch="uncond")])
+    trace.write(document, tmp_path / "s.json")
+    assert trace.read(tmp_path / "s.json") == document == json.loads(json.dumps(document))
+
+
+@pytest.mark.parametrize("key", ["m", "count", "layers"])
+def test_a_damaged_file_is_refused(tmp_path, key):
+    document = trace.trace(models.get("tiny"), [Case(64, 64)])
+    del document["cases"][0]["gemms"][0][key]
+    trace.write(document, tmp_path / "s.json")
+    with pytest.raises(FileError, match=f"is damaged.*{key}.*trace-shapes"):
+        trace.read(tmp_path / "s.json")
+
+
+def test_shapes_for_the_tuner():
+    document = trace.read(SHIPPED)
+    shapes = trace.int8_shapes(document, (1024, 1024))
+    assert {s.m for s in shapes} == {4096, 4296, 6144}
+    assert {(s.n, s.k) for s in shapes} == {(4608, 4608), (12288, 4608), (4608, 12288), (4608, 53248)}
+    foreign = {"cases": [{"height": 1, "width": 1, "gemms": [{"m": 500, "n": 512, "k": 512, "count": 2}]}]}
+    assert trace.int8_shapes(foreign) == {GemmShape(500, 512, 512): 2 * 2 * 500 * 512 * 512}
+    assert trace.int8_shapes(foreign, (2, 2)) == {}

@@ -1,0 +1,155 @@
+"""verify/: the verifier verified. Broken kernels must be caught, with a small example; sound ones must hold."""
+
+import pytest
+import torch
+
+from int8kit import gpus, reference
+from int8kit.db import Database, Entry, Resources
+from int8kit.kernels import gemm, quantize
+from int8kit.spec import GemmShape, InputError, Source, TileConfig
+from int8kit.verify import checks, foreign, strategies
+
+CONFIGS = (TileConfig(64, 32, 64, 4, 3),)
+EXECUTOR = foreign.executors(gpus.get("rtx3090"))[-1]
+
+
+def verdicts(examples=40):
+    results = checks.check_properties(EXECUTOR, CONFIGS, examples=examples, random_seed=0)
+    return {r.name: r.failure for r in results}
+
+
+def test_the_kernels_hold():
+    assert verdicts() == {"accumulator": None, "output": None, "quantize": None}
+
+
+def _swapped(xq, wq, sx, sw, bias=None, *, config, out, arch=None, out_dtype=None):
+    y = (reference.accumulate(xq, wq).float() * sw) * sx[:, None]
+    return out.copy_(y if bias is None else y + bias.float())
+
+
+def _fused(xq, wq, sx, sw, bias=None, *, config, out, arch=None, out_dtype=None):
+    y = (reference.accumulate(xq, wq).float() * sx[:, None]).double() * sw.double()
+    return out.copy_((y if bias is None else y + bias.double()).float())
+
+
+def _past_the_edge(xq, wq, sx, sw, bias=None, *, config, out, arch=None, out_dtype=None):
+    out.copy_(reference.scaled_mm(xq, wq, sx, sw, bias, out_dtype=out.dtype))
+    m, n = out.shape
+    out.as_strided((m + 1, n), out.stride())[m] = 0
+    return out
+
+
+@pytest.mark.parametrize("broken", [_swapped, _fused, _past_the_edge])
+def test_a_wrong_epilogue_is_caught(monkeypatch, broken):
+    monkeypatch.setattr(gemm, "scaled_mm", broken)
+    assert verdicts()["output"]
+
+
+def _tail(xq, wq, *, config, out, arch=None):
+    k = max(1, xq.shape[1] // config.block_k) * config.block_k
+    return out.copy_(reference.accumulate(xq[:, :k], wq[:, :k]))
+
+
+def _short(xq, wq, *, config, out, arch=None):
+    return out.copy_(reference.accumulate(xq, wq).to(torch.float16).to(torch.int32))
+
+
+@pytest.mark.parametrize("broken", [_tail, _short])
+def test_a_wrong_sum_is_caught_by_a_small_example(monkeypatch, broken):
+    monkeypatch.setattr(gemm, "accumulate", broken)
+    failure = verdicts()["accumulator"]
+    assert failure
+    shape = GemmShape(*map(int, failure.split(",")[0].split("x")))
+    assert shape.m == shape.n == 1  # shrunk
+
+
+def _drops_nan(x):
+    q, s = reference.quantize(x.nan_to_num(0.0))
+    return q, s
+
+
+def _reciprocal(x):
+    _, s = reference.quantize(x)
+    q = (x.float() * (1 / s)[:, None]).round().clamp(-127, 127)
+    return torch.where((s > 0)[:, None], q, 0.0).to(torch.int8), s
+
+
+@pytest.mark.parametrize("broken", [_drops_nan, _reciprocal])
+def test_a_wrong_quantization_is_caught(monkeypatch, broken):
+    monkeypatch.setattr(quantize, "quantize", broken)
+    assert verdicts(examples=100)["quantize"]
+
+
+def test_a_kernel_that_raises_is_a_failure_and_not_a_traceback(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no such instruction\nand more")
+
+    monkeypatch.setattr(gemm, "accumulate", broken)
+    assert "RuntimeError: no such instruction" in verdicts()["accumulator"]
+
+
+def entry(config=CONFIGS[0], **shape):
+    return Entry(
+        **shape, config=config, source=Source.MODELLED, triton="3.7.1", kernel="k", tried=1,
+        resources=Resources(registers=1, spill_bytes=0, shared_bytes=0),
+    )  # fmt: skip
+
+
+def test_entries_are_stamped_only_if_they_pass(monkeypatch):
+    good, bad = entry(m=100, n=40, k=200), entry(m=100, n=48, k=200)
+    base = Database(gpus.get("rtx3090"), (good, bad))
+    result, stamps = checks.check_entries(EXECUTOR, base)
+    assert result.failure is None
+    assert set(stamps) == {good.key, bad.key}
+    assert stamps[good.key][0].kernel == gemm.kernel_hash()
+
+    whole = checks.check_entry
+    monkeypatch.setattr(checks, "check_entry", lambda e, x: "differs" if e.n == 48 else whole(e, x))
+    result, stamps = checks.check_entries(EXECUTOR, base)
+    assert result.failure == "differs"
+    assert set(stamps) == {good.key}
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 128, 4296, 16584])
+def test_reduced_keeps_the_tails(size):
+    config = CONFIGS[0]
+    small = checks.reduced(GemmShape(size, size, size), config)
+    assert small.m <= 2 * 64
+    assert small.k <= 3 * 64
+    for extent, block in ((small.m, 64), (small.n, 32), (small.k, 64)):
+        assert extent % block == size % block
+        assert extent <= size
+
+
+def test_difference_compares_bits():
+    a = torch.tensor([0.0, 1.0, torch.nan])
+    assert checks.difference(a, a.clone()) is None
+    assert "1 of 3 differ, first [0]" in checks.difference(-a, a.abs())[:30] or checks.difference(-a, a)
+    assert "got -0.0, want 0.0" in checks.difference(torch.tensor([-0.0]), torch.tensor([0.0]))
+    nan = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)
+    assert checks.difference(nan, torch.tensor([torch.nan])) is None
+    assert checks.difference(torch.tensor([1.0]), torch.tensor([torch.nan]))
+
+
+def test_data_have_what_their_names_say():
+    kinds = {k: strategies.int8_matrix(9, 50, k, 0, "cpu") for k in strategies.INT8_KINDS}
+    assert set(kinds["extremes"].unique().tolist()) == {-128, -127, 127}
+    assert (kinds["least"] == -128).all()
+    assert kinds["normal"].abs().max() <= 127
+    for kind in ("nan", "inf"):
+        special = ~strategies.float_matrix(4, 9, kind, 0, torch.bfloat16, "cpu").isfinite()
+        assert special.any(dim=1).tolist() == [False, True, False, True]
+    subnormal = strategies.float_matrix(4, 200, "subnormal", 0, torch.float32, "cpu")
+    assert 0 < subnormal.abs().max() < 2**-126
+    assert subnormal.min() < 0
+
+
+def test_needs_something_that_executes(monkeypatch):
+    monkeypatch.setattr(gemm, "interpreted", lambda: False)
+    monkeypatch.setattr(foreign, "present", lambda: None)
+    with pytest.raises(InputError, match="no CUDA device"):
+        foreign.executors(gpus.get("rtx3090"))
+    monkeypatch.setattr(foreign, "present", lambda: gpus.get("h200"))
+    assert [e.arch for e in foreign.executors(gpus.get("rtx3090"))] == ["sm86", None]
+    assert [e.on for e in foreign.executors(gpus.get("rtx3090"))] == ["foreign", "native"]
+    assert [e.arch for e in foreign.executors(gpus.get("h200"))] == [None]

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The one gate, the same here and in CI: format, lint, types, tests. Runs in the environment whose python is on PATH.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+ruff format --check .
+ruff check .
+mypy
+python -m pytest -q "$@"
