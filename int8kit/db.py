@@ -11,8 +11,8 @@ An entry is identified by (m, n, k) and the Triton version that compiled it; the
 
     exact      the same (m, n, k)
     nearest-m  the same (n, k); the nearest m by waves over the card and by log distance
-    nearest    another weight's shape, by log distance
-    default    `spec.default_config`
+    nearest    another weight's shape, likewise
+    default    `spec.default_config`: nothing is within a factor of `spec.NEAR` in m, n and k
 
 Within a rung an entry of the running Triton's minor version and of the present kernel source is preferred; an older one
 serves with a remark, since any legal configuration gives the same bits. A numerics version or a card that differs
@@ -44,6 +44,7 @@ from int8kit.spec import (
     Source,
     TileConfig,
     default_config,
+    is_near,
     why_illegal,
 )
 
@@ -177,18 +178,19 @@ class Database:
         triton and kernel: the running Triton's version and the kernel's hash; entries of others serve with a remark.
         """
         legal = [e for e in self.entries if self._why_illegal(e.config) is None]
-        same_weight = [e for e in legal if (e.n, e.k) == (shape.n, shape.k)]
+        near = [e for e in legal if all(map(is_near, (e.m, e.n, e.k), (shape.m, shape.n, shape.k)))]
+        same_weight = [e for e in near if (e.n, e.k) == (shape.n, shape.k)]
         for rung, found in (
             ("exact", [e for e in same_weight if e.m == shape.m]),
             ("nearest-m", same_weight),
-            ("nearest", legal),
+            ("nearest", near),
         ):
             if found:
                 entry = min(found, key=lambda e: (_distance(e, shape, self.gpu.sms), *_age(e, triton, kernel), e.key))
                 proven = any(s.kernel == (kernel or entry.kernel) for s in entry.verified or ())
                 return Choice(shape, entry.config, rung, _why(entry, shape, triton, kernel), proven)
         config = default_config(shape)
-        return Choice(shape, config, "default", f"no entry for {self.gpu.alias}")
+        return Choice(shape, config, "default", f"no entry of {self.gpu.alias} is near")
 
     def plan(self, n: int, k: int, ms: Iterable[int], *, triton: str = "", kernel: str = "") -> Plan:
         """The plan of a weight [n, k]: the choice for each m of `ms`, and every m that the database knows of it."""

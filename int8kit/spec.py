@@ -29,6 +29,9 @@ POLICIES = {
 
 POLICY = max(POLICIES)
 
+NEAR = 4.0
+"""A tuned extent serves one up to this many times larger or smaller; beyond it the default is the safer guess."""
+
 K_MAX = 131071
 """Largest K whose int32 sums cannot overflow: 128 * 128 * K < 2**31."""
 
@@ -190,20 +193,26 @@ def default_config(shape: GemmShape) -> TileConfig:
     return TileConfig(128, 128, 64, num_warps=8, num_stages=4)
 
 
+def is_near(a: int, b: int) -> bool:
+    """True if neither of two extents is more than NEAR times the other."""
+    return max(a, b) <= NEAR * min(a, b)
+
+
 @dataclass(frozen=True)
 class Plan:
     """The configurations of one weight, resolved when a model is loaded: (m, config) pairs, ascending in m.
 
-    `choose(m)` gives the exact pair, or the nearest in log(m); an empty plan gives `default_config`.
+    `choose` gives the exact pair, or the nearest in log(m) within a factor of NEAR, or else `default_config`.
     """
 
     rungs: tuple[tuple[int, TileConfig], ...] = ()
 
     def choose(self, shape: GemmShape) -> TileConfig:
         """The configuration for `shape`, which is of this plan's weight."""
-        if not self.rungs:
+        near = [rung for rung in self.rungs if is_near(rung[0], shape.m)]
+        if not near:
             return default_config(shape)
-        return min(self.rungs, key=lambda rung: abs(math.log(rung[0] / shape.m)))[1]
+        return min(near, key=lambda rung: abs(math.log(rung[0] / shape.m)))[1]
 
     def to_ints(self) -> list[int]:
         """The plan as a flat list, the form in which it passes through a torch operator's schema."""

@@ -27,9 +27,10 @@ def test_rungs():
     assert base.resolve(GemmShape(1100, 4608, 4608)).config == A
     other = base.resolve(GemmShape(4096, 12000, 4608))
     assert (other.rung, other.config) == ("nearest", C)
-    shape = GemmShape(3, 3, 3)
-    assert Database(GPU).resolve(shape).config == default_config(shape)
-    assert Database(GPU).resolve(shape).rung == "default"
+    for far in (GemmShape(17000, 4608, 4608), GemmShape(249, 4608, 4608), GemmShape(4096, 1000, 4608)):
+        assert base.resolve(far).config == default_config(far)
+        assert base.resolve(far).rung == "default"
+    assert Database(GPU).resolve(GemmShape(3, 3, 3)).rung == "default"
 
 
 def test_another_toolchain_serves_with_a_remark():

@@ -71,10 +71,12 @@ def test_plan_survives_an_operators_schema(rungs):
 
 def test_plan_chooses_nearest_in_log():
     low, high = TileConfig(64, 64, 64, 4, 3), TileConfig(128, 128, 64, 8, 3)
-    plan = Plan(((100, low), (10000, high)))
-    assert plan.choose(GemmShape(100, 8, 8)) == low
-    assert plan.choose(GemmShape(999, 8, 8)) == low
-    assert plan.choose(GemmShape(1001, 8, 8)) == high
+    plan = Plan(((1000, low), (9000, high)))
+    assert plan.choose(GemmShape(1000, 8, 8)) == low
+    assert plan.choose(GemmShape(2999, 8, 8)) == low
+    assert plan.choose(GemmShape(3001, 8, 8)) == high
+    for far in (1, 249, 36001):
+        assert plan.choose(GemmShape(far, 8, 8)) == spec.default_config(GemmShape(far, 8, 8))
     assert Plan().choose(GemmShape(5, 8, 8)) == spec.default_config(GemmShape(5, 8, 8))
 
 

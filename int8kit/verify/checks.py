@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from int8kit import reference
 from int8kit.db import Database, Entry, Stamp
 from int8kit.kernels import gemm, quantize
-from int8kit.spec import GemmShape, TileConfig, default_config
+from int8kit.spec import BLOCKS_MN, GemmShape, TileConfig, default_config
 from int8kit.verify.foreign import Executor
 from int8kit.verify.strategies import Draw, Rows, draws, float_matrix, int8_matrix, rows, scales
 
@@ -92,10 +92,17 @@ def difference(got: torch.Tensor, want: torch.Tensor) -> str | None:
     return f"{count} of {want.numel()} differ, first [{place}]: got {got[first].item()!r}, want {want[first].item()!r}"
 
 
+def _guard_rows(width: int) -> int:
+    """Rows of `width` elements that hold a whole tile past the last element: a fault shows, and harms nothing."""
+    tile = max(BLOCKS_MN)
+    return tile + tile // width + 1
+
+
 def _padded(matrix: torch.Tensor, padding: int) -> torch.Tensor:
-    """`matrix` as a view into a larger buffer: rows `padding` elements further apart, one row of poison after it."""
+    """`matrix` as a view into a larger buffer: rows `padding` elements further apart, a tile of poison after it."""
     m, k = matrix.shape
-    buffer = torch.full((m + 1, k + padding), POISON, dtype=matrix.dtype, device=matrix.device)
+    rows = m + _guard_rows(k + padding)
+    buffer = torch.full((rows, k + padding), POISON, dtype=matrix.dtype, device=matrix.device)
     view = buffer[:m, :k]
     view.copy_(matrix)
     return view
@@ -105,7 +112,8 @@ class _Canvas:
     """An output [m, n] inside a larger buffer of sentinels."""
 
     def __init__(self, m: int, n: int, padding: int, dtype: torch.dtype, device: str) -> None:
-        self.buffer = torch.full((m + 1, n + padding), SENTINEL, dtype=dtype, device=device)
+        rows = m + _guard_rows(n + padding)
+        self.buffer = torch.full((rows, n + padding), SENTINEL, dtype=dtype, device=device)
         self.view = self.buffer[:m, :n]
 
     def touched(self) -> str | None:
