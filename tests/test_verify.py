@@ -54,6 +54,27 @@ def _short(xq, wq, *, config, out, arch=None):
     return out.copy_(reference.accumulate(xq, wq).to(torch.float16).to(torch.int32))
 
 
+def _single(xq, wq, *, config, out, arch=None):
+    return out.copy_(reference.accumulate(xq, wq).float().to(torch.int32))
+
+
+def _toward_zero(xq, wq, sx, sw, bias=None, *, config, out, arch=None, out_dtype=None):
+    acc = reference.accumulate(xq, wq)
+    single = acc.float()
+    over = single.abs() > acc.abs()  # rounded away from zero
+    single = torch.where(over, (single.view(torch.int32) - 1).view(torch.float32), single)
+    y = (single * sx[:, None]) * sw
+    return out.copy_(y if bias is None else y + bias.float())
+
+
+def test_what_float32_cannot_hold_is_caught(monkeypatch):
+    monkeypatch.setattr(gemm, "accumulate", _single)
+    monkeypatch.setattr(gemm, "scaled_mm", _toward_zero)
+    found = verdicts()
+    assert found["accumulator"]
+    assert found["output"]
+
+
 @pytest.mark.parametrize("broken", [_tail, _short])
 def test_a_wrong_sum_is_caught_by_a_small_example(monkeypatch, broken):
     monkeypatch.setattr(gemm, "accumulate", broken)

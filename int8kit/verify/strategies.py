@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from int8kit.spec import GemmShape, TileConfig
 
-INT8_KINDS = ("ones", "normal", "uniform", "extremes", "least")
+INT8_KINDS = ("ones", "normal", "uniform", "extremes", "least", "positive")
 FLOAT_KINDS = ("normal", "zero rows", "halves", "tiny", "huge", "subnormal", "nan", "inf", "one hot")
 OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -94,7 +94,10 @@ def rows(draw: st.DrawFn, most_k: int) -> Rows:
 
 
 def int8_matrix(m: int, k: int, kind: str, seed: int, device: str) -> torch.Tensor:
-    """[m, k] int8 of a kind: all ones, quantized normal, every value, +-127 and -128 at random, or -128 alone."""
+    """[m, k] int8 of a kind: ones, quantized normal, every value, +-127 and -128 at random, -128 alone, or 90 to 127.
+
+    Of the last, sums pass 2**24 from K of about 1500 on, with their low bits set: float32 cannot hold them.
+    """
     g = torch.Generator(device).manual_seed(seed)
     if kind == "ones":
         return torch.ones(m, k, dtype=torch.int8, device=device)
@@ -105,6 +108,8 @@ def int8_matrix(m: int, k: int, kind: str, seed: int, device: str) -> torch.Tens
     if kind == "extremes":
         choice = torch.randint(0, 3, (m, k), generator=g, dtype=torch.int8, device=device)
         return torch.where(choice == 0, -128, torch.where(choice == 1, -127, 127)).to(torch.int8)
+    if kind == "positive":
+        return torch.randint(90, 128, (m, k), generator=g, dtype=torch.int8, device=device)
     return torch.full((m, k), -128, dtype=torch.int8, device=device)
 
 
