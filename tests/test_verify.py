@@ -61,7 +61,7 @@ def _single(xq, wq, *, config, out, arch=None):
 def _toward_zero(xq, wq, sx, sw, bias=None, *, config, out, arch=None, out_dtype=None):
     acc = reference.accumulate(xq, wq)
     single = acc.float()
-    over = single.abs() > acc.abs()  # rounded away from zero
+    over = single.double() > acc.double()  # rounded up; all sums are positive
     single = torch.where(over, (single.view(torch.int32) - 1).view(torch.float32), single)
     y = (single * sx[:, None]) * sw
     return out.copy_(y if bias is None else y + bias.float())
