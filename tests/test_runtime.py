@@ -137,6 +137,19 @@ def test_tight_text_and_int8_stay_near_the_stock_pipeline():
     assert theirs.std() > 0.05
 
 
+def test_the_mask_of_tight_text_does_nothing():
+    model = models.get("tiny")
+    module = model.build()
+    for case in (models.Case(64, 64, text_tokens=9), models.Case(64, 64, branch="uncond")):
+        torch.manual_seed(1)
+        inputs = model.inputs(module, case)
+        with torch.no_grad():
+            masked = module(**inputs).sample
+            bare = copy.deepcopy(module)
+            ideogram4.unmask(bare)
+            assert torch.equal(bare(**inputs).sample, masked)
+
+
 def test_a_local_folder(tmp_path):
     models.tiny_pipeline().save_pretrained(tmp_path / "m")
     here = generate.generate(Request("a red bicycle", model=str(tmp_path / "m"), height=64, width=96, steps=2))

@@ -95,7 +95,12 @@ def _reciprocal(x):
     return torch.where((s > 0)[:, None], q, 0.0).to(torch.int8), s
 
 
-@pytest.mark.parametrize("broken", [_drops_nan, _reciprocal])
+def _first_block(x):
+    q, _ = reference.quantize(x)
+    return q, reference.quantize(x[:, : quantize.BLOCK_K_MAX])[1]
+
+
+@pytest.mark.parametrize("broken", [_drops_nan, _reciprocal, _first_block])
 def test_a_wrong_quantization_is_caught(monkeypatch, broken):
     monkeypatch.setattr(quantize, "quantize", broken)
     assert verdicts(examples=100)["quantize"]

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """One forward of the full-size Ideogram 4 transformer on this card, bf16 and INT8: milliseconds and peak memory.
 
-    python tools/bench_step.py --size 1024x1024 --text-tokens 200 --layers 34 --json out/step.json
+    python tools/bench_step.py --size 1024x1024 --text-tokens 200 --json out/step.json
 
-Random weights, conditional branch, batch 1, eager. Columns: "stock" pads the text to 2048 slots as diffusers does,
-"tight" packs it. The last line is one JSON object. On a CPU, use --model tiny to see that it runs.
+Random weights, conditional branch, batch 1, eager. diffusers pads the text to 2048 slots; int8kit packs it tight. The
+last line is one JSON object. On a CPU, use --model tiny to see that it runs.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import torch
 
 from int8kit import db, gpus, models
 from int8kit.kernels import gemm
+from int8kit.runtime import ideogram4
 from int8kit.runtime.linear import replace_linears
 
 
@@ -45,38 +46,37 @@ def main() -> None:
     width, height = map(int, args.size.split("x"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = models.get(args.model)
-    with torch.device(device):
-        transformer = model.build()
-        cases = {
-            "stock": models.Case(height, width, text_tokens=args.text_tokens, slots=2048),
-            "tight": models.Case(height, width, text_tokens=args.text_tokens),
-        }
-        inputs = {name: model.inputs(transformer, case) for name, case in cases.items()}
-    result = {"size": args.size, "text_tokens": args.text_tokens, "torch": torch.__version__, "ms": {}}
-
-    def run(variant: str) -> None:
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        with torch.no_grad():
-            for name in inputs:
-                ms = milliseconds(lambda name=name: transformer(**inputs[name]), args.rounds)
-                result["ms"][f"{variant} {name}"] = round(ms, 1)
-        if device == "cuda":
-            result[f"{variant} peak GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-
-    run("bf16")
     card = gpus.present() or gpus.get("rtx3090")
     path = db.find(card.alias, args.db)
     database = db.load(path) if path else db.Database(card)
-    tokens = [case.text_slots + case.image_tokens for case in cases.values()]
+    with torch.device(device):
+        transformer = model.build()
+        stock = models.Case(height, width, text_tokens=args.text_tokens, slots=2048)
+        tight = models.Case(height, width, text_tokens=args.text_tokens)
+        inputs = {case: model.inputs(transformer, case) for case in (stock, tight)}
+    result = {"size": args.size, "text_tokens": args.text_tokens, "torch": torch.__version__, "ms": {}, "peak_gib": {}}
+
+    def run(name: str, case: models.Case) -> None:
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad():
+            result["ms"][name] = round(milliseconds(lambda: transformer(**inputs[case]), args.rounds), 1)
+        if device == "cuda":
+            result["peak_gib"][name] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+
+    run("bf16, as diffusers ships it", stock)
+    run("bf16, text packed tight", tight)
+    tokens = [case.text_slots + case.image_tokens for case in inputs]
     kernel = gemm.kernel_hash()
     replace_linears(transformer, model.quantizes, lambda n, k: database.plan(n, k, tokens, kernel=kernel))
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    run("int8")
+    run("int8, as diffusers packs it", stock)
+    run("int8, text packed tight", tight)
+    ideogram4.unmask(transformer)
+    run("int8, tight, no mask: int8kit run", tight)
     result.update(gpu=card.name, database=len(database.entries))
     for name, ms in result["ms"].items():
-        print(f"{name:12s} {ms:9.1f} ms")
+        print(f"{name:36s} {ms:9.1f} ms  {result['peak_gib'].get(name, 0):6.2f} GiB")
     print(json.dumps(result))
     if args.json:
         args.json.write_text(json.dumps(result) + "\n")

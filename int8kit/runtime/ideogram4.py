@@ -3,6 +3,9 @@
     load(model)         -> the stock pipeline, on the CPU
     prepare(pipe, ...)  -> an Int8Pipeline whose prompt is encoded and whose two transformers are INT8, on the device
 
+Tight text of one prompt leaves nothing to mask: the mask that the stock forward makes is true everywhere, and goes.
+Torch's flash attention, which refuses any mask, then serves consumer cards.
+
 The text encoder (16 GB in bf16) and the two INT8 transformers (20 GB) are never on the card together: the prompt is
 encoded first, then the encoder goes back. The text is packed tight: as many text slots as the prompt has tokens, not
 the stock 2048, which the mask makes inert and which cost half as much again at 1024 px.
@@ -15,6 +18,7 @@ from typing import Any
 
 import torch
 from diffusers import Ideogram4Pipeline
+from diffusers.models.transformers.transformer_ideogram4 import Ideogram4Attention, Ideogram4AttnProcessor
 
 from int8kit import models
 from int8kit.db import Choice, Database
@@ -24,6 +28,14 @@ from int8kit.spec import FileError, GemmShape, InputError, Plan, UnknownName
 
 MAX_TEXT_TOKENS = 2048
 BRANCHES = {"cond": "transformer", "uncond": "unconditional_transformer"}
+
+
+class UnmaskedAttention(Ideogram4AttnProcessor):
+    """The stock attention without a mask: for one prompt without padding, where the mask is true everywhere."""
+
+    def __call__(self, attn: Any, hidden_states: Any, attention_mask: Any, image_rotary_emb: Any) -> Any:
+        """As the stock processor; attention_mask is not used."""
+        return super().__call__(attn, hidden_states, None, image_rotary_emb)
 
 
 class Int8Pipeline(Ideogram4Pipeline):
@@ -67,6 +79,13 @@ def count_tokens(pipe: Any, prompt: str) -> int:
     return tokens
 
 
+def unmask(transformer: torch.nn.Module) -> None:
+    """Let every attention of `transformer` run without a mask."""
+    for module in transformer.modules():
+        if isinstance(module, Ideogram4Attention):
+            module.set_processor(UnmaskedAttention())
+
+
 def prepare(
     pipe: Any,
     prompt: str,
@@ -107,6 +126,7 @@ def prepare(
         for layer in replace_linears(transformer, policy.quantizes, plan, device).values():
             shape = GemmShape(rows[branch], layer.out_features, layer.in_features)
             layers[shape] = layers.get(shape, 0) + 1
+        unmask(transformer)
         transformer.to(device)
     int8.vae.to(device)
     chosen = []
