@@ -155,6 +155,10 @@ def test_a_local_folder(tmp_path):
     here = generate.generate(Request("a red bicycle", model=str(tmp_path / "m"), height=64, width=96, steps=2))
     there = generate.generate(REQUEST)
     assert here.image.tobytes() == there.image.tobytes()
+    generate.save(here, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert '"model": "m"' in image.info["int8kit"]
+        assert str(tmp_path) not in str(image.info)
 
 
 @pytest.mark.parametrize(

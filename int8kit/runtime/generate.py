@@ -149,6 +149,8 @@ def generate(request: Request) -> Outcome:
 def save(outcome: Outcome, path: Path) -> None:
     """Write the PNG with the call's parameters in its text chunk "int8kit". Raises FileError."""
     request = {k: v for k, v in asdict(outcome.request).items() if k != "database" and v is not None}
+    if Path(outcome.request.model).is_dir():
+        request["model"] = Path(outcome.request.model).resolve().name  # a picture is shown around: no path in it
     info = PngInfo()
     info.add_text("int8kit", json.dumps({**request, "steps": outcome.steps, "versions": versions()}))
     with files.replacing(path) as temporary:
