@@ -164,7 +164,7 @@ def tune(
         _health()
     _note(_how(source, card.alias))
 
-    entries = []
+    entries, kept = [], 0
     with _progress(f"compiling for sm_{card.arch}") as (bar, task):
         space = search.compile_space(
             wanted, card, on_total=lambda n: bar.update(task, total=n), on_step=lambda: bar.advance(task)
@@ -174,17 +174,18 @@ def tune(
             bar.update(task, total=len(wanted))
             for shape in sorted(wanted):
                 entry = search.choose(shape, card, space, source)
-                db.update(path, card, [entry], force=force)
+                kept += entry not in db.update(path, card, [entry], force=force).entries
                 entries.append(entry)
                 bar.advance(task)
     except CheckFailed:
         if not space.complete:
             raise KeyboardInterrupt from None  # nothing compiled yet that this shape could use
         raise
+    stronger = f"; {kept} kept their measured or proxy entry, which is stronger" if kept else ""
     _print(
-        {"database": str(path), "gpu": card.alias, "source": source, "failed": len(space.failed),
+        {"database": str(path), "gpu": card.alias, "source": source, "failed": len(space.failed), "kept": kept,
          "entries": [e.model_dump(mode="json", exclude_none=True) for e in entries]},
-        f"{report.tuning_table(entries)}\n\nwrote {len(entries)} entries to {path}", as_json,
+        f"{report.tuning_table(entries)}\n\nwrote {len(entries) - kept} entries to {path}{stronger}", as_json,
     )  # fmt: skip
     if not space.complete:
         done = len(space.resources) + len(space.failed)
@@ -238,7 +239,7 @@ def verify(
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the verb's process runs nothing else
     from int8kit import db, gpus, report
-    from int8kit.verify import checks, foreign
+    from int8kit.verify import checks, foreign, isolate
 
     card = gpus.get(gpu) if gpu else gpus.present() or gpus.get("rtx3090")
     path = db.find(card.alias, database)
@@ -249,17 +250,14 @@ def verify(
         _note(f"executing on {executor}{reduced}; {len(base.entries)} entries of {path or 'no database'}")
     results: list[checks.Result] = []
     stamps: dict[Any, list[db.Stamp]] = {}
+    jobs = [isolate.Job(name, executor) for executor in executors for name in checks.names(executor, base)]
     with _progress("verifying") as (bar, task):
-        for executor in executors:
-            configs = {entry.config for entry in base.entries}
-            results += checks.check_properties(
-                executor, configs, examples=examples, random_seed=seed, on_example=lambda: bar.advance(task)
-            )
-            if base.entries:
-                result, passed = checks.check_entries(executor, base, lambda: bar.advance(task))
-                results.append(result)
-                for key, new in passed.items():
-                    stamps.setdefault(key, []).extend(new)
+        for result, passed in isolate.run_all(
+            jobs, base, examples=examples, random_seed=seed, on_example=lambda: bar.advance(task)
+        ):
+            results.append(result)
+            for key, new in passed.items():
+                stamps.setdefault(key, []).extend(new)
     failures = [r for r in results if r.failure]
     lines = [report.verify_table(results)]
     lines += [f"\n{r.name} differs on {r.on}, smallest example:\n  {r.failure}" for r in failures]

@@ -6,7 +6,8 @@
        {"m": 4296, "n": 12288, "k": 4608, "source": "proxy", "config": {"block_m": 128, ...}, "triton": "3.6.0",
         "kernel": "f00d...", "time_us": 712.4, "measured_on": "NVIDIA H200", "policy": 1, ...}]}
 
-An entry is identified by (m, n, k) and the Triton version that compiled it; the header identifies card and numerics.
+An entry is identified by (m, n, k) and the generation of Triton that compiled it (`generation`); the header identifies
+card and numerics.
 `Database.resolve` climbs down a ladder and says on which rung it stood:
 
     exact      the same (m, n, k)
@@ -14,7 +15,7 @@ An entry is identified by (m, n, k) and the Triton version that compiled it; the
     nearest    another weight's shape, likewise
     default    `spec.default_config`: nothing is within a factor of `spec.NEAR` in m, n and k
 
-Within a rung an entry of the running Triton's minor version and of the present kernel source is preferred; an older one
+Within a rung an entry of the running Triton's generation and of the present kernel source is preferred; another
 serves with a remark, since any legal configuration gives the same bits. A numerics version or a card that differs
 refuses the whole file. A merge keeps the stronger source, then the newer entry. No host name, user, path or address is
 stored: fields that the schema does not know are refused.
@@ -106,7 +107,7 @@ class Entry(_Row):
     @property
     def key(self) -> tuple[int, int, int, str]:
         """What identifies the entry in its file; sorts entries of one weight together."""
-        return self.n, self.k, self.m, minor(self.triton)
+        return self.n, self.k, self.m, generation(self.triton)
 
 
 class _Card(_Row):
@@ -128,9 +129,17 @@ class Choice:
     verified: bool = False  # the entry's configuration was proven exact with the present kernel
 
 
-def minor(version: str) -> str:
-    """3.7.1 -> 3.7: what a compiled kernel's speed depends on."""
-    return ".".join(version.split(".")[:2])
+_GENERATIONS = ((3, 6), (3, 8))
+
+
+def generation(version: str) -> str:
+    """3.7.1 -> 3.6: the first Triton that compiles these kernels to the code that `version` does.
+
+    3.8 is a border: from there on a prefetch pass doubles the registers of some int8 tiles on sm_80 to sm_89.
+    """
+    release = tuple(int(part) for part in version.split(".")[:2])
+    first = max((g for g in _GENERATIONS if g <= release), default=_GENERATIONS[0])
+    return ".".join(map(str, first))
 
 
 @dataclass(frozen=True)
@@ -202,7 +211,7 @@ class Database:
         return why_illegal(config, arch=self.gpu.arch, shared_memory=self.gpu.shared_memory)
 
     def dumps(self) -> str:
-        """The file's text: one entry a line, sorted by (n, k, m, triton)."""
+        """The file's text: one entry a line, sorted by key."""
         gpu = self.gpu
         card = _Card(alias=gpu.alias, name=gpu.name, arch=gpu.arch, sms=gpu.sms, shared_memory=gpu.shared_memory)
         rows = [entry.model_dump(mode="json", exclude_none=True) for entry in self.entries]
@@ -230,7 +239,7 @@ def _distance(entry: Entry, shape: GemmShape, sms: int) -> float:
 def _age(entry: Entry, triton: str, kernel: str) -> tuple[bool, bool, int]:
     """Sorts entries of one shape: this Triton's first, then this kernel's, then the stronger source."""
     return (
-        bool(triton) and minor(entry.triton) != minor(triton),
+        bool(triton) and generation(entry.triton) != generation(triton),
         bool(kernel) and entry.kernel != kernel,
         -entry.source.strength,
     )
@@ -238,7 +247,7 @@ def _age(entry: Entry, triton: str, kernel: str) -> tuple[bool, bool, int]:
 
 def _why(entry: Entry, shape: GemmShape, triton: str, kernel: str) -> str:
     remarks = [f"{entry.source} for {entry.shape}"]
-    if triton and minor(entry.triton) != minor(triton):
+    if triton and generation(entry.triton) != generation(triton):
         remarks.append(f"tuned with Triton {entry.triton}, running {triton}")
     if kernel and entry.kernel != kernel:
         remarks.append("tuned with another kernel source")

@@ -58,7 +58,9 @@ def check_target(path: Path, *, ours: Callable[[Path], bool], force: bool) -> No
     if path.is_dir():
         raise FileError(f"cannot write {str(path)!r}: it is a folder; name a file")
     if path.exists() and not force and not ours(path):
-        raise FileError(f"{str(path)!r} exists and was not written by int8kit; name another file, or use --force")
+        raise FileError(
+            f"{str(path)!r} exists and was not written by int8kit, or is damaged; name another file, or use --force"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".int8kit-"):

@@ -49,8 +49,11 @@ def tuning_table(entries: Iterable[Entry]) -> str:
              f"{e.default_us / e.time_us:.2f}x" if e.default_us and e.time_us else "",
              f"{e.bf16_us / e.time_us:.2f}x" if e.bf16_us and e.time_us else "")
         )  # fmt: skip
-    head = ("M x N x K", "tile", "source", "tried", "regs", "KiB", "us", "TOP/s", "vs default", "vs bf16")
-    return f"{tabulate(rows, head, disable_numparse=True, stralign='right')}\ntimes by {', '.join(sorted(cards))}"
+    head = ["M x N x K", "tile", "source", "tried", "regs", "KiB", "us", "TOP/s", "vs default", "vs bf16"]
+    while rows and not any(row[len(head) - 1] for row in rows):  # nothing was timed: no ratios to show
+        head.pop()
+    table = tabulate([row[: len(head)] for row in rows], head, disable_numparse=True, stralign="right")
+    return f"{table}\ntimes by {', '.join(sorted(cards))}"
 
 
 def verify_table(results: Iterable[Result]) -> str:

@@ -38,9 +38,10 @@ def test_another_toolchain_serves_with_a_remark():
     shape = GemmShape(4096, 4608, 4608)
     assert base.resolve(shape, triton="3.6.1").config == A
     assert base.resolve(shape, triton="3.9.2").config == B
-    choice = base.resolve(shape, triton="3.7.0", kernel="k1")
-    assert choice.config == A
-    assert choice.why == "modelled for 4096x4608x4608; tuned with Triton 3.6.0, running 3.7.0"
+    assert base.resolve(shape, triton="3.7.1", kernel="k1").why == "modelled for 4096x4608x4608"
+    old = Database(GPU).merged([entry(triton="3.6.0")]).resolve(shape, triton="3.8.0", kernel="k1")
+    assert old.config == A
+    assert old.why == "modelled for 4096x4608x4608; tuned with Triton 3.6.0, running 3.8.0"
     assert "another kernel source" in base.resolve(shape, triton="3.9.0", kernel="k1").why
 
 
@@ -58,7 +59,14 @@ def test_merge_keeps_the_stronger_source():
     assert base.merged([entry(config=B, source=Source.PROXY)]).entries[0].config == B
     stale = base.merged([entry(config=B, source=Source.MODELLED, kernel="k2")])
     assert stale.entries[0].config == B
+    assert base.merged([entry(config=B, triton="3.6.0")]).entries[0].config == A  # 3.6 and 3.7 make the same code
     assert len(base.merged([entry(triton="3.9.0")]).entries) == 2
+
+
+def test_generations_of_triton():
+    assert [db.generation(v) for v in ("3.6.0", "3.7.1", "3.8.0", "3.9.0+git1", "3.12.0")] == [
+        "3.6", "3.6", "3.8", "3.8", "3.8",
+    ]  # fmt: skip
 
 
 def test_stamps_follow_the_kernel_and_the_configuration():

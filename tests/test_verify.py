@@ -1,5 +1,7 @@
 """verify/: the verifier verified. Broken kernels must be caught, with a small example; sound ones must hold."""
 
+import os
+
 import pytest
 import torch
 
@@ -7,15 +9,26 @@ from int8kit import gpus, reference
 from int8kit.db import Database, Entry, Resources
 from int8kit.kernels import gemm, quantize
 from int8kit.spec import GemmShape, InputError, Source, TileConfig
-from int8kit.verify import checks, foreign, strategies
+from int8kit.verify import checks, foreign, isolate, strategies
 
 CONFIGS = (TileConfig(64, 32, 64, 4, 3),)
 EXECUTOR = foreign.executors(gpus.get("rtx3090"))[-1]
 
 
+def entry(config=CONFIGS[0], **shape):
+    return Entry(
+        **shape, config=config, source=Source.MODELLED, triton="3.7.1", kernel="k", tried=1,
+        resources=Resources(registers=1, spill_bytes=0, shared_bytes=0),
+    )  # fmt: skip
+
+
+GOOD, BAD = entry(m=100, n=40, k=200), entry(m=100, n=48, k=200)
+BASE = Database(gpus.get("rtx3090"), (GOOD, BAD))
+
+
 def verdicts(examples=40):
-    results = checks.check_properties(EXECUTOR, CONFIGS, examples=examples, random_seed=0)
-    return {r.name: r.failure for r in results}
+    found = [checks.run(name, EXECUTOR, BASE, examples=examples) for name in ("accumulator", "output", "quantize")]
+    return {result.name: result.failure for result, _ in found}
 
 
 def test_the_kernels_hold():
@@ -84,18 +97,18 @@ def test_a_wrong_sum_is_caught_by_a_small_example(monkeypatch, broken):
     assert shape.m == shape.n == 1  # shrunk
 
 
-def _drops_nan(x):
+def _drops_nan(x, out=None):
     q, s = reference.quantize(x.nan_to_num(0.0))
     return q, s
 
 
-def _reciprocal(x):
+def _reciprocal(x, out=None):
     _, s = reference.quantize(x)
     q = (x.float() * (1 / s)[:, None]).round().clamp(-127, 127)
     return torch.where((s > 0)[:, None], q, 0.0).to(torch.int8), s
 
 
-def _first_block(x):
+def _first_block(x, out=None):
     q, _ = reference.quantize(x)
     return q, reference.quantize(x[:, : quantize.BLOCK_K_MAX])[1]
 
@@ -114,26 +127,40 @@ def test_a_kernel_that_raises_is_a_failure_and_not_a_traceback(monkeypatch):
     assert "RuntimeError: no such instruction" in verdicts()["accumulator"]
 
 
-def entry(config=CONFIGS[0], **shape):
-    return Entry(
-        **shape, config=config, source=Source.MODELLED, triton="3.7.1", kernel="k", tried=1,
-        resources=Resources(registers=1, spill_bytes=0, shared_bytes=0),
-    )  # fmt: skip
-
-
 def test_entries_are_stamped_only_if_they_pass(monkeypatch):
-    good, bad = entry(m=100, n=40, k=200), entry(m=100, n=48, k=200)
-    base = Database(gpus.get("rtx3090"), (good, bad))
-    result, stamps = checks.check_entries(EXECUTOR, base)
+    result, stamps = checks.run("entries", EXECUTOR, BASE)
     assert result.failure is None
-    assert set(stamps) == {good.key, bad.key}
-    assert stamps[good.key][0].kernel == gemm.kernel_hash()
+    assert set(stamps) == {GOOD.key, BAD.key}
+    assert stamps[GOOD.key][0].kernel == gemm.kernel_hash()
 
     whole = checks.check_entry
     monkeypatch.setattr(checks, "check_entry", lambda e, x: "differs" if e.n == 48 else whole(e, x))
-    result, stamps = checks.check_entries(EXECUTOR, base)
+    result, stamps = checks.run("entries", EXECUTOR, BASE)
     assert result.failure == "differs"
-    assert set(stamps) == {good.key}
+    assert set(stamps) == {GOOD.key}
+
+
+def _dying(pipe, jobs, database, examples, random_seed):
+    for job in jobs:
+        pipe.send(("example", f"an example of {job.name}"))
+        if job.name == "output":
+            os.abort()
+        pipe.send(("done", checks.Result(job.name, str(job.executor), 1), {}))
+
+
+def test_a_kernel_that_ends_its_process_is_a_failure_like_any_other():
+    jobs = [isolate.Job(name, EXECUTOR) for name in ("accumulator", "output", "entries")]
+    results = [result for result, _ in isolate.run_all(jobs, BASE, child=_dying)]
+    assert [r.name for r in results] == ["accumulator", "output", "entries"]
+    assert [r.failure for r in results] == [
+        None, "an example of output: the kernel ended its process (SIGABRT)", None,
+    ]  # fmt: skip
+
+
+def test_isolated_checks_are_the_same():
+    jobs = [isolate.Job("quantize", EXECUTOR)]
+    [(result, _)] = isolate.run_all(jobs, BASE, examples=20)
+    assert result == checks.run("quantize", EXECUTOR, BASE, examples=20)[0]
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 128, 4296, 16584])

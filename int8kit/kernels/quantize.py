@@ -50,10 +50,13 @@ def _quantize(
         tl.store(q_ptr + k + ks, v.to(tl.int32, bitcast=True).to(tl.int8), mask=ks < K - k)
 
 
-def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(
+    x: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize the rows of x [M, K] (bf16, fp16 or fp32) -> q [M, K] int8, s [M] fp32.
 
-    Bit-equal to `int8kit.reference.quantize`. Raises ShapeError for another dtype, or if x is not contiguous along K.
+    out: (q, s) to write into, q contiguous along K; made if absent. Bit-equal to `int8kit.reference.quantize`. Raises
+    ShapeError for another dtype or shape, or if x is not contiguous along K.
     """
     if x.dim() != 2 or x.dtype not in IN_DTYPES:
         raise ShapeError(f"x {x.dtype} {tuple(x.shape)}: legal is [M, K] of bf16, fp16 or fp32; reshape or cast first")
@@ -62,8 +65,15 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise ShapeError(f"x has strides {x.stride()}: the last must be 1; call .contiguous() first")
     if interpreted():
         x = x.float()  # exact; Triton's interpreter converts subnormal bf16 numbers wrongly
-    q = torch.empty(m, k, dtype=torch.int8, device=x.device)
-    s = torch.empty(m, dtype=torch.float32, device=x.device)
+    if out is None:
+        q = torch.empty(m, k, dtype=torch.int8, device=x.device)
+        s = torch.empty(m, dtype=torch.float32, device=x.device)
+    else:
+        q, s = out
+        if (q.shape, q.dtype, s.shape, s.dtype) != ((m, k), torch.int8, (m,), torch.float32) or not s.is_contiguous():
+            raise ShapeError(f"out {tuple(q.shape)}, {tuple(s.shape)}: legal are int8 [{m}, {k}] and float32 [{m}]")
+        if k > 1 and q.stride(1) != 1:
+            raise ShapeError(f"q has strides {q.stride()}: the last must be 1")
     if m and k:
         block = min(triton.next_power_of_2(k), BLOCK_K_MAX)
         with on_device(x):

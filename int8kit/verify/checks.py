@@ -13,7 +13,7 @@ Examples are drawn and shrunk by hypothesis; the smallest that fails is what a R
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,6 +30,9 @@ from int8kit.verify.strategies import Draw, Rows, draws, float_matrix, int8_matr
 
 T = TypeVar("T")
 
+Stamps = dict[tuple[int, int, int, str], list[Stamp]]
+"""What passed, by entry key."""
+
 POISON = 113  # int8 beyond the operands
 SENTINEL = 77  # in every element of a fresh output buffer
 
@@ -39,9 +42,10 @@ SMALL_TILES = (  # many tiles, bands and k-steps in a small matrix
     TileConfig(32, 16, 64, num_warps=2, num_stages=2, group_m=3),
 )
 _DEEP = tuple(  # sums beyond 2**24, where the conversion to float32 rounds, and the largest K
-    Draw(GemmShape(17, 24, k), SMALL_TILES[2], kind, 1, bias, torch.float32, 0)
-    for k, kind, bias in (
-        (2112, "positive", True), (53248, "normal", False), (53248, "positive", True), (131071, "least", True)
+    Draw(GemmShape(m, n, k), SMALL_TILES[2], kind, 1, bias, torch.float32)
+    for m, n, k, kind, bias in (
+        (17, 24, 2112, "positive", torch.float32), (2, 3, 131071, "least", None),
+        (17, 24, 53248, "normal", None), (64, 64, 53248, "positive", torch.bfloat16), (17, 24, 131071, "least", None),
     )
 )  # fmt: skip
 _LONG = tuple(  # rows in one pass and in several
@@ -126,13 +130,15 @@ class _Canvas:
         return f"{outside} elements outside [M, N] were written" if outside else None
 
 
-def _operands(d: Draw, device: str) -> tuple[torch.Tensor, ...]:
+def _operands(
+    d: Draw, device: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     m, n, k = d.shape.m, d.shape.n, d.shape.k
     x = _padded(int8_matrix(m, k, d.kind, d.seed, device), d.padding)
-    w = _padded(int8_matrix(n, k, d.kind, d.seed + 100, device), d.padding)
+    w = _padded(int8_matrix(n, k, d.kind, d.seed + 100, device), 2 * d.padding)
     g = torch.Generator(device).manual_seed(d.seed)
-    bias = torch.randn(n, generator=g, device=device).to(d.out_dtype)
-    return x, w, scales(m, d.seed, device), scales(n, d.seed + 7, device), bias
+    bias = None if d.bias is None else torch.randn(n, generator=g, device=device).to(d.bias)
+    return x, w, scales(m, d.scales, d.seed, device), scales(n, d.scales, d.seed + 7, device), bias
 
 
 def check_accumulator(d: Draw, executor: Executor) -> str | None:
@@ -152,17 +158,20 @@ def check_output(d: Draw, executor: Executor) -> str | None:
     """How the dequantized output differs from the reference, or None."""
     x, w, sx, sw, bias = _operands(d, executor.device)
     canvas = _Canvas(d.shape.m, d.shape.n, d.padding, d.out_dtype, executor.device)
-    some = bias if d.bias else None
-    got = gemm.scaled_mm(x, w, sx, sw, some, config=d.config, out=canvas.view, arch=executor.arch)
-    return difference(got, reference.scaled_mm(x, w, sx, sw, some, out_dtype=d.out_dtype)) or canvas.touched()
+    got = gemm.scaled_mm(x, w, sx, sw, bias, config=d.config, out=canvas.view, arch=executor.arch)
+    return difference(got, reference.scaled_mm(x, w, sx, sw, bias, out_dtype=d.out_dtype)) or canvas.touched()
 
 
 def check_quantize(r: Rows, executor: Executor) -> str | None:
     """How q or s differs from the reference, or None."""
     wide = float_matrix(r.m, r.k + r.padding, r.kind, r.seed, r.dtype, executor.device)
     x = wide[:, : r.k]
-    (q, s), (want_q, want_s) = quantize.quantize(x), reference.quantize(x)
-    why_s, why_q = difference(s, want_s), difference(q, want_q)
+    values = _Canvas(r.m, r.k, r.padding, torch.int8, executor.device)
+    column = _Canvas(1, r.m, 0, torch.float32, executor.device)
+    q, s = quantize.quantize(x, out=(values.view, column.view[0]))
+    want_q, want_s = reference.quantize(x)
+    why_s = difference(s, want_s) or column.touched()
+    why_q = difference(q, want_q) or values.touched()
     return (why_s and f"scales: {why_s}") or (why_q and f"values: {why_q}")
 
 
@@ -174,7 +183,7 @@ def check_entry(entry: Entry, executor: Executor) -> str | None:
     """
     shape = reduced(entry.shape, entry.config) if executor.on == "interpreter" else entry.shape
     for kind in ("normal", "extremes"):
-        d = Draw(shape, entry.config, kind, 3, True, torch.bfloat16, 0)
+        d = Draw(shape, entry.config, kind, 3, torch.bfloat16, torch.bfloat16)
         if executor.on == "interpreter":
             why = check_accumulator(d, executor) or check_output(d, executor)
         else:
@@ -220,7 +229,7 @@ def hold(
     examples: int,
     random_seed: int,
     always: Iterable[T] = (),
-    on_example: Callable[[], None] = lambda: None,
+    on_example: Callable[[object], None] = lambda _: None,
 ) -> Result:
     """Try `check` on `examples` drawn examples and on those of `always`; a Result with the smallest failure, if any."""
     tried: list[T] = []
@@ -237,7 +246,7 @@ def hold(
     @given(strategy)
     def attempt(example: T) -> None:
         tried.append(example)
-        on_example()
+        on_example(example)
         why = check(example, on)
         if why:
             raise AssertionError(why)
@@ -247,7 +256,7 @@ def hold(
         attempt()
         for example in always:
             tried.append(example)
-            on_example()
+            on_example(example)
             why = check(example, on)
             if why:
                 raise AssertionError(why)
@@ -258,38 +267,52 @@ def hold(
     return Result(name, str(on), len(tried), failure)
 
 
-def check_properties(
-    executor: Executor,
-    configs: Iterable[TileConfig],
-    *,
-    examples: int | None,
-    random_seed: int,
-    on_example: Callable[[], None] = lambda: None,
-) -> Iterator[Result]:
-    """The three properties, over `configs` and some small tiles."""
-    tiles = tuple(sorted({*SMALL_TILES, *configs, default_config(GemmShape(1024, 1, 1))}))
-    limits = budget(executor, examples)
-    deep = _DEEP if limits.deep else _DEEP[:1]
-    more: dict[str, Any] = {"examples": limits.examples, "random_seed": random_seed, "on_example": on_example}
-    gemms = draws(tiles, limits.most, limits.ops)
-    yield hold("accumulator", executor, gemms, check_accumulator, always=deep, **more)
-    yield hold("output", executor, gemms, check_output, always=deep, **more)
+def names(executor: Executor, database: Database) -> list[str]:
+    """The checks that apply, in the order in which they are run."""
+    found = ["accumulator", "output"]
     if executor.arch is None:  # the row quantization has one source and no configuration
-        yield hold("quantize", executor, rows(2000), check_quantize, always=_LONG, **more)
+        found.append("quantize")
+    return [*found, "entries"] if database.entries else found
 
 
-def check_entries(
-    executor: Executor, database: Database, on_entry: Callable[[], None] = lambda: None
-) -> tuple[Result, dict[tuple[int, int, int, str], list[Stamp]]]:
-    """Every entry of the database: a Result with the smallest failing one, and stamps of those that passed."""
+def run(
+    name: str,
+    executor: Executor,
+    database: Database,
+    *,
+    examples: int | None = None,
+    random_seed: int = 0,
+    on_example: Callable[[object], None] = lambda _: None,
+) -> tuple[Result, Stamps]:
+    """One check of `names`: its result, and for "entries" the stamps of those that passed.
+
+    Properties are tried over the database's configurations, the default and SMALL_TILES. on_example is told of each
+    example before it is tried.
+    """
+    if name == "entries":
+        return _check_entries(executor, database, on_example)
+    limits = budget(executor, examples)
+    more: dict[str, Any] = {"examples": limits.examples, "random_seed": random_seed, "on_example": on_example}
+    if name == "quantize":
+        return hold(name, executor, rows(2000), check_quantize, always=_LONG, **more), {}
+    tiles = {*SMALL_TILES, *(entry.config for entry in database.entries), default_config(GemmShape(1024, 1, 1))}
+    check = {"accumulator": check_accumulator, "output": check_output}[name]
+    gemms = draws(tuple(sorted(tiles)), limits.most, limits.ops)
+    return hold(name, executor, gemms, check, always=_DEEP if limits.deep else _DEEP[:2], **more), {}
+
+
+def _check_entries(
+    executor: Executor, database: Database, on_example: Callable[[object], None]
+) -> tuple[Result, Stamps]:  # fmt: skip
     import triton
 
     stamp = Stamp(on=executor.on, device=executor.name, kernel=gemm.kernel_hash(), triton=triton.__version__)
     verdicts: dict[tuple[GemmShape, TileConfig], str | None] = {}
-    stamps: dict[tuple[int, int, int, str], list[Stamp]] = {}
+    stamps: Stamps = {}
     failure = None
     for entry in sorted(database.entries, key=lambda e: e.shape.ops):
         shape = reduced(entry.shape, entry.config) if executor.on == "interpreter" else entry.shape
+        on_example(f"{shape}, {entry.config}")
         if (shape, entry.config) not in verdicts:
             try:
                 verdicts[shape, entry.config] = check_entry(entry, executor)
@@ -299,5 +322,4 @@ def check_entries(
         if why is None:
             stamps[entry.key] = [stamp]
         failure = failure or why
-        on_entry()
     return Result("entries", str(executor), len(database.entries), failure), stamps

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from int8kit.spec import GemmShape, TileConfig
 
 INT8_KINDS = ("ones", "normal", "uniform", "extremes", "least", "positive")
+SCALE_KINDS = ("ordinary", "ordinary", "signed", "tiny", "huge", "nan")
 FLOAT_KINDS = ("normal", "zero rows", "halves", "tiny", "huge", "subnormal", "nan", "inf", "one hot")
 OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,15 +27,19 @@ class Draw:
     config: TileConfig
     kind: str
     seed: int
-    bias: bool
+    bias: torch.dtype | None
     out_dtype: torch.dtype
-    padding: int  # poisoned elements between rows of x, w and out
+    padding: int = 0  # poisoned elements between rows of x and out; twice as many between those of w
+    scales: str = "ordinary"
 
     def __str__(self) -> str:
-        bias = "bias" if self.bias else "no bias"
-        dtype = str(self.out_dtype).removeprefix("torch.")
-        data = f"{self.kind} data of seed {self.seed}"
-        return f"{self.shape}, {self.config}, {data}, {bias}, {dtype}, padding {self.padding}"
+        bias = f"{_short(self.bias)} bias" if self.bias else "no bias"
+        data = f"{self.kind} data of seed {self.seed}, {self.scales} scales"
+        return f"{self.shape}, {self.config}, {data}, {bias}, {_short(self.out_dtype)}, padding {self.padding}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def sizes(block: int, most: int) -> st.SearchStrategy[int]:
@@ -42,7 +47,7 @@ def sizes(block: int, most: int) -> st.SearchStrategy[int]:
     around = st.builds(
         lambda times, off: max(1, min(most, times * block + off)),
         st.integers(0, max(1, most // block)),
-        st.sampled_from((-1, 0, 0, 1, 3)),
+        st.sampled_from((-1, 0, 0, 1, 3, block // 2)),
     )
     return st.one_of(st.integers(1, most), around)
 
@@ -58,9 +63,10 @@ def draws(draw: st.DrawFn, configs: tuple[TileConfig, ...], most: int, ops: int)
         config,
         draw(st.sampled_from(INT8_KINDS)),
         draw(st.integers(0, 7)),
-        draw(st.booleans()),
+        draw(st.sampled_from((None, *OUT_DTYPES))),
         draw(st.sampled_from(OUT_DTYPES)),
         draw(st.sampled_from((0, 3, 16))),
+        draw(st.sampled_from(SCALE_KINDS)),
     )
 
 
@@ -76,8 +82,9 @@ class Rows:
     padding: int
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"[{self.m}, {self.k}] {dtype}, {self.kind} data of seed {self.seed}, padding {self.padding}"
+        return (
+            f"[{self.m}, {self.k}] {_short(self.dtype)}, {self.kind} data of seed {self.seed}, padding {self.padding}"
+        )
 
 
 @st.composite
@@ -113,10 +120,23 @@ def int8_matrix(m: int, k: int, kind: str, seed: int, device: str) -> torch.Tens
     return torch.full((m, k), -128, dtype=torch.int8, device=device)
 
 
-def scales(length: int, seed: int, device: str) -> torch.Tensor:
-    """[length] fp32, positive, all different and none a power of two: an exchanged or misplaced one shows."""
+def scales(length: int, kind: str, seed: int, device: str) -> torch.Tensor:
+    """[length] fp32, all different and none a power of two: an exchanged or misplaced one shows.
+
+    kind: "ordinary"; "signed", every other one negative; "tiny" and "huge", whose products leave the ordinary range of
+    the output; "nan", every third one.
+    """
     g = torch.Generator(device).manual_seed(seed + 1000)
-    return torch.rand(length, generator=g, device=device) * 0.011 + 0.0003
+    s = torch.rand(length, generator=g, device=device) * 0.011 + 0.0003
+    if kind == "signed":
+        s[1::2] *= -1
+    elif kind == "tiny":
+        s *= 1e-19
+    elif kind == "huge":
+        s *= 1e17
+    elif kind == "nan":
+        s[::3] = torch.nan
+    return s
 
 
 def float_matrix(m: int, k: int, kind: str, seed: int, dtype: torch.dtype, device: str) -> torch.Tensor:
