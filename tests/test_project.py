@@ -106,8 +106,8 @@ def examples():
         yield verb, found[1].strip()
 
 
-@pytest.mark.parametrize(("where", "command"), list(examples()))
-def test_commands_of_the_documents_run(where, command, tmp_path):
+@pytest.mark.parametrize(("command", "where"), {command: where for where, command in examples()}.items())
+def test_commands_of_the_documents_run(command, where, tmp_path):
     """Each printed command as it stands, in an empty folder; those that need a real card or real weights parse only."""
     verb, *args = shlex.split(command)
     assert verb == "int8kit", f"{where}: {command}"
