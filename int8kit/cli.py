@@ -25,11 +25,14 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="INT8 linears of diffusion transformers on integer tensor cores: trace, tune, verify, run.",
 )  # fmt: skip
-_EXTRAS = {"diffusers": "run", "transformers": "run", "PIL": "run", "hypothesis": "verify"}
+_EXTRAS = {"diffusers": "run", "transformers": "run", "PIL": "run", "bitsandbytes": "nf4", "hypothesis": "verify"}
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite a file that int8kit did not write.")]
+SIZES = ("768x768", "1024x1024", "1536x1536", "2048x2048")  # of the shapes files that are committed
+STOCK_SLOTS = 2048
+
 Size = Annotated[list[str] | None, typer.Option("--size", metavar="WxH", help="Image size in pixels; repeatable.")]
 
 
@@ -103,6 +106,8 @@ def trace_shapes(
 ) -> None:
     """Every GEMM of one forward of a model, without weights or a GPU -> a shapes file.
 
+    Without --size: what the shipped files hold, 768 to 2048 px, with tight text and with the stock 2048 slots.
+
     Example: int8kit trace-shapes ideogram4 --size 1024x1024 --text-tokens 200
     """
     from int8kit import files, models, report, trace
@@ -111,7 +116,9 @@ def trace_shapes(
     if branch not in (*models.BRANCHES, "both"):
         raise InputError(f"branch {branch!r}: legal are cond, uncond and both")
     cases: dict[models.Case, None] = {}
-    for height, width in map(_size, size or ["1024x1024"]):
+    if not size and not slots:
+        slots = [text_tokens, STOCK_SLOTS]
+    for height, width in map(_size, size or SIZES):
         for one in models.BRANCHES if branch == "both" else (branch,):
             for padded in slots if slots and one == "cond" else (None,):
                 cases[models.Case(height, width, batch, text_tokens, padded, one)] = None
@@ -217,6 +224,7 @@ def _health() -> None:
 def verify(
     gpu: Annotated[str | None, typer.Option(help="The card. Default: the one that is here, else rtx3090.")] = None,
     database: Annotated[Path | None, typer.Option("--db", help="Default: ./tuning_db/<gpu>.json, or shipped.")] = None,
+    shapes: Annotated[Path | None, typer.Option(help="Checked beside the database's. Default: Ideogram 4's.")] = None,
     examples: Annotated[
         int | None,
         typer.Option(help="Examples drawn for each property. Default: 150; 60 on a card, which compiles each."),
@@ -238,16 +246,17 @@ def verify(
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the verb's process runs nothing else
-    from int8kit import db, gpus, report
+    from int8kit import db, files, gpus, report, trace
     from int8kit.verify import checks, foreign, isolate
 
     card = gpus.get(gpu) if gpu else gpus.present() or gpus.get("rtx3090")
     path = db.find(card.alias, database)
     base = db.Database(card) if path is None else db.load(path, card.alias)
+    base = base.covering(trace.int8_shapes(trace.read(shapes or files.shipped("shapes") / "ideogram4.json")))
     executors = foreign.executors(card)
     for executor in executors:
         reduced = ", at reduced M, N and K" if executor.on == "interpreter" else ""
-        _note(f"executing on {executor}{reduced}; {len(base.entries)} entries of {path or 'no database'}")
+        _note(f"executing on {executor}{reduced}; {len(base.entries)} shapes; {path or 'no database, so the defaults'}")
     results: list[checks.Result] = []
     stamps: dict[Any, list[db.Stamp]] = {}
     jobs = [isolate.Job(name, executor) for executor in executors for name in checks.names(executor, base)]

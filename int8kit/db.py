@@ -201,6 +201,17 @@ class Database:
         config = default_config(shape)
         return Choice(shape, config, "default", f"no entry of {self.gpu.alias} is near")
 
+    def covering(self, shapes: Iterable[GemmShape]) -> Database:
+        """With an entry for each of `shapes` that has none: what `resolve` gives it, to be checked, never written."""
+        known = {e.shape for e in self.entries}
+        nothing = Resources(registers=0, spill_bytes=0, shared_bytes=0)
+        made = [
+            Entry(m=s.m, n=s.n, k=s.k, source=Source.MODELLED, config=self.resolve(s).config, triton="0.0", kernel="",
+                  resources=nothing, tried=0)
+            for s in sorted(set(shapes) - known)
+        ]  # fmt: skip
+        return Database(self.gpu, self.entries + tuple(made))
+
     def plan(self, n: int, k: int, ms: Iterable[int], *, triton: str = "", kernel: str = "") -> Plan:
         """The plan of a weight [n, k]: the choice for each m of `ms`, and every m that the database knows of it."""
         known = {e.m for e in self.entries if (e.n, e.k) == (n, k)}

@@ -85,6 +85,14 @@ def test_stamps_follow_the_kernel_and_the_configuration():
     assert both.merged([entry(config=B)]).entries[0].verified is None
 
 
+def test_covering_asks_for_what_would_run():
+    base = Database(GPU).merged([entry(m=1000)])
+    far = GemmShape(9, 64, 64)
+    more = base.covering([GemmShape(1000, 4608, 4608), GemmShape(1500, 4608, 4608), far])
+    assert [(e.m, e.config) for e in more.entries] == [(1000, A), (9, default_config(far)), (1500, A)]
+    assert base.covering([]) == base
+
+
 def test_plan_covers_what_runs_and_what_is_known():
     base = Database(GPU).merged([entry(m=1000), entry(m=4000, config=B)])
     plan = base.plan(4608, 4608, [4096])

@@ -1,6 +1,7 @@
 import copy
 import math
 
+import bitsandbytes
 import pytest
 import torch
 from PIL import Image
@@ -23,6 +24,21 @@ def test_linear_is_the_reference():
     exact = linear(x).float()
     step = x.abs().amax() / 254 * linear.weight.abs().amax()
     assert (layer(x) - exact).abs().max() < 6 * step * math.sqrt(40)
+
+
+def test_an_nf4_layer_is_dequantized_first():
+    """The released diffusers checkpoint holds bitsandbytes' NF4 layers: subclasses of nn.Linear with packed weights."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(128, 64, dtype=torch.bfloat16)
+    nf4 = bitsandbytes.nn.Linear4bit(128, 64, compute_dtype=torch.bfloat16, quant_type="nf4")
+    nf4.load_state_dict(linear.state_dict())
+    nf4 = nf4.to("cpu")
+    assert nf4.weight.shape != (64, 128)
+    weight = bitsandbytes.functional.dequantize_4bit(nf4.weight, nf4.weight.quant_state)
+    layer = Int8Linear.from_linear(nf4)
+    wq, sw = reference.quantize(weight)
+    x = torch.randn(5, 128).bfloat16()
+    assert torch.equal(layer(x), reference.linear(x, wq, sw, linear.bias.detach()))
 
 
 def test_casting_a_model_keeps_the_scales():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from int8kit import files, models, trace
+from int8kit import cli, files, models, trace
 from int8kit.models import Case
 from int8kit.spec import FileError, GemmShape
 
@@ -97,6 +97,15 @@ def test_shipped_file_is_what_the_tracer_gives():
     case = Case(768, 768, slots=2048)
     [fresh] = trace.trace(models.get("ideogram4"), [case])["cases"]
     assert fresh in document["cases"]
+
+
+def test_the_default_call_gives_the_shipped_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["trace-shapes"])
+    assert ended.value.code == 0
+    assert (tmp_path / "shapes" / "ideogram4.json").read_text() == SHIPPED.read_text()
+    assert "2048x2048 px" in capsys.readouterr().out
 
 
 def test_round_trip(tmp_path):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -289,6 +290,18 @@ def run(
     Properties are tried over the database's configurations, the default and SMALL_TILES. on_example is told of each
     example before it is tried.
     """
+    with np.errstate(all="ignore"):  # the interpreter computes in numpy, which warns of the overflows drawn on purpose
+        return _run(name, executor, database, examples, random_seed, on_example)
+
+
+def _run(
+    name: str,
+    executor: Executor,
+    database: Database,
+    examples: int | None,
+    random_seed: int,
+    on_example: Callable[[object], None],
+) -> tuple[Result, Stamps]:
     if name == "entries":
         return _check_entries(executor, database, on_example)
     limits = budget(executor, examples)
