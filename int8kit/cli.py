@@ -117,7 +117,7 @@ def trace_shapes(
         raise InputError(f"branch {branch!r}: legal are cond, uncond and both")
     cases: dict[models.Case, None] = {}
     if not size and not slots:
-        slots = [text_tokens, STOCK_SLOTS]
+        slots = [text_tokens, max(text_tokens, STOCK_SLOTS)]
     for height, width in map(_size, size or SIZES):
         for one in models.BRANCHES if branch == "both" else (branch,):
             for padded in slots if slots and one == "cond" else (None,):

@@ -85,7 +85,7 @@ class Entry(_Row):
     k: int = Field(ge=1)
     source: Source
     config: TileConfig
-    triton: str
+    triton: str = Field(pattern=r"^\d+\.\d+")
     kernel: str
     resources: Resources
     tried: int = Field(ge=0)  # configurations ranked or timed for this shape
@@ -113,9 +113,9 @@ class Entry(_Row):
 class _Card(_Row):
     alias: str
     name: str
-    arch: int
-    sms: int
-    shared_memory: int
+    arch: int = Field(ge=80, le=999)
+    sms: int = Field(ge=1)
+    shared_memory: int = Field(ge=1)
 
 
 @dataclass(frozen=True)
@@ -277,14 +277,20 @@ def load(path: Path, alias: str | None = None) -> Database:
         card = _Card.model_validate(document["gpu"])
         entries = tuple(Entry.model_validate(row) for row in document["entries"])
         numerics = document["numerics"]
+        unknown = set(document) - {"format", "numerics", "policies", "gpu", "entries"}
+        if unknown:
+            raise TypeError(f"unknown field {min(unknown)!r}")
         for entry in entries:
-            GemmShape(entry.m, entry.n, entry.k)
+            shape = entry.shape  # raises ShapeError outside the kernels' domain
+            reason = why_illegal(entry.config, arch=card.arch, shared_memory=card.shared_memory)
+            if reason:
+                raise TypeError(f"{shape}: {reason}")
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise FileError(f"{str(path)!r} is damaged ({error.title}.{place}: {first['msg']}); {_REMEDY}") from None
     except (KeyError, TypeError) as error:
-        raise FileError(f"{str(path)!r} is damaged ({type(error).__name__}: {error}); {_REMEDY}") from None
+        raise FileError(f"{str(path)!r} is damaged ({files.lacks(error)}); {_REMEDY}") from None
     if numerics != NUMERICS_VERSION:
         raise FileError(f"{str(path)!r} has numerics {numerics}; legal is {NUMERICS_VERSION}; {_REMEDY}")
     if alias is not None and card.alias != alias:

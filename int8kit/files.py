@@ -37,6 +37,8 @@ def read_json(path: Path, format: str, *, remedy: str) -> dict[str, Any]:
         document = json.loads(text)
     except json.JSONDecodeError as error:
         raise FileError(f"damaged JSON in {str(path)!r} (line {error.lineno}: {error.msg}); {remedy}") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
+        raise FileError(f"damaged JSON in {str(path)!r} (no sane document); {remedy}") from None
     found = document.get("format") if isinstance(document, dict) else None
     if found != format:
         raise FileError(f"{str(path)!r} has the format {found!r}; legal is {format!r}; {remedy}")
@@ -99,6 +101,11 @@ def dump_rows(document: dict[str, Any], rows: str) -> str:
     items = ",\n".join(f"    {json.dumps(item)}" for item in document[rows])
     body = f"[\n{items}\n  ]" if items else "[]"
     return "\n".join(["{", *lines, f"  {json.dumps(rows)}: {body}", "}", ""])
+
+
+def lacks(error: KeyError | TypeError | ValueError) -> str:
+    """What is wrong with a document, for people: the key that a KeyError missed, or the error's own words."""
+    return f"no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _umask() -> int:

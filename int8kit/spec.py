@@ -105,6 +105,8 @@ class GemmShape:
         for name, value in (("M", self.m), ("N", self.n), ("K", self.k)):
             if value < 1:
                 raise ShapeError(f"{name} = {value}: M, N and K must be at least 1")
+            if value >= 2**31:
+                raise ShapeError(f"{name} = {value}: legal is less than 2**31, the kernels' 32-bit extents; split it")
         if self.k > K_MAX:
             raise ShapeError(
                 f"K = {self.k}: legal is 1 to {K_MAX}, beyond which an int32 sum of int8 products can overflow; "

@@ -237,12 +237,20 @@ def read(path: Path) -> dict[str, Any]:
     try:
         for case in document["cases"]:
             for gemm in case["gemms"]:
-                GemmShape(int(gemm["m"]), int(gemm["n"]), int(gemm["k"]))
-                int(gemm["count"]), bool(gemm["bias"]), [str(layer) for layer in gemm["layers"]]
-            [int(case[key]) for key in ("height", "width", "batch", "text_tokens")], str(case["branch"])
+                m, n, k, count = (_whole(gemm, key) for key in ("m", "n", "k", "count"))
+                GemmShape(m, n, k), GemmShape(1, count, 1), bool(gemm["bias"])
+                [str(layer) for layer in gemm["layers"]]
+            [_whole(case, key) for key in ("height", "width", "batch", "text_tokens")], str(case["branch"])
     except (KeyError, TypeError, ValueError) as error:
-        raise FileError(f"{str(path)!r} is damaged ({type(error).__name__}: {error}); {remedy}") from None
+        raise FileError(f"{str(path)!r} is damaged ({files.lacks(error)}); {remedy}") from None
     return document
+
+
+def _whole(row: dict[str, Any], key: str) -> int:
+    value = row[key]
+    if type(value) is not int:
+        raise TypeError(f"{key} = {value!r} is no whole number")
+    return value
 
 
 def int8_shapes(document: dict[str, Any], size: tuple[int, int] | None = None) -> dict[GemmShape, int]:

@@ -33,6 +33,8 @@ def test_written_files_have_ordinary_permissions(tmp_path):
         ("[]", "has the format None"),
         ('{"format": "other/2"}', "has the format 'other/2'; legal is 'ours/1'"),
         (b"\xff\xfe", "cannot read"),
+        ("[" * 100_000, "damaged JSON"),
+        ('{"a": ' + "1" * 5000 + "}", "damaged JSON"),
     ],
 )
 def test_reading_says_what_is_wrong(tmp_path, text, reason):

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from int8kit import cli, files, models, trace
 from int8kit.models import Case
-from int8kit.spec import FileError, GemmShape
+from int8kit.spec import FileError, GemmShape, InputError
 
 SHIPPED = files.shipped("shapes") / "ideogram4.json"
 
@@ -120,6 +120,15 @@ def test_a_damaged_file_is_refused(tmp_path, key):
     del document["cases"][0]["gemms"][0][key]
     trace.write(document, tmp_path / "s.json")
     with pytest.raises(FileError, match=f"is damaged.*{key}.*trace-shapes"):
+        trace.read(tmp_path / "s.json")
+
+
+@pytest.mark.parametrize("value", [1.5, "64", float("inf"), True, 0, 2**31])
+def test_extents_are_whole_numbers_in_range(tmp_path, value):
+    document = trace.trace(models.get("tiny"), [Case(64, 64)])
+    document["cases"][0]["gemms"][0]["m"] = value
+    trace.write(document, tmp_path / "s.json")
+    with pytest.raises(InputError):
         trace.read(tmp_path / "s.json")
 
 
