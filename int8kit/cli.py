@@ -25,6 +25,7 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="INT8 linears of diffusion transformers on integer tensor cores: trace, tune, verify, run.",
 )  # fmt: skip
+INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 _EXTRAS = {"diffusers": "run", "transformers": "run", "PIL": "run", "bitsandbytes": "nf4", "hypothesis": "verify"}
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -50,11 +51,15 @@ def main(argv: list[str] | None = None) -> None:
             raise
         _fail(f"no module {error.name!r}; install it with `pip install 'int8kit[{_EXTRAS[str(error.name)]}]'`", 2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; what was finished is kept", 130)
+        _fail("interrupted; what was finished is kept", INTERRUPTED)
 
 
 def _fail(message: str, status: int) -> None:
     print(f"int8kit: {' '.join(message.split())}", file=sys.stderr)
+    if status == INTERRUPTED:  # nothing is left to write, and joining a pool of ended workers can block for ever
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 
@@ -196,7 +201,7 @@ def tune(
     )  # fmt: skip
     if not space.complete:
         done = len(space.resources) + len(space.failed)
-        _fail(f"interrupted after {done} of {space.total} kernels; {path} ranks those; run again for all", 130)
+        _fail(f"interrupted after {done} of {space.total} kernels; {path} ranks those; run again for all", INTERRUPTED)
 
 
 def _how(source: str, alias: str) -> str:

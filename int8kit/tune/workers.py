@@ -68,6 +68,8 @@ def _pool(arch: int, jobs: list[Job], processes: int, unfinished: list[Job]) -> 
     if not jobs:
         return
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
+    finished = False
     pool = ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context, initializer=_start)
     try:
         running: dict[Future[Outcome], Job] = {}
@@ -83,5 +85,9 @@ def _pool(arch: int, jobs: list[Job], processes: int, unfinished: list[Job]) -> 
                 unfinished.append(running[future])
             else:
                 yield running[future], outcome
+        finished = True
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=finished, cancel_futures=True)
+        if not finished:  # interrupted: a compilation under way is not waited for
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()
