@@ -41,7 +41,10 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point: runs a verb, turns every error of ours into one line, and exits."""
     usage_error: Any = typer.BadParameter.__base__  # typer exports no name for the root of its usage errors
     try:
-        sys.exit(app(args=argv, prog_name="int8kit", standalone_mode=False) or 0)
+        status = app(args=argv, prog_name="int8kit", standalone_mode=False) or 0
+        if status == INTERRUPTED:  # newer typers turn a KeyboardInterrupt into this, without a word
+            raise KeyboardInterrupt
+        sys.exit(status)
     except Int8kitError as error:
         _fail(str(error), error.exit_status)
     except usage_error as error:
