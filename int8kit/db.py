@@ -25,8 +25,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +41,7 @@ from int8kit.spec import (
     POLICIES,
     FileError,
     GemmShape,
+    Kernel,
     Plan,
     Source,
     TileConfig,
@@ -119,6 +120,19 @@ class _Card(_Row):
 
 
 @dataclass(frozen=True)
+class Toolchain:
+    """What compiles kernels in this process. Entries of another serve with a remark, and after those of this one."""
+
+    triton: str = ""  # version; "" compares with nothing
+    kernels: Mapping[Kernel, str] = field(default_factory=dict)  # hash of each kernel's source; likewise if absent
+
+    def ages(self, entry: Entry) -> tuple[bool, bool]:
+        """Whether `entry` was tuned with another generation of Triton, and with another source of its kernel."""
+        mine = self.kernels.get(entry.config.kernel, entry.kernel)
+        return bool(self.triton) and generation(entry.triton) != generation(self.triton), entry.kernel != mine
+
+
+@dataclass(frozen=True)
 class Choice:
     """A configuration and where it came from."""
 
@@ -158,7 +172,8 @@ class Database:
         entries = {entry.key: entry for entry in self.entries}
         for entry in new:
             old = entries.get(entry.key)
-            if old is None or old.kernel != entry.kernel:
+            stale = old is not None and old.config.kernel is entry.config.kernel and old.kernel != entry.kernel
+            if old is None or stale:
                 entries[entry.key] = entry
             elif entry.source.strength >= old.source.strength:
                 same = old.config == entry.config and entry.verified is None
@@ -181,11 +196,8 @@ class Database:
             entries.append(entry.model_copy(update={"verified": tuple(kept)}))
         return Database(self.gpu, tuple(entries))
 
-    def resolve(self, shape: GemmShape, *, triton: str = "", kernel: str = "") -> Choice:
-        """The configuration for `shape` and the rung it was found on.
-
-        triton and kernel: the running Triton's version and the kernel's hash; entries of others serve with a remark.
-        """
+    def resolve(self, shape: GemmShape, toolchain: Toolchain = Toolchain()) -> Choice:
+        """The configuration for `shape` and the rung it was found on."""
         legal = [e for e in self.entries if self._why_illegal(e.config) is None]
         near = [e for e in legal if all(map(is_near, (e.m, e.n, e.k), (shape.m, shape.n, shape.k)))]
         same_weight = [e for e in near if (e.n, e.k) == (shape.n, shape.k)]
@@ -195,9 +207,13 @@ class Database:
             ("nearest", near),
         ):
             if found:
-                entry = min(found, key=lambda e: (_distance(e, shape, self.gpu.sms), *_age(e, triton, kernel), e.key))
-                proven = any(s.kernel == (kernel or entry.kernel) for s in entry.verified or ())
-                return Choice(shape, entry.config, rung, _why(entry, shape, triton, kernel), proven)
+                entry = min(
+                    found,
+                    key=lambda e: (_distance(e, shape, self.gpu.sms), *toolchain.ages(e), -e.source.strength, e.key),
+                )
+                present = toolchain.kernels.get(entry.config.kernel, entry.kernel)
+                proven = any(s.kernel == present for s in entry.verified or ())
+                return Choice(shape, entry.config, rung, _why(entry, toolchain), proven)
         config = default_config(shape)
         return Choice(shape, config, "default", f"no entry of {self.gpu.alias} is near")
 
@@ -212,10 +228,10 @@ class Database:
         ]  # fmt: skip
         return Database(self.gpu, self.entries + tuple(made))
 
-    def plan(self, n: int, k: int, ms: Iterable[int], *, triton: str = "", kernel: str = "") -> Plan:
+    def plan(self, n: int, k: int, ms: Iterable[int], toolchain: Toolchain = Toolchain()) -> Plan:
         """The plan of a weight [n, k]: the choice for each m of `ms`, and every m that the database knows of it."""
         known = {e.m for e in self.entries if (e.n, e.k) == (n, k)}
-        rungs = [(m, self.resolve(GemmShape(m, n, k), triton=triton, kernel=kernel).config) for m in {*known, *ms}]
+        rungs = [(m, self.resolve(GemmShape(m, n, k), toolchain).config) for m in {*known, *ms}]
         return Plan(tuple(sorted(rungs)))
 
     def _why_illegal(self, config: TileConfig) -> str | None:
@@ -247,20 +263,12 @@ def _distance(entry: Entry, shape: GemmShape, sms: int) -> float:
     return round(sum(abs(math.log(a / b)) for a, b in pairs), 9)
 
 
-def _age(entry: Entry, triton: str, kernel: str) -> tuple[bool, bool, int]:
-    """Sorts entries of one shape: this Triton's first, then this kernel's, then the stronger source."""
-    return (
-        bool(triton) and generation(entry.triton) != generation(triton),
-        bool(kernel) and entry.kernel != kernel,
-        -entry.source.strength,
-    )
-
-
-def _why(entry: Entry, shape: GemmShape, triton: str, kernel: str) -> str:
+def _why(entry: Entry, toolchain: Toolchain) -> str:
     remarks = [f"{entry.source} for {entry.shape}"]
-    if triton and generation(entry.triton) != generation(triton):
-        remarks.append(f"tuned with Triton {entry.triton}, running {triton}")
-    if kernel and entry.kernel != kernel:
+    other_triton, other_kernel = toolchain.ages(entry)
+    if other_triton:
+        remarks.append(f"tuned with Triton {entry.triton}, running {toolchain.triton}")
+    if other_kernel:
         remarks.append("tuned with another kernel source")
     return "; ".join(remarks)
 

@@ -58,7 +58,15 @@ def tuning_table(entries: Iterable[Entry]) -> str:
 
 def verify_table(results: Iterable[Result]) -> str:
     """What each property came to."""
-    rows = [(r.name, r.on, r.examples, "differs" if r.failure else "holds") for r in results]
+
+    def verdict(r: Result) -> str:
+        if r.failure:
+            return "differs"
+        if r.skipped:
+            return f"holds; {r.skipped} need a card" if r.examples else f"not run: {r.skipped} need a card"
+        return "holds"
+
+    rows = [(r.name, r.on, r.examples, verdict(r)) for r in results]
     return tabulate(rows, ("property", "executed by", "examples", "verdict"), disable_numparse=True)
 
 

@@ -122,37 +122,91 @@ class GemmShape:
         return f"{self.m}x{self.n}x{self.k}"
 
 
+class Kernel(StrEnum):
+    """Which device code makes the product. All give the same bits."""
+
+    POINTER = "pointer"  # plain Triton: every card, every shape, and the CPU interpreter
+    AMPERE = "ampere"  # Gluon, mma.sync and cp.async: sm_80 and later
+    HOPPER = "hopper"  # Gluon, wgmma and TMA, warp-specialized and persistent: sm_90
+
+
 @dataclass(frozen=True, order=True)
 class TileConfig:
-    """How a GEMM is cut into tiles. Any legal value gives the same bits; only the time differs."""
+    """How a GEMM is cut into tiles, and which kernel makes them. Any legal value gives the same bits, at other speeds.
+
+    The Hopper kernel has two groups of four warps that multiply. They take tiles in turn; with block_m = 256 they share
+    one. Its ninth warp, which only loads, is not counted in num_warps.
+    """
 
     block_m: int  # rows of an output tile
     block_n: int  # columns of an output tile
     block_k: int  # int8 elements of K read in one step
-    num_warps: int  # warps of 32 threads that share a tile
+    num_warps: int  # warps of 32 threads that multiply
     num_stages: int  # steps of K in flight
     group_m: int = 8  # tile rows that are finished before the next band starts, for reuse in L2
+    kernel: Kernel = Kernel.POINTER
+    stream_k: int = 0  # programs a multiprocessor that share, along K, the tiles that fill no wave; 0: each tile whole
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages} g{self.group_m}"
+        tile = f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages} g{self.group_m}"
+        stream = f" k{self.stream_k}" if self.stream_k else ""
+        return tile + stream if self.kernel is Kernel.POINTER else f"{self.kernel} {tile}{stream}"
 
 
-BLOCKS_MN = (16, 32, 64, 128, 256)
-BLOCKS_K = (32, 64, 128, 256)
-WARPS = (1, 2, 4, 8)
-STAGES = (2, 3, 4, 5, 6)
+STREAM_K = (0, 1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class _Domain:
+    """The values that a kernel's configuration may have, each for itself."""
+
+    block_m: tuple[int, ...]
+    block_n: tuple[int, ...]
+    block_k: tuple[int, ...]
+    num_warps: tuple[int, ...]
+    num_stages: tuple[int, ...]
+    stream_k: tuple[int, ...]
+
+
+DOMAINS = {
+    Kernel.POINTER: _Domain(
+        (16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (32, 64, 128, 256), (1, 2, 4, 8), (2, 3, 4, 5, 6), (0,)
+    ),
+    # 16 columns a warp at least: half of what its 16-byte stores need
+    Kernel.AMPERE: _Domain((16, 32, 64, 128, 256), (64, 128, 256), (64, 128), (4, 8), (2, 3, 4, 5, 6), STREAM_K),
+    # 128 bytes a row is what TMA swizzles; Triton asserts on an int8 wgmma of 256 columns
+    Kernel.HOPPER: _Domain((64, 128, 256), (64, 128), (128,), (8,), (2, 3, 4, 5, 6, 7, 8, 9, 10), (0, 1)),
+}
+"""Every kernel's parameters. `why_illegal` adds what depends on several of them or on the card."""
 
 
 def shared_memory_bound(config: TileConfig, *, arch: int, out_bytes: int = 2) -> int:
-    """Upper bound in bytes of the shared memory that Triton gives `config` on `arch` (86 for sm_86).
+    """Upper bound in bytes of the shared memory that `config` takes on `arch` (86 for sm_86).
 
-    Ampere, Ada and consumer Blackwell (cp.async): the load ring holds one step less than `num_stages`, and the
-    epilogue reuses it for the output tile. Hopper (wgmma) keeps all steps. Never under the compiler's own figure
-    (tests/test_tune_offline.py compiles and compares); `tune` records the exact one.
+    Pointer kernel. Ampere, Ada and consumer Blackwell (cp.async): the load ring holds one step less than `num_stages`,
+    and the epilogue reuses it for the output tile. Hopper (wgmma) keeps all steps.
+    Ampere kernel: the ring and, for stream-K, a counter. Hopper kernel: the ring, four chunks of 64 bytes a row that
+    wait for their store, scales and bias of two tiles, and the barriers.
+    Never under the compiler's own figure (tests/test_tune.py compiles and compares); `tune` records the exact one.
     """
     step = (config.block_m + config.block_n) * config.block_k
+    if config.kernel is Kernel.HOPPER:
+        rows = min(config.block_m, 128)  # of one consumer
+        return config.num_stages * step + 4 * rows * 64 + 16 * config.block_n + 1024
+    if config.kernel is Kernel.AMPERE:
+        return config.num_stages * step + 16 * (config.stream_k > 0)
     steps = config.num_stages if arch in (90, 100) else config.num_stages - 1
     return max(steps * step, config.block_m * config.block_n * out_bytes)
+
+
+def warp_grid(config: TileConfig) -> tuple[int, int]:
+    """Warps along M and N of the Ampere kernel: the warp tile nearest to a square, which reads the least.
+
+    A warp has at least 16 rows and 16 columns.
+    """
+    splits = [(m, config.num_warps // m) for m in (1, 2, 4, 8) if m <= config.num_warps]
+    legal = [(m, n) for m, n in splits if config.block_m // m >= 16 and config.block_n // n >= 16]
+    return min(legal or splits, key=lambda grid: (config.block_m / grid[0] + config.block_n / grid[1], grid))
 
 
 def why_illegal(config: TileConfig, *, arch: int, shared_memory: int) -> str | None:
@@ -160,23 +214,26 @@ def why_illegal(config: TileConfig, *, arch: int, shared_memory: int) -> str | N
 
     arch is the compute capability as in sm_86; shared_memory is what one block may use, in bytes.
     """
-    for name, legal in (
-        ("block_m", BLOCKS_MN),
-        ("block_n", BLOCKS_MN),
-        ("block_k", BLOCKS_K),
-        ("num_warps", WARPS),
-        ("num_stages", STAGES),
-    ):
-        value = getattr(config, name)
+    domain = DOMAINS[config.kernel]
+    for name in ("block_m", "block_n", "block_k", "num_warps", "num_stages", "stream_k"):
+        value, legal = getattr(config, name), getattr(domain, name)
         if value not in legal:
-            return f"{name} = {value}: legal are {', '.join(map(str, legal))}"
+            return f"{name} = {value}: legal for the {config.kernel} kernel are {', '.join(map(str, legal))}"
     if not 1 <= config.group_m <= 64:
         return f"group_m = {config.group_m}: legal is 1 to 64"
-    accumulators = config.block_m * config.block_n // (32 * config.num_warps)
+    if config.kernel is Kernel.HOPPER and arch != 90:
+        return f"the hopper kernel runs on sm_90 only, not on sm_{arch}; use the ampere or the pointer kernel"
+    warps = 4 if config.kernel is Kernel.HOPPER else config.num_warps  # that share one accumulator
+    rows = min(config.block_m, 128) if config.kernel is Kernel.HOPPER else config.block_m
+    accumulators = rows * config.block_n // (32 * warps)
     if accumulators > 128:
         return f"{accumulators} accumulators a thread: at most 128 leave registers for the operands; use more warps"
     if accumulators < 4:
         return f"{accumulators} accumulators a thread: a warp's mma tile of 16x8 needs 4; use fewer warps"
+    if config.kernel is Kernel.AMPERE:
+        warps_m, warps_n = warp_grid(config)
+        if config.block_m < 16 * warps_m or config.block_n < 16 * warps_n:
+            return f"{config.num_warps} warps: a warp needs 16 rows and 16 columns of the tile; use fewer warps"
     needed = shared_memory_bound(config, arch=arch)
     if needed > shared_memory:
         return f"{needed} bytes of shared memory: a block has {shared_memory}; use fewer stages or a smaller tile"
@@ -218,21 +275,26 @@ class Plan:
 
     def to_ints(self) -> list[int]:
         """The plan as a flat list, the form in which it passes through a torch operator's schema."""
+        kernels = list(Kernel)
         return [
             value
             for m, c in self.rungs
-            for value in (m, c.block_m, c.block_n, c.block_k, c.num_warps, c.num_stages, c.group_m)
-        ]
+            for value in (
+                m, c.block_m, c.block_n, c.block_k, c.num_warps, c.num_stages, c.group_m, kernels.index(c.kernel),
+                c.stream_k,
+            )
+        ]  # fmt: skip
 
     @classmethod
     def from_ints(cls, values: Sequence[int]) -> Plan:
-        """The inverse of `to_ints`. Raises ConfigError if the length is no multiple of 7."""
+        """The inverse of `to_ints`. Raises ConfigError if the length is no multiple of 9."""
         return _plan_from_ints(tuple(values))
 
 
 @lru_cache(maxsize=4096)
 def _plan_from_ints(values: tuple[int, ...]) -> Plan:
-    if len(values) % 7:
-        raise ConfigError(f"a plan of {len(values)} integers: a multiple of 7 is needed (m and a TileConfig's six)")
-    rows = [values[i : i + 7] for i in range(0, len(values), 7)]
-    return Plan(tuple((row[0], TileConfig(*row[1:])) for row in rows))
+    if len(values) % 9:
+        raise ConfigError(f"a plan of {len(values)} integers: a multiple of 9 is needed (m and a TileConfig's eight)")
+    rows = [values[i : i + 9] for i in range(0, len(values), 9)]
+    kernels = list(Kernel)
+    return Plan(tuple((r[0], TileConfig(r[1], r[2], r[3], r[4], r[5], r[6], kernels[r[7]], r[8])) for r in rows))

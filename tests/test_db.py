@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from int8kit import db, files, gpus
-from int8kit.db import Database, Entry, Resources, Stamp
-from int8kit.spec import FileError, GemmShape, Source, TileConfig, default_config, why_illegal
+from int8kit.db import Database, Entry, Resources, Stamp, Toolchain
+from int8kit.spec import FileError, GemmShape, Kernel, Source, TileConfig, default_config, why_illegal
 
 GPU = gpus.get("rtx3090")
 A, B, C = TileConfig(64, 64, 64, 4, 3), TileConfig(128, 128, 64, 8, 3), TileConfig(128, 64, 64, 4, 4)
@@ -36,13 +36,16 @@ def test_rungs():
 def test_another_toolchain_serves_with_a_remark():
     base = Database(GPU).merged([entry(config=A, triton="3.6.0"), entry(config=B, triton="3.9.0", kernel="k0")])
     shape = GemmShape(4096, 4608, 4608)
-    assert base.resolve(shape, triton="3.6.1").config == A
-    assert base.resolve(shape, triton="3.9.2").config == B
-    assert base.resolve(shape, triton="3.7.1", kernel="k1").why == "modelled for 4096x4608x4608"
-    old = Database(GPU).merged([entry(triton="3.6.0")]).resolve(shape, triton="3.8.0", kernel="k1")
+    assert base.resolve(shape, Toolchain("3.6.1")).config == A
+    assert base.resolve(shape, Toolchain("3.9.2")).config == B
+    k1 = {Kernel.POINTER: "k1"}
+    assert base.resolve(shape, Toolchain("3.7.1", k1)).why == "modelled for 4096x4608x4608"
+    old = Database(GPU).merged([entry(triton="3.6.0")]).resolve(shape, Toolchain("3.8.0", k1))
     assert old.config == A
     assert old.why == "modelled for 4096x4608x4608; tuned with Triton 3.6.0, running 3.8.0"
-    assert "another kernel source" in base.resolve(shape, triton="3.9.0", kernel="k1").why
+    assert "another kernel source" in base.resolve(shape, Toolchain("3.9.0", k1)).why
+    other = Toolchain("3.9.0", {Kernel.AMPERE: "k1"})  # of another kernel than the entry's
+    assert "another kernel source" not in base.resolve(shape, other).why
 
 
 def test_an_illegal_entry_is_never_chosen():
@@ -59,6 +62,8 @@ def test_merge_keeps_the_stronger_source():
     assert base.merged([entry(config=B, source=Source.PROXY)]).entries[0].config == B
     stale = base.merged([entry(config=B, source=Source.MODELLED, kernel="k2")])
     assert stale.entries[0].config == B
+    hopper = replace(B, kernel=Kernel.HOPPER)  # another kernel's source says nothing of this one's
+    assert base.merged([entry(config=hopper, source=Source.MODELLED, kernel="k2")]).entries[0].config == A
     assert base.merged([entry(config=B, triton="3.6.0")]).entries[0].config == A  # 3.6 and 3.7 make the same code
     assert len(base.merged([entry(triton="3.9.0")]).entries) == 2
 
@@ -119,7 +124,10 @@ def test_file_is_one_line_an_entry_and_round_trips(tmp_path):
         (lambda d: d["entries"][0].update(k=200000), "K = 200000"),
         (lambda d: d["entries"][0].update(m=0), "Entry.m: Input should be greater"),
         (lambda d: d["entries"][0].update(triton="main"), "Entry.triton: String should match"),
-        (lambda d: d["entries"][0]["config"].update(block_m=48), "4096x4608x4608: block_m = 48: legal are"),
+        (
+            lambda d: d["entries"][0]["config"].update(block_m=48),
+            "4096x4608x4608: block_m = 48: legal for the pointer kernel are",
+        ),
         (lambda d: d["gpu"].update(sms=0), "sms: Input should be greater"),
         (lambda d: d.update(host="pc"), "unknown field 'host'"),
         (lambda d: d.update(entries=3), "is damaged"),

@@ -7,7 +7,7 @@ import torch
 
 from int8kit import reference
 from int8kit.kernels import gemm
-from int8kit.spec import ShapeError, TileConfig
+from int8kit.spec import Kernel, ShapeError, TileConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = TileConfig(32, 32, 32, 4, 2, group_m=2)
@@ -77,16 +77,31 @@ def test_refuses_k_beyond_int32():
         gemm.accumulate(x, x, config=TILE)
 
 
-def test_hash_ignores_comments_and_layout_and_nothing_else(monkeypatch):
-    source = inspect.getsource(gemm._gemm.fn)
+@pytest.mark.parametrize("kernel", Kernel)
+def test_hash_ignores_comments_and_layout_and_nothing_else(monkeypatch, kernel):
+    getsource = inspect.getsource
+    body = {Kernel.POINTER: "_gemm", Kernel.AMPERE: "_accumulate", Kernel.HOPPER: "_multiply"}[kernel]
+    edits = (
+        lambda text: text,
+        lambda text: "\n" + text.replace("acc =", "# a remark\n    acc   =", 1),
+        lambda text: text.replace("acc =", "acc = 1 +", 1),
+    )
     digests = []
-    for variant in (
-        source,
-        "\n" + source.replace("    pid =", "    # a remark\n    pid   ="),
-        source.replace("rows < M", "rows <= M"),
-    ):
+    for change in edits:
         gemm.kernel_hash.cache_clear()
-        monkeypatch.setattr(inspect, "getsource", lambda _, text=variant: text)
-        digests.append(gemm.kernel_hash())
+        monkeypatch.setattr(
+            inspect, "getsource", lambda f, change=change: (change if f.__name__ == body else str)(getsource(f))
+        )
+        digests.append(gemm.kernel_hash(kernel))
     gemm.kernel_hash.cache_clear()
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_another_kernel_serves_where_the_named_one_cannot():
+    x, w, sx, sw = operands()
+    config = TileConfig(64, 64, 128, 4, 3, kernel=Kernel.AMPERE)
+    gemm._notice.cache_clear()
+    with pytest.warns(UserWarning, match="the pointer kernel serves instead of the ampere kernel"):
+        got = gemm.scaled_mm(x, w, sx, sw, config=config)
+    assert torch.equal(got, reference.scaled_mm(x, w, sx, sw))
+    gemm.scaled_mm(x, w, sx, sw, config=config)  # once, and a warning would be an error here

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from int8kit import spec
-from int8kit.spec import ConfigError, GemmShape, Plan, ShapeError, Source, TileConfig, UnknownName, why_illegal
+from int8kit.spec import ConfigError, GemmShape, Kernel, Plan, ShapeError, Source, TileConfig, UnknownName, why_illegal
 
 RTX3090 = {"arch": 86, "shared_memory": 101376}
 H200 = {"arch": 90, "shared_memory": 232448}
@@ -25,7 +25,7 @@ def test_shape_refuses_k_beyond_int32():
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (TileConfig(96, 128, 64, 4, 3), "block_m = 96: legal are 16, 32"),
+        (TileConfig(96, 128, 64, 4, 3), "block_m = 96: legal for the pointer kernel are 16, 32"),
         (TileConfig(128, 512, 64, 4, 3), "block_n = 512"),
         (TileConfig(128, 128, 16, 4, 3), "block_k = 16"),
         (TileConfig(128, 128, 64, 3, 3), "num_warps = 3"),
@@ -34,6 +34,11 @@ def test_shape_refuses_k_beyond_int32():
         (TileConfig(256, 256, 64, 8, 3), "256 accumulators a thread"),
         (TileConfig(16, 16, 64, 8, 3), "1 accumulators a thread"),
         (TileConfig(128, 256, 128, 8, 4), "147456 bytes of shared memory: a block has 101376"),
+        (TileConfig(128, 128, 128, 8, 6, kernel=Kernel.HOPPER), "sm_90 only, not on sm_86"),
+        (TileConfig(128, 128, 64, 4, 3, kernel=Kernel.POINTER, stream_k=1), "stream_k = 1: legal for the pointer"),
+        (TileConfig(128, 128, 128, 4, 4, kernel=Kernel.AMPERE), "131072 bytes of shared memory"),
+        (TileConfig(16, 64, 128, 8, 4, kernel=Kernel.AMPERE), "8 warps: a warp needs 16 rows and 16 columns"),
+        (TileConfig(256, 256, 64, 8, 2, kernel=Kernel.AMPERE), "256 accumulators a thread"),
     ],
 )
 def test_illegal_says_why(config, reason):
@@ -53,14 +58,21 @@ def test_default_is_legal_everywhere(m):
     assert why_illegal(config, **H200) is None
 
 
-CONFIGS = st.builds(
-    TileConfig,
-    st.sampled_from(spec.BLOCKS_MN),
-    st.sampled_from(spec.BLOCKS_MN),
-    st.sampled_from(spec.BLOCKS_K),
-    st.sampled_from(spec.WARPS),
-    st.sampled_from(spec.STAGES),
-)
+def _of(kernel):
+    domain = spec.DOMAINS[kernel]
+    values = (domain.block_m, domain.block_n, domain.block_k, domain.num_warps, domain.num_stages)
+    return st.builds(
+        TileConfig, *map(st.sampled_from, values), st.integers(1, 64), st.just(kernel), st.sampled_from(domain.stream_k)
+    )
+
+
+CONFIGS = st.one_of([_of(kernel) for kernel in spec.Kernel])
+
+
+@given(CONFIGS)
+def test_warp_grid_covers_the_warps(config):
+    m, n = spec.warp_grid(config)
+    assert m * n == config.num_warps
 
 
 @given(st.dictionaries(st.integers(1, 40000), CONFIGS, max_size=5))
@@ -81,7 +93,7 @@ def test_plan_chooses_nearest_in_log():
 
 
 def test_plan_of_a_wrong_length():
-    with pytest.raises(ConfigError, match="multiple of 7"):
+    with pytest.raises(ConfigError, match="multiple of 9"):
         Plan.from_ints([1, 2, 3])
 
 

@@ -68,8 +68,7 @@ def main() -> None:
     run("bf16, as diffusers ships it", stock)
     run("bf16, text packed tight", tight)
     tokens = [case.text_slots + case.image_tokens for case in inputs]
-    kernel = gemm.kernel_hash()
-    replace_linears(transformer, model.quantizes, lambda n, k: database.plan(n, k, tokens, kernel=kernel))
+    replace_linears(transformer, model.quantizes, lambda n, k: database.plan(n, k, tokens, gemm.toolchain()))
     run("int8, as diffusers packs it", stock)
     run("int8, text packed tight", tight)
     ideogram4.unmask(transformer)

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from int8kit.kernels.gemm import interpreted, on_device
+from int8kit.kernels.operands import interpreted, on_device
 from int8kit.spec import ShapeError
 
 IN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

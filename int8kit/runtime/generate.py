@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from int8kit import __version__, db, files, gpus
 from int8kit.db import Choice
+from int8kit.kernels import gemm
 from int8kit.models import Case
 from int8kit.runtime import ideogram4
 from int8kit.spec import InputError, UnknownName
@@ -95,14 +96,14 @@ def generate(request: Request) -> Outcome:
     path = db.find(gpu.alias, request.database)
     database = None if path is None else db.load(path, gpu.alias)
     device = torch.device("cpu" if card is None else "cuda")
-    triton, kernel = _toolchain()
+    toolchain = gemm.toolchain()
 
     start = time.perf_counter()
     stock = ideogram4.load(request.model)
     tokens = ideogram4.count_tokens(stock, request.prompt)
     case = Case(request.height, request.width, text_tokens=tokens)
     loaded = time.perf_counter()
-    pipe, choices = ideogram4.prepare(stock, request.prompt, case, database, device, triton=triton, kernel=kernel)
+    pipe, choices = ideogram4.prepare(stock, request.prompt, case, database, device, toolchain)
     prepared = time.perf_counter()
 
     ends: list[float] = []
@@ -173,15 +174,6 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
-
-
-def _toolchain() -> tuple[str, str]:
-    """The running Triton's version and the kernel's hash, which the database's entries are compared with."""
-    import triton
-
-    from int8kit.kernels import gemm
-
-    return triton.__version__, gemm.kernel_hash()
 
 
 def _peak_bytes(device: torch.device) -> int:

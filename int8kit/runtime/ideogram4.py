@@ -21,7 +21,7 @@ from diffusers import Ideogram4Pipeline
 from diffusers.models.transformers.transformer_ideogram4 import Ideogram4Attention, Ideogram4AttnProcessor
 
 from int8kit import models
-from int8kit.db import Choice, Database
+from int8kit.db import Choice, Database, Toolchain
 from int8kit.models import PATCH
 from int8kit.runtime.linear import replace_linears
 from int8kit.spec import FileError, GemmShape, InputError, Plan, UnknownName
@@ -92,9 +92,7 @@ def prepare(
     case: models.Case,
     database: Database | None,
     device: torch.device,
-    *,
-    triton: str,
-    kernel: str,
+    toolchain: Toolchain,
 ) -> tuple[Int8Pipeline, list[tuple[Choice, int]]]:
     """Encode the prompt, quantize both transformers, and move what runs to `device`.
 
@@ -117,7 +115,7 @@ def prepare(
 
     def plan(n: int, k: int) -> Plan:
         if database is not None and (n, k) not in plans:
-            plans[n, k] = database.plan(n, k, rows.values(), triton=triton, kernel=kernel)
+            plans[n, k] = database.plan(n, k, rows.values(), toolchain)
         return plans.get((n, k), Plan())
 
     layers: dict[GemmShape, int] = {}
@@ -132,7 +130,7 @@ def prepare(
     chosen = []
     for shape, count in sorted(layers.items()):
         if database is not None:
-            chosen.append((database.resolve(shape, triton=triton, kernel=kernel), count))
+            chosen.append((database.resolve(shape, toolchain), count))
         else:
             chosen.append((Choice(shape, Plan().choose(shape), "default", "no database for this card"), count))
     return int8, chosen

@@ -19,11 +19,12 @@ from typing import Any
 
 from int8kit.db import Resources
 from int8kit.gpus import Gpu
-from int8kit.spec import ConfigError, GemmShape, TileConfig
+from int8kit.spec import ConfigError, GemmShape, Kernel, TileConfig, warp_grid
 
 REGISTERS_SM = 65536
 BLOCKS_SM = 16
 LAUNCH_US = 3.0  # an empty kernel, as a stream sees it
+LOOSE = {Kernel.POINTER: 0.3, Kernel.AMPERE: 0.15, Kernel.HOPPER: 0.1}  # what a lone warp group's copies do not hide
 SHARED_BYTES_CLOCK = 128  # a multiprocessor's shared memory reads this much a clock
 
 
@@ -42,25 +43,12 @@ def assemble(arch: int, config: TileConfig, *, even_k: bool = True) -> Any:
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from int8kit.kernels import gemm
 
     if gemm.interpreted():
         raise ConfigError("TRITON_INTERPRET is set: compile in a process without it")
-    values = gemm.constants(config, config.block_k if even_k else config.block_k + 1, has_bias=True)
-    pointers = {"x": "*i8", "w": "*i8", "sx": "*fp32", "sw": "*fp32", "bias": "*bf16", "out": "*bf16"}
-    signature = {f"{name}_ptr": kind for name, kind in pointers.items()}
-    signature |= dict.fromkeys(("M", "N", "K", "stride_xm", "stride_wn", "stride_om"), "i32")
-    signature |= dict.fromkeys(values, "constexpr")
-    # what the launcher finds at run time for N, K and strides that are multiples of 16; M is never specialized
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(signature.items())
-        if kind != "constexpr" and name != "M"
-    }
-    source = ASTSource(gemm._gemm, signature, values, aligned)
-    options = dict(gemm.COMPILE_OPTIONS, num_warps=config.num_warps, num_stages=config.num_stages)
+    source, options = gemm.module(config.kernel).source(config, even_k=even_k)
     try:
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # whatever the compiler raises is this configuration's fault, and recorded as such
@@ -106,9 +94,10 @@ def estimate(shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gp
 
     A tile's clocks are the most of three, each for all of K: its products on the tensor cores, its operands out of
     the card's share of L2, its fragments out of shared memory. They overlap better the more warps are resident and the
-    more stages are in flight: eff = 1 - 0.3 / (warps / 4 * sqrt(stages - 1)), a fit to no card. What cannot overlap is
-    added: filling the pipeline and, shared by the resident blocks, storing the tile. A spilled byte costs a load and a
-    store in every step.
+    more stages are in flight: eff = 1 - loose / (warps / 4 * sqrt(stages in flight)), with LOOSE by kernel, a fit to no
+    card. What cannot overlap is added: filling the pipeline and, shared by the resident blocks, storing the tile. A
+    spilled byte costs a load and a store in every step. With stream-K the busiest multiprocessor makes tiles / sms of a
+    tile, and writes and reads the sums of two.
     """
     resident = blocks_per_sm(config, resources, gpu)
     if resident == 0:
@@ -116,8 +105,8 @@ def estimate(shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gp
     clock_ghz = gpu.clock_mhz / 1e3
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     tiles = math.ceil(shape.m / bm) * math.ceil(shape.n / bn)
-    busiest = math.ceil(tiles / gpu.sms)
-    resident = min(resident, busiest)
+    busiest = float(math.ceil(tiles / gpu.sms))
+    resident = min(resident, int(busiest))
     steps = math.ceil(shape.k / bk)
 
     tensor = 2 * bm * bn * bk / (gpu.int8_tops * 1e3 / (gpu.sms * clock_ghz))
@@ -127,19 +116,31 @@ def estimate(shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gp
     shared = (bm // warp_m) * (bn // warp_n) * (warp_m + warp_n) * bk / SHARED_BYTES_CLOCK
     spill = 2 * resources.spill_bytes * 32 * config.num_warps / SHARED_BYTES_CLOCK
     warps = resident * config.num_warps
-    overlap = 1 - 0.3 / (warps / 4 * math.sqrt(config.num_stages - 1))
+    flying = config.num_stages - (config.kernel is Kernel.POINTER)
+    overlap = 1 - LOOSE[config.kernel] / (warps / 4 * math.sqrt(flying))
     per_step = max(tensor, l2, shared) / overlap + spill
     fill = 800 + (config.num_stages - 1) * l2  # one trip to DRAM, then the ring
     store = 2 * bm * bn / l2_clock
-    clocks = steps * per_step + (fill + store) / resident
+    hidden = resident
+    if config.kernel is Kernel.HOPPER:
+        hidden = 4 if config.block_m < 256 else 1  # in turn, the other multiplier covers most of it
+    clocks = steps * per_step + (fill + store) / hidden
+    sums = 0.0
+    if config.stream_k and tiles % (config.stream_k * gpu.sms):
+        busiest = tiles / gpu.sms
+        sums = 4 * bm * bn * 4 / l2_clock / clock_ghz / 1e3
 
     dram = shape.m * shape.k + shape.n * shape.k + 2 * shape.m * shape.n
-    return LAUNCH_US + max(busiest * clocks / clock_ghz / 1e3, dram / gpu.dram_gb_s / 1e3)
+    return LAUNCH_US + sums + max(busiest * clocks / clock_ghz / 1e3, dram / gpu.dram_gb_s / 1e3)
 
 
 def _warp_tile(config: TileConfig) -> tuple[int, int]:
     """Rows and columns of the tile that one warp makes: the block's, halved along the longer side for each doubling."""
     m, n, warps = config.block_m, config.block_n, config.num_warps
+    if config.kernel is Kernel.AMPERE:
+        return m // warp_grid(config)[0], n // warp_grid(config)[1]
+    if config.kernel is Kernel.HOPPER:
+        return min(m, 64), n  # what one wgmma reads
     while warps > 1:
         if m >= n:
             m //= 2

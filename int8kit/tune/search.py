@@ -12,7 +12,7 @@ than MARGIN. Ties fall to the model's order, so that a second run gives the same
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from int8kit.db import Entry, Resources
 from int8kit.gpus import Gpu, present
@@ -21,6 +21,7 @@ from int8kit.tune import offline, space, workers
 
 CONTESTANTS = 20  # of each shape, by the model, timed in few rounds
 FINALISTS = 4  # of those, timed again in many
+LEADERS = 2  # of those, tried with other widths of a band
 MARGIN = 0.01  # a tie within 1 % keeps the default
 
 
@@ -101,7 +102,7 @@ def choose(shape: GemmShape, gpu: Gpu, found: Space, source: Source) -> Entry:
         source=Source.MODELLED,
         config=ranked[0][1],
         triton=triton.__version__,
-        kernel=gemm.kernel_hash(),
+        kernel=gemm.kernel_hash(ranked[0][1].kernel),
         resources=ranked[0][2],
         tried=len(ranked),
         model_us=round(ranked[0][0], 2),
@@ -128,7 +129,11 @@ def _measured(
 
     first = measure.interleave([bench.call(config) for config in exact], rounds=3)
     by_time = sorted(range(len(exact)), key=lambda i: first[i].p50)
-    finalists = dict.fromkeys([exact[i] for i in by_time[:FINALISTS]] + [default])
+    leaders = [exact[i] for i in by_time[:FINALISTS]]
+    wider = [c for leader in leaders[:LEADERS] for c in space.bands(leader) if bench.why_not(c) is None]
+    banded = measure.interleave([bench.call(config) for config in [*leaders, *wider]], rounds=3)
+    by_band = sorted(range(len(banded)), key=lambda i: banded[i].p50)
+    finalists = dict.fromkeys([[*leaders, *wider][i] for i in by_band[:FINALISTS]] + [default])
     *times, bf16 = measure.interleave([*map(bench.call, finalists), bench.bf16], rounds=11)
     final = dict(zip(finalists, times, strict=True))
 
@@ -137,13 +142,13 @@ def _measured(
     tied = [config for config, t in final.items() if t.p50 <= fastest * (1 + MARGIN)]
     winner = default if default in tied else min(tied, key=lambda config: order.get(config, len(order)))
     estimates = {config: (us, resources) for us, config, resources in ranked}
-    us, resources = estimates.get(winner, (None, modelled.resources))
+    us, resources = estimates.get(replace(winner, group_m=space.GROUP_M), (None, modelled.resources))
     return modelled.model_copy(
         update={
             "source": source,
             "config": winner,
             "resources": resources,
-            "tried": len(entrants),
+            "tried": len(entrants) + len(wider),
             "model_us": None if us is None else round(us, 2),
             "time_us": round(final[winner].p50, 2),
             "p20_us": round(final[winner].p20, 2),

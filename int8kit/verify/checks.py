@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from int8kit import reference
 from int8kit.db import Database, Entry, Stamp
 from int8kit.kernels import gemm, quantize
-from int8kit.spec import BLOCKS_MN, GemmShape, TileConfig, default_config
+from int8kit.spec import DOMAINS, GemmShape, Kernel, TileConfig, default_config
 from int8kit.verify.foreign import Executor
 from int8kit.verify.strategies import Draw, Rows, draws, float_matrix, int8_matrix, rows, scales
 
@@ -64,6 +64,7 @@ class Result:
     on: str  # the executor, for people
     examples: int
     failure: str | None = None  # the smallest failing example and how it differs
+    skipped: int = 0  # entries that this executor cannot run
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def difference(got: torch.Tensor, want: torch.Tensor) -> str | None:
 
 def _guard_rows(width: int) -> int:
     """Rows of `width` elements that hold a whole tile past the last element: a fault shows, and harms nothing."""
-    tile = max(BLOCKS_MN)
+    tile = max(max(*domain.block_m, *domain.block_n) for domain in DOMAINS.values())
     return tile + tile // width + 1
 
 
@@ -211,6 +212,11 @@ def _check_full(d: Draw, executor: Executor) -> str | None:
     return why and f"output: {why}"
 
 
+def runs_on(config: TileConfig, executor: Executor) -> bool:
+    """False for what an executor cannot run: Triton's interpreter runs the pointer kernel alone."""
+    return executor.on != "interpreter" or config.kernel is Kernel.POINTER
+
+
 def reduced(shape: GemmShape, config: TileConfig) -> GemmShape:
     """A small shape with the same tails: up to two tiles each way and three steps of K, remainders kept."""
 
@@ -311,6 +317,7 @@ def _run(
     if name == "quantize":
         return hold(name, executor, rows(2000), check_quantize, always=_LONG, **more), {}
     tiles = {*SMALL_TILES, *(entry.config for entry in database.entries), default_config(GemmShape(1024, 1, 1))}
+    tiles = {config for config in tiles if runs_on(config, executor)}
     check = {"accumulator": check_accumulator, "output": check_output}[name]
     gemms = draws(tuple(sorted(tiles)), limits.most, limits.ops)
     return hold(name, executor, gemms, check, always=_DEEP if limits.deep else _DEEP[:2], **more), {}
@@ -321,11 +328,17 @@ def _check_entries(
 ) -> tuple[Result, Stamps]:  # fmt: skip
     import triton
 
-    stamp = Stamp(on=executor.on, device=executor.name, kernel=gemm.kernel_hash(), triton=triton.__version__)
     verdicts: dict[tuple[GemmShape, TileConfig], str | None] = {}
     stamps: Stamps = {}
     failure = None
-    for entry in sorted(database.entries, key=lambda e: e.shape.ops):
+    entries = [entry for entry in database.entries if runs_on(entry.config, executor)]
+    for entry in sorted(entries, key=lambda e: e.shape.ops):
+        stamp = Stamp(
+            on=executor.on,
+            device=executor.name,
+            kernel=gemm.kernel_hash(entry.config.kernel),
+            triton=triton.__version__,
+        )
         shape = reduced(entry.shape, entry.config) if executor.on == "interpreter" else entry.shape
         on_example(f"{shape}, {entry.config}")
         if (shape, entry.config) not in verdicts:
@@ -337,4 +350,4 @@ def _check_entries(
         if why is None:
             stamps[entry.key] = [stamp]
         failure = failure or why
-    return Result("entries", str(executor), len(database.entries), failure), stamps
+    return Result("entries", str(executor), len(entries), failure, skipped=len(database.entries) - len(entries)), stamps

@@ -1,0 +1,381 @@
+"""The kernel for `wgmma`, in Triton's Gluon dialect: sm_90, warp-specialized and persistent.
+
+One program a multiprocessor makes tiles p, p + P, p + 2P, ... and its share of the leftover ones (`schedule`), with
+three groups of warps that meet in shared memory:
+
+  loader         1 warp, 24 registers a thread: TMA copies of block_m x 128 of x and block_n x 128 of w into the next of
+                 num_stages slots of a ring, for every step of every tile, as far ahead as slots are free. TMA fills with
+                 zeros past M, N and K and clips what is stored: there is no tail code.
+  multipliers    2 x 4 warps, 240 registers a thread: m64n128k32 wgmma out of the slots into up to 128 sums a thread,
+                 then epilogue in chunks of 64 bytes a row through two staging buffers, stored by TMA.
+
+block_m of 64 and 128, "in turn": the two multipliers take alternate tiles, one multiplies while the other scales and
+stores. block_m of 256, "shared": both make half of each tile; a slot is read by both, so a product costs a quarter less
+traffic out of L2, and less power, but nothing hides the epilogue. Which is faster depends on K and on the power that
+the card has left.
+
+mbarriers, each of one completion a phase (a wait for parity 1 passes at once in a barrier's first phase):
+  full[slot]   armed with its bytes by the loader, completed by TMA; a multiplier waits for it before its wgmma
+  empty[slot]  a multiplier arrives when the wgmma that read the slot has retired, one step late since one stays in
+               flight; the loader waits for it before it loads
+  turn[c]      in turn only: multiplier c waits for it before a tile's steps; the other arrives when its last wgmma is
+               issued. So the tiles pass through the ring in order, and each group counts the steps for itself.
+
+Scales and bias are fetched before the steps; those of the columns wait in shared memory, since registers are short.
+block_n is at most 128: Triton asserts on int8 wgmma of 256 columns. Needs rows that TMA can address (`why_not`).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from int8kit.kernels import schedule
+from int8kit.kernels.activations import silu
+from int8kit.kernels.gemm_pointer import aligned
+from int8kit.kernels.operands import COMPILE_OPTIONS, Operands, cdiv
+from int8kit.kernels.schedule import combine, part, parts_of, share, tile_corner
+from int8kit.spec import TileConfig
+
+CHUNK_BYTES = 64  # of a row, in one TMA store
+
+
+@gluon.jit
+def _work(M, N, K, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STREAM_K: gl.constexpr):
+    """What this program does: steps of a tile, leftover steps of all, its parts of leftover tiles, tiles, half tiles.
+
+    Without stream-K, leftover tiles of 256 rows are halved where that lets all programs end half a tile sooner.
+    """
+    pid = gl.program_id(0)
+    programs = gl.num_programs(0)
+    tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
+    steps = gl.cdiv(K, BLOCK_K)
+    if STREAM_K:
+        total = tiles % programs * steps
+        return steps, total, parts_of(pid, total, programs, steps), tiles // programs, 0
+    else:
+        halves = 2 * (tiles % programs)
+        if BLOCK_M == 256 and halves <= programs:
+            return steps, 0, 0, tiles // programs, gl.where(pid < halves, 1, 0)
+        else:
+            return steps, 0, 0, gl.cdiv(tiles - pid, programs), 0
+
+
+@gluon.jit
+def _item(i, steps, total, parts, waves, STREAM_K: gl.constexpr):
+    """This program's item i, parts first, half last -> tile, its first and last + 1 step, all steps before it."""
+    pid = gl.program_id(0)
+    programs = gl.num_programs(0)
+    if STREAM_K:
+        index, k0, k1 = part(pid, i, total, programs, steps)
+        first = share(pid, total, programs)
+        is_part = i < parts
+        tile = gl.where(is_part, waves * programs + index, pid + (i - parts) * programs)
+        before = gl.where(
+            is_part, index * steps + k0 - first, share(pid + 1, total, programs) - first + (i - parts) * steps
+        )
+        return tile, gl.where(is_part, k0, 0), gl.where(is_part, k1, steps), before
+    else:
+        return gl.where(i < waves, pid + i * programs, waves * programs + pid // 2), 0, steps, i * steps
+
+
+@gluon.jit
+def _chunks(x, WIDTH: gl.constexpr):
+    """x [rows, columns] as a tuple of its column chunks; moves nothing between threads."""
+    if x.shape[1] == WIDTH:
+        return (x,)
+    else:
+        left, right = x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+        return _chunks(left, WIDTH) + _chunks(right, WIDTH)
+
+
+@gluon.jit
+def _load(x_desc, w_desc, x_ring, w_ring, full, empty, M, N, K, GROUP_M: gl.constexpr, STREAM_K: gl.constexpr):
+    STAGES: gl.constexpr = x_ring.shape[0]
+    BLOCK_M: gl.constexpr = x_ring.shape[1]
+    BLOCK_N: gl.constexpr = w_ring.shape[1]
+    BLOCK_K: gl.constexpr = x_ring.shape[2]
+    ROWS: gl.constexpr = x_desc.block_shape[0]
+    steps, total, parts, waves, half = _work(M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, STREAM_K)
+    step = 0
+    for i in range(parts + waves + half):
+        tile, k0, k1, _ = _item(i, steps, total, parts, waves, STREAM_K)
+        row, col = tile_corner(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        whole = i < parts + waves
+        row += gl.where(whole, 0, gl.program_id(0) % 2 * ROWS)
+        for k in range(k0, k1):
+            slot = step % STAGES
+            x_slot = x_ring.index(slot)
+            mbarrier.wait(empty.index(slot), step // STAGES & 1 ^ 1)
+            # TMA counts the zeros that it fills in, too
+            if ROWS == BLOCK_M:
+                mbarrier.expect(full.index(slot), (BLOCK_M + BLOCK_N) * BLOCK_K)
+            else:
+                mbarrier.expect(full.index(slot), (BLOCK_M + BLOCK_N) * BLOCK_K, pred=whole)
+                mbarrier.expect(full.index(slot), (ROWS + BLOCK_N) * BLOCK_K, pred=not whole)
+            tma.async_copy_global_to_shared(w_desc, [col, k * BLOCK_K], full.index(slot), w_ring.index(slot))
+            tma.async_copy_global_to_shared(x_desc, [row, k * BLOCK_K], full.index(slot), x_slot.slice(0, ROWS, dim=0))
+            if ROWS < BLOCK_M:
+                tma.async_copy_global_to_shared(
+                    x_desc, [row + ROWS, k * BLOCK_K], full.index(slot), x_slot.slice(ROWS, ROWS, dim=0), pred=whole
+                )
+            step += 1
+
+
+@gluon.jit
+def _multiply(
+    ME: gl.constexpr, x_ring, w_ring, full, empty, turn, parity, first, last, alone,
+    SHARED: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """The sums of this program's steps from `first` up to `last`: of the tile, or of this multiplier's half of it.
+
+    alone: the other multiplier, which shares the slots, sits this tile out.
+    """
+    STAGES: gl.constexpr = x_ring.shape[0]
+    ROWS: gl.constexpr = x_ring.shape[1] // 2 if SHARED else x_ring.shape[1]
+    BLOCK_N: gl.constexpr = w_ring.shape[1]
+    acc = gl.zeros([ROWS, BLOCK_N], gl.int32, layout)
+    if not SHARED:
+        mbarrier.wait(turn.index(ME), parity)
+    for step in range(first, last):
+        slot = step % STAGES
+        mbarrier.wait(full.index(slot), step // STAGES & 1)
+        x = x_ring.index(slot)
+        if SHARED:
+            x = x.slice(ME * ROWS, ROWS, dim=0)
+        acc = hopper.warpgroup_mma(x, w_ring.index(slot).permute((1, 0)), acc, is_async=True)
+        acc = hopper.warpgroup_mma_wait(1, deps=(acc,))
+        # not by a variable that holds the slot before: Triton 3.6 takes that for loop-invariant
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=step > first)
+        if SHARED and ME == 0:
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=(step > first) & alone)
+    if not SHARED:
+        mbarrier.arrive(turn.index(1 - ME))
+    acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index((last - 1) % STAGES))
+    if SHARED and ME == 0:
+        mbarrier.arrive(empty.index((last - 1) % STAGES), pred=alone)
+    return acc
+
+
+@gluon.jit
+def _store(
+    ME: gl.constexpr, acc, row, col, sx, sw_buffer, bias_buffer, staging, out_desc,
+    HAS_BIAS: gl.constexpr, SUMS_ONLY: gl.constexpr, SWIGLU: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    WIDTH: gl.constexpr = staging.shape[2] * (2 if SWIGLU else 1)  # columns of the product that fill a staging buffer
+    chunks = _chunks(acc, WIDTH)
+    for i in gl.static_range(len(chunks)):
+        y = gl.convert_layout(chunks[i], layout, assert_trivial=True)
+        if not SUMS_ONLY:
+            y = y.to(gl.float32) * gl.expand_dims(sx, 1)
+            y *= gl.expand_dims(sw_buffer.slice(i * WIDTH, WIDTH).load(gl.SliceLayout(0, layout)), 0)
+            if HAS_BIAS:
+                y += gl.expand_dims(bias_buffer.slice(i * WIDTH, WIDTH).load(gl.SliceLayout(0, layout)), 0)
+            if SWIGLU:
+                gate, up = y.reshape(y.shape[0], WIDTH // 2, 2).split()
+                y = silu(gate) * up
+        tma.store_wait(1)  # the store before last has read its buffer, which is this one
+        buffer = staging.index(2 * ME + i % 2)
+        buffer.store(y.to(out_desc.dtype))
+        hopper.fence_async_shared()
+        if SWIGLU:
+            tma.async_copy_shared_to_global(out_desc, [row, col // 2 + i * (WIDTH // 2)], buffer)
+        else:
+            tma.async_copy_shared_to_global(out_desc, [row, col + i * WIDTH], buffer)
+
+
+@gluon.jit
+def _consume(
+    ME: gl.constexpr, GROUP_M: gl.constexpr, STREAM_K: gl.constexpr, SHARED: gl.constexpr, HAS_BIAS: gl.constexpr,
+    SUMS_ONLY: gl.constexpr, SWIGLU: gl.constexpr, out_desc, x_ring, w_ring, staging, vectors, full, empty, turn,
+    sx_ptr, sw_ptr, bias_ptr, slots_ptr, done_ptr, M, N, K,
+):  # fmt: skip
+    BLOCK_M: gl.constexpr = x_ring.shape[1]
+    BLOCK_N: gl.constexpr = w_ring.shape[1]
+    ROWS: gl.constexpr = x_ring.shape[1] // 2 if SHARED else x_ring.shape[1]
+    WIDTH: gl.constexpr = staging.shape[2] * (2 if SWIGLU else 1)
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32])
+    chunk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
+    sw_buffer = vectors.index(2 * ME)
+    bias_buffer = vectors.index(2 * ME + 1)
+    steps, total, parts, waves, half = _work(M, N, K, BLOCK_M, BLOCK_N, x_ring.shape[2], STREAM_K)
+    items = parts + waves
+    if ME == 0:
+        items += half
+    parity = 1 - ME
+    for i in range(0 if SHARED else ME, items, 1 if SHARED else 2):
+        tile, k0, k1, first = _item(i, steps, total, parts, waves, STREAM_K)
+        row, col = tile_corner(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        alone = i >= parts + waves
+        if SHARED:
+            row += gl.where(alone, gl.program_id(0) % 2, ME) * ROWS
+        rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, chunk_layout))
+        cols = col + gl.arange(0, BLOCK_N, gl.BlockedLayout([1], [32], [4], [0]))
+        if SUMS_ONLY:
+            sx = rows
+        else:
+            sx = gl.load(sx_ptr + rows, mask=rows < M, other=0.0)
+            sw = gl.load(sw_ptr + cols, mask=cols < N, other=0.0)
+            if HAS_BIAS:
+                bias = gl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(gl.float32)
+        acc = _multiply(
+            ME, x_ring, w_ring, full, empty, turn, parity, first, first + k1 - k0, alone, SHARED, acc_layout
+        )
+        parity ^= 1
+        complete = True
+        if STREAM_K:
+            if k1 - k0 < steps:
+                pid = gl.program_id(0)
+                programs = gl.num_programs(0)
+                index = tile - waves * programs
+                complete, acc = combine(
+                    acc, slots_ptr, done_ptr, pid, i, index, k1 - k0, total, programs, steps,
+                    2 if SHARED else 1, ME if SHARED else 0,
+                )  # fmt: skip
+        if not SUMS_ONLY:
+            sw_buffer.store(sw)
+            if HAS_BIAS:
+                bias_buffer.store(bias)
+        if complete:
+            _store(
+                ME, acc, row, col, sx, sw_buffer, bias_buffer, staging, out_desc, HAS_BIAS, SUMS_ONLY, SWIGLU,
+                chunk_layout,
+            )  # fmt: skip
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["M"])
+def _gemm_hopper(
+    x_desc,
+    w_desc,
+    out_desc,
+    sx_ptr,
+    sw_ptr,
+    bias_ptr,
+    slots_ptr,
+    done_ptr,
+    M,
+    N,
+    K,
+    STAGES: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    STREAM_K: gl.constexpr,
+    SHARED: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    SUMS_ONLY: gl.constexpr,
+    SWIGLU: gl.constexpr,
+):
+    ROWS: gl.constexpr = x_desc.block_shape[0] * (2 if SHARED else 1)
+    x_ring = gl.allocate_shared_memory(gl.int8, [STAGES, ROWS, x_desc.block_shape[1]], x_desc.layout)
+    w_ring = gl.allocate_shared_memory(gl.int8, [STAGES] + w_desc.block_shape, w_desc.layout)
+    staging = gl.allocate_shared_memory(out_desc.dtype, [4] + out_desc.block_shape, out_desc.layout)
+    vectors = gl.allocate_shared_memory(gl.float32, [4, w_desc.block_shape[0]], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2 if SHARED else 1)
+    for i in gl.static_range(2):
+        mbarrier.init(turn.index(i), count=1)
+    # the constexprs apart: in a tuple they would become run-time values
+    args = (out_desc, x_ring, w_ring, staging, vectors, full, empty, turn, sx_ptr, sw_ptr, bias_ptr, slots_ptr,
+            done_ptr, M, N, K)  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_consume, (0, GROUP_M, STREAM_K, SHARED, HAS_BIAS, SUMS_ONLY, SWIGLU) + args),
+            (_consume, (1, GROUP_M, STREAM_K, SHARED, HAS_BIAS, SUMS_ONLY, SWIGLU) + args),
+            (_load, (x_desc, w_desc, x_ring, w_ring, full, empty, M, N, K, GROUP_M, STREAM_K)),
+        ],
+        [4, 1],
+        [240, 24],  # warps and registers of the last two; the first has num_warps and the registers that are left
+    )
+
+
+DEVICE_CODE = (
+    _work, _item, _chunks, _load, _multiply, _store, _consume, _gemm_hopper, silu, *schedule.DEVICE_CODE
+)  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _layout(dtype: torch.dtype, block: tuple[int, int]) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(dtype).removeprefix("torch.")))
+
+
+def _blocks(config: TileConfig, out_dtype: torch.dtype) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """What one TMA copy moves of x, w and out."""
+    rows = min(config.block_m, 128)  # one multiplier's
+    chunk = CHUNK_BYTES // out_dtype.itemsize
+    return (rows, config.block_k), (config.block_n, config.block_k), (rows, chunk)
+
+
+def _constants(
+    config: TileConfig, *, stream_k: bool, has_bias: bool, sums_only: bool = False, swiglu: bool = False
+) -> dict[str, Any]:
+    return {
+        "STAGES": config.num_stages,
+        "GROUP_M": config.group_m,
+        "STREAM_K": stream_k,
+        "SHARED": config.block_m == 256,
+        "HAS_BIAS": has_bias,
+        "SUMS_ONLY": sums_only,
+        "SWIGLU": swiglu,
+    }
+
+
+def why_not(operands: Operands) -> str | None:
+    """The reason why TMA cannot address these tensors, or the card has no wgmma; or None."""
+    if torch.cuda.get_device_capability(operands.xq.device) != (9, 0):
+        return f"{torch.cuda.get_device_name(operands.xq.device)} is no sm_90"
+    if operands.k % 16:
+        return f"K = {operands.k} is no multiple of 16"
+    for name, matrix in (("x", operands.xq), ("w", operands.wq), ("out", operands.out)):
+        if matrix.data_ptr() % 16 or matrix.stride(0) * matrix.itemsize % 16:
+            return f"{name}'s rows do not start at multiples of 16 bytes"
+    return None
+
+
+def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> None:
+    """Launch the kernel on the present device and stream. options: further compile options of Triton."""
+    o = operands
+    tiles = cdiv(o.m, config.block_m) * cdiv(o.n, config.block_n)
+    shared = config.block_m == 256
+    plan = schedule.plan(tiles, config, o.xq.device, pieces=2 if shared else 1)
+    values = _constants(
+        config, stream_k=plan is not None, has_bias=o.bias is not None, sums_only=o.sums_only, swiglu=o.swiglu
+    )
+    programs = plan.workers if plan else min(tiles * (2 if shared else 1), schedule.multiprocessors(o.xq.device))
+    slots, done = (plan.slots, plan.done) if plan else (o.xq, o.xq)
+    x_desc, w_desc, out_desc = (
+        TensorDescriptor.from_tensor(tensor, list(block), _layout(tensor.dtype, block))
+        for tensor, block in zip((o.xq, o.wq, o.out), _blocks(config, o.out.dtype), strict=True)
+    )
+    _gemm_hopper[(programs,)](
+        x_desc, w_desc, out_desc, *o.vectors, slots, done, o.m, o.n, o.k, **values, num_warps=4, **COMPILE_OPTIONS,
+        **options,
+    )  # fmt: skip
+
+
+def source(config: TileConfig, *, even_k: bool = True) -> tuple[Any, dict[str, Any]]:
+    """What Triton's compiler is given for `config` with bias and bf16 output, and its options: see `tune.offline`."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    def descriptor(kind: str, dtype: torch.dtype, block: tuple[int, int]) -> str:
+        return f"tensordesc<{kind}{list(block)},{_layout(dtype, block)!r}>"
+
+    values = _constants(config, stream_k=config.stream_k > 0, has_bias=True)
+    x, w, out = _blocks(config, torch.bfloat16)
+    signature = {"x_desc": descriptor("i8", torch.int8, x), "w_desc": descriptor("i8", torch.int8, w)}
+    signature |= {"out_desc": descriptor("bf16", torch.bfloat16, out), "sx_ptr": "*fp32", "sw_ptr": "*fp32"}
+    signature |= {"bias_ptr": "*bf16", "slots_ptr": "*i32", "done_ptr": "*i32", "M": "i32", "N": "i32", "K": "i32"}
+    signature |= dict.fromkeys(values, "constexpr")
+    options = dict(COMPILE_OPTIONS, num_warps=4)
+    return GluonASTSource(_gemm_hopper, signature, values, aligned(signature, but=("M",))), options

@@ -1,0 +1,112 @@
+"""The tensors of one product, checked once at the door and handed to the kernel that the configuration names.
+
+out[m, n] = out_dtype((fp32(sum_k x[m, k] * w[n, k]) * sx[m]) * sw[n] + fp32(bias[n]))      [M, N]
+out[m, j] = out_dtype(silu(y[m, 2j]) * y[m, 2j + 1])    swiglu: y as above, unrounded       [M, N / 2]
+out[m, n] = sum_k x[m, k] * w[n, k]                     sums: sx, sw and bias absent         [M, N] int32
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from int8kit.spec import GemmShape, ShapeError
+
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BIAS_DTYPES = OUT_DTYPES
+COMPILE_OPTIONS = {"enable_fp_fusion": False}
+"""ptxas must not contract the epilogue's product and sum into one rounding."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Raises ShapeError at once for tensors that are outside every kernel's domain or do not fit together."""
+
+    xq: torch.Tensor  # [M, K] int8, contiguous along K, any stride between rows
+    wq: torch.Tensor  # [N, K] int8, likewise
+    sx: torch.Tensor | None  # [M] fp32
+    sw: torch.Tensor | None  # [N] fp32
+    bias: torch.Tensor | None  # [N] bf16, fp16 or fp32
+    out: torch.Tensor  # contiguous along its columns, any stride between rows
+    swiglu: bool = False
+
+    def __post_init__(self) -> None:
+        if self.xq.dim() != 2 or self.wq.dim() != 2 or self.xq.shape[1] != self.wq.shape[1]:
+            raise ShapeError(
+                f"x {tuple(self.xq.shape)} and w {tuple(self.wq.shape)}: legal are [M, K] and [N, K] of one K"
+            )
+        if self.xq.dtype is not torch.int8 or self.wq.dtype is not torch.int8:
+            raise ShapeError(f"x {self.xq.dtype} and w {self.wq.dtype}: both must be torch.int8; quantize first")
+        m, n, k = self.m, self.n, self.k
+        GemmShape(max(m, 1), n, k)
+        for name, vector, length in (("sx", self.sx, m), ("sw", self.sw, n), ("bias", self.bias, n)):
+            if vector is None:
+                continue
+            if vector.shape != (length,) or not vector.is_contiguous():
+                raise ShapeError(f"{name} {tuple(vector.shape)}: legal is a contiguous [{length}]")
+            legal = BIAS_DTYPES if name == "bias" else (torch.float32,)
+            if vector.dtype not in legal:
+                raise ShapeError(f"{name} {vector.dtype}: legal are {', '.join(map(str, legal))}")
+        if self.swiglu and n % 2:
+            raise ShapeError(f"N = {n}: legal is an even number, a gate and an up column for each of the output's")
+        columns = n // 2 if self.swiglu else n
+        if self.out.shape != (m, columns) or self.out.dtype not in ((torch.int32,) if self.sums_only else OUT_DTYPES):
+            raise ShapeError(
+                f"out {self.out.dtype} {tuple(self.out.shape)}: legal is [{m}, {columns}] of bf16, fp16 or fp32 "
+                "(int32: sums)"
+            )
+        for name, matrix in (("x", self.xq), ("w", self.wq), ("out", self.out)):
+            if matrix.stride(1) != 1 and matrix.shape[1] > 1:
+                raise ShapeError(f"{name} has strides {matrix.stride()}: the last must be 1; call .contiguous() first")
+        if len({t.device for t in (self.xq, self.wq, self.sx, self.sw, self.bias, self.out) if t is not None}) > 1:
+            raise ShapeError("the tensors are on several devices; move them to one")
+
+    @property
+    def m(self) -> int:
+        """Rows of x and of out."""
+        return self.xq.shape[0]
+
+    @property
+    def n(self) -> int:
+        """Rows of w: columns of the product."""
+        return self.wq.shape[0]
+
+    @property
+    def k(self) -> int:
+        """Columns of x and of w."""
+        return self.xq.shape[1]
+
+    @property
+    def sums_only(self) -> bool:
+        """True if out is the int32 sums."""
+        return self.sx is None
+
+    @property
+    def vectors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """sx, sw and bias for a launch. A kernel reads no vector that it has no use for: any tensor stands for one."""
+        return tuple(self.xq if v is None else v for v in (self.sx, self.sw, self.bias))  # type: ignore[return-value]
+
+
+def interpreted() -> bool:
+    """True if Triton runs kernels on the CPU in this process (TRITON_INTERPRET=1 at its import)."""
+    return not isinstance(_probe, triton.JITFunction)
+
+
+@triton.jit
+def _probe(x_ptr):
+    tl.store(x_ptr, 0)
+
+
+def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """A context in which Triton launches on x's device; does nothing for a CPU tensor."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
