@@ -17,9 +17,16 @@ _HOMES = {
     "ShapeError": "spec",
     "TileConfig": "spec",
     "UnknownName": "spec",
-    "linear": "ops",
+    "Int8SwiGLU": "runtime.linear",
+    "int8_linear": "ops",
+    "int8_linear_swiglu": "ops",
+    "qk_norm_rope": "ops_prologue",
     "quantize": "ops",
+    "residual_norm_quantize": "ops_prologue",
+    "rms_norm_quantize": "ops_prologue",
     "scaled_mm": "ops",
+    "scaled_mm_swiglu": "ops",
+    "swiglu_quantize": "ops_prologue",
 }
 __all__ = ["__version__", *_HOMES]
 

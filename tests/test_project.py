@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "int8kit"
 # A module may import those of the layers before its own, and of its own.
 LAYERS = [
-    {"spec"}, {"files", "gpus", "reference", "models"}, {"db"}, {"kernels"}, {"ops"},
+    {"spec"}, {"files", "gpus", "reference", "models"}, {"db"}, {"kernels"}, {"ops", "ops_prologue"},
     {"trace", "tune", "verify", "runtime"}, {"bench"}, {"report"}, {"cli"},
 ]  # fmt: skip
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from int8kit import Int8Linear, db, gpus, models, reference
+from int8kit import Int8Linear, Int8SwiGLU, db, gpus, models, reference
 from int8kit.runtime import generate, ideogram4
 from int8kit.runtime.generate import PRESETS, Request
 from int8kit.runtime.linear import replace_linears
@@ -50,6 +50,28 @@ def test_casting_a_model_keeps_the_scales():
     assert cast.bias.dtype is torch.bfloat16
     assert cast.wq.dtype is torch.int8
     assert torch.equal(layer.half().sw, scales)
+
+
+def test_joined_linears_are_the_same_bits():
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(48, n, bias=n != 8) for n in (16, 8, 24)]
+    x = torch.randn(3, 5, 48).bfloat16()
+    got = Int8Linear.joined(layers)(x)
+    for part, layer in zip(got.split([16, 8, 24], dim=-1), layers, strict=True):
+        assert torch.equal(part, Int8Linear.from_linear(layer)(x))
+    with pytest.raises(ShapeError, match="inputs of 48, 47 features"):
+        Int8Linear.joined([layers[0], torch.nn.Linear(47, 16)])
+
+
+def test_swiglu_layer_is_its_two_linears():
+    torch.manual_seed(0)
+    gate, up = torch.nn.Linear(48, 24, bias=False), torch.nn.Linear(48, 24)
+    x = torch.randn(3, 5, 48)
+    g, u = (Int8Linear.from_linear(layer)(x) for layer in (gate, up))
+    assert torch.equal(Int8SwiGLU.from_linears(gate, up)(x), reference.silu(g) * u)
+    assert torch.allclose(Int8SwiGLU.from_linears(gate, up)(x), torch.nn.functional.silu(g) * u)
+    with pytest.raises(ShapeError, match=r"gate \[24, 48\] and up \[16, 48\]"):
+        Int8SwiGLU.from_linears(gate, torch.nn.Linear(48, 16))
 
 
 def test_state_dict_round_trip():

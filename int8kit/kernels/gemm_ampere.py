@@ -26,7 +26,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from int8kit.kernels import schedule
+from int8kit.kernels import activations, schedule
 from int8kit.kernels.activations import silu
 from int8kit.kernels.gemm_pointer import aligned
 from int8kit.kernels.operands import COMPILE_OPTIONS, Operands, cdiv
@@ -203,8 +203,8 @@ def _gemm_ampere(
     x_slots = ()
     w_slots = ()
     for _ in gl.static_range(STAGES):
-        x_slots = x_slots + (gl.allocate_shared_memory(gl.int8, [BLOCK_M, BLOCK_K], swizzled),)  # type: ignore[assignment]
-        w_slots = w_slots + (gl.allocate_shared_memory(gl.int8, [BLOCK_N, BLOCK_K], swizzled),)  # type: ignore[assignment]
+        x_slots = x_slots + (gl.allocate_shared_memory(gl.int8, [BLOCK_M, BLOCK_K], swizzled),)
+        w_slots = w_slots + (gl.allocate_shared_memory(gl.int8, [BLOCK_N, BLOCK_K], swizzled),)
     pid = gl.program_id(0)
     if STREAM_K:
         # the first programs share the leftover tiles, each further one makes a whole tile
@@ -236,7 +236,8 @@ def _gemm_ampere(
 
 
 DEVICE_CODE = (
-    _copy, _fragments, _accumulate, _column, _tile, _store, _gemm_ampere, silu, *schedule.DEVICE_CODE
+    _copy, _fragments, _accumulate, _column, _tile, _store, _gemm_ampere,
+    *activations.DEVICE_CODE, *schedule.DEVICE_CODE,
 )  # fmt: skip
 
 

@@ -4,15 +4,16 @@ One program a multiprocessor makes tiles p, p + P, p + 2P, ... and its share of 
 three groups of warps that meet in shared memory:
 
   loader         1 warp, 24 registers a thread: TMA copies of block_m x 128 of x and block_n x 128 of w into the next of
-                 num_stages slots of a ring, for every step of every tile, as far ahead as slots are free. TMA fills with
-                 zeros past M, N and K and clips what is stored: there is no tail code.
+                 num_stages slots of a ring, for every step of every tile, as far ahead as slots are free. TMA fills
+                 with zeros past M, N and K and clips what is stored: there is no tail code.
   multipliers    2 x 4 warps, 240 registers a thread: m64n128k32 wgmma out of the slots into up to 128 sums a thread,
                  then epilogue in chunks of 64 bytes a row through two staging buffers, stored by TMA.
 
 block_m of 64 and 128, "in turn": the two multipliers take alternate tiles, one multiplies while the other scales and
 stores. block_m of 256, "shared": both make half of each tile; a slot is read by both, so a product costs a quarter less
-traffic out of L2, and less power, but nothing hides the epilogue. Which is faster depends on K and on the power that
-the card has left.
+traffic out of L2, and less power, but nothing hides the epilogue. If the tiles of the last wave, which is seldom full,
+are at most half as many as programs, they are halved: each half is one multiplier's of a program of its own. Which way
+is faster depends on K, on the waves, and on the power that the card has left.
 
 mbarriers, each of one completion a phase (a wait for parity 1 passes at once in a barrier's first phase):
   full[slot]   armed with its bytes by the loader, completed by TMA; a multiplier waits for it before its wgmma
@@ -37,7 +38,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from int8kit.kernels import schedule
+from int8kit.kernels import activations, schedule
 from int8kit.kernels.activations import silu
 from int8kit.kernels.gemm_pointer import aligned
 from int8kit.kernels.operands import COMPILE_OPTIONS, Operands, cdiv
@@ -301,7 +302,8 @@ def _gemm_hopper(
 
 
 DEVICE_CODE = (
-    _work, _item, _chunks, _load, _multiply, _store, _consume, _gemm_hopper, silu, *schedule.DEVICE_CODE
+    _work, _item, _chunks, _load, _multiply, _store, _consume, _gemm_hopper,
+    *activations.DEVICE_CODE, *schedule.DEVICE_CODE,
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from int8kit.kernels import activations
 from int8kit.kernels.activations import silu
 from int8kit.kernels.operands import COMPILE_OPTIONS, Operands, cdiv
 from int8kit.spec import TileConfig
@@ -92,7 +93,7 @@ def _gemm(
         )
 
 
-DEVICE_CODE = (_gemm, silu)
+DEVICE_CODE = (_gemm, *activations.DEVICE_CODE)
 
 
 def constants(

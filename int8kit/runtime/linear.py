@@ -10,13 +10,13 @@ torch.Size([2, 3, 32])
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from int8kit import ops
-from int8kit.spec import GemmShape, Plan
+from int8kit.spec import GemmShape, Plan, ShapeError
 
 
 class Int8Linear(torch.nn.Module):
@@ -48,9 +48,31 @@ class Int8Linear(torch.nn.Module):
         bias = None if linear.bias is None else linear.bias.detach().to(wq.device)
         return cls(wq, sw, bias, plan)
 
+    @classmethod
+    def joined(
+        cls, linears: Sequence[torch.nn.Linear], plan: Plan = Plan(), device: torch.device | None = None
+    ) -> Int8Linear:
+        """One layer for several of the same input, such as q, k and v: their outputs side by side, in order.
+
+        One quantization of the input and one GEMM. Bit-equal to the layers by themselves, since scales are per output
+        channel. Raises ShapeError if their inputs differ in width.
+        """
+        if len({linear.in_features for linear in linears}) > 1:
+            widths = ", ".join(str(linear.in_features) for linear in linears)
+            raise ShapeError(f"inputs of {widths} features: layers that are joined take the same input")
+        parts = [cls.from_linear(linear, plan, device) for linear in linears]
+        biases = [part.bias for part in parts]
+        bias = None
+        if any(b is not None for b in biases):
+            filled = [
+                part.sw.new_zeros(part.out_features) if b is None else b for part, b in zip(parts, biases, strict=True)
+            ]
+            bias = torch.cat(filled)
+        return cls(torch.cat([part.wq for part in parts]), torch.cat([part.sw for part in parts]), bias, plan)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N] of x's dtype."""
-        return ops.linear(x, self.wq, self.sw, self.bias, plan=self.plan)
+        return ops.int8_linear(x, self.wq, self.sw, self.bias, plan=self.plan)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # Scales stay float32 when a model is cast: they are moved as integers, which no cast of floats touches.
@@ -63,6 +85,37 @@ class Int8Linear(torch.nn.Module):
     def extra_repr(self) -> str:
         """For print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class Int8SwiGLU(Int8Linear):
+    """silu(x W1^T) * (x W3^T) with both weights in a GEMM, as `int8kit.reference.linear_swiglu` defines it to the bit.
+
+    wq [2 F, K]: row 2 j is W1's row j (the gate), row 2 j + 1 is W3's (the up), so that the product of a pair is made
+    in the epilogue. x: [..., K] -> [..., F] of x's dtype: half of what two layers write.
+    """
+
+    @classmethod
+    def from_linears(
+        cls,
+        gate: torch.nn.Linear,
+        up: torch.nn.Linear,
+        plan: Plan = Plan(),
+        device: torch.device | None = None,
+    ) -> Int8SwiGLU:
+        """Quantize both weights [F, K] and lay their rows in turn. Raises ShapeError if the two differ in shape."""
+        if (gate.in_features, gate.out_features) != (up.in_features, up.out_features):
+            raise ShapeError(
+                f"gate [{gate.out_features}, {gate.in_features}] and up [{up.out_features}, {up.in_features}]: "
+                "legal are two of one shape"
+            )
+        both = Int8Linear.joined((gate, up), plan, device)
+        turn = torch.arange(both.out_features, device=both.wq.device).view(2, -1).t().reshape(-1)
+        bias = None if both.bias is None else both.bias[turn]
+        return cls(both.wq[turn], both.sw[turn], bias, plan)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., F] of x's dtype."""
+        return ops.int8_linear_swiglu(x, self.wq, self.sw, self.bias, plan=self.plan)
 
 
 def _weight(linear: torch.nn.Linear) -> torch.Tensor:

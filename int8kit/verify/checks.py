@@ -2,6 +2,7 @@
 
     accumulator   the int32 sums equal int64-exact arithmetic, and `torch._int_mm` where that takes the shape
     output        the dequantized output is bit-equal to `reference.scaled_mm`; NaN equals NaN
+    swiglu        so is the output of the SwiGLU epilogue to `reference.scaled_mm_swiglu`
     quantize      q and s are bit-equal to `reference.quantize`
     entry         the first two for one database entry: at its full size on a card, reduced on a CPU
 
@@ -14,7 +15,7 @@ Examples are drawn and shrunk by hypothesis; the smallest that fails is what a R
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -166,6 +167,17 @@ def check_output(d: Draw, executor: Executor) -> str | None:
     return difference(got, reference.scaled_mm(x, w, sx, sw, bias, out_dtype=d.out_dtype)) or canvas.touched()
 
 
+def check_swiglu(d: Draw, executor: Executor) -> str | None:
+    """How the output of the SwiGLU epilogue differs from the reference, or None; N is rounded up to a pair."""
+    shape = GemmShape(d.shape.m, d.shape.n + d.shape.n % 2, d.shape.k)
+    if d.config.kernel is not Kernel.POINTER:
+        shape = GemmShape(shape.m, -(-shape.n // 16) * 16, shape.k)
+    x, w, sx, sw, bias = _operands(replace(d, shape=shape), executor.device)
+    canvas = _Canvas(shape.m, shape.n // 2, d.padding, d.out_dtype, executor.device)
+    got = gemm.scaled_mm_swiglu(x, w, sx, sw, bias, config=d.config, out=canvas.view, arch=executor.arch)
+    return difference(got, reference.scaled_mm_swiglu(x, w, sx, sw, bias, out_dtype=d.out_dtype)) or canvas.touched()
+
+
 def check_quantize(r: Rows, executor: Executor) -> str | None:
     """How q or s differs from the reference, or None."""
     wide = float_matrix(r.m, r.k + r.padding, r.kind, r.seed, r.dtype, executor.device)
@@ -278,7 +290,7 @@ def hold(
 
 def names(executor: Executor, database: Database) -> list[str]:
     """The checks that apply, in the order in which they are run."""
-    found = ["accumulator", "output"]
+    found = ["accumulator", "output", "swiglu"]
     if executor.arch is None:  # the row quantization has one source and no configuration
         found.append("quantize")
     return [*found, "entries"] if database.entries else found
@@ -318,7 +330,7 @@ def _run(
         return hold(name, executor, rows(2000), check_quantize, always=_LONG, **more), {}
     tiles = {*SMALL_TILES, *(entry.config for entry in database.entries), default_config(GemmShape(1024, 1, 1))}
     tiles = {config for config in tiles if runs_on(config, executor)}
-    check = {"accumulator": check_accumulator, "output": check_output}[name]
+    check = {"accumulator": check_accumulator, "output": check_output, "swiglu": check_swiglu}[name]
     gemms = draws(tuple(sorted(tiles)), limits.most, limits.ops)
     return hold(name, executor, gemms, check, always=_DEEP if limits.deep else _DEEP[:2], **more), {}
 

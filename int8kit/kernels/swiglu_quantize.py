@@ -1,0 +1,69 @@
+"""SwiGLU ahead of a quantization, in one pass over the joined projection, in Triton.
+
+    y[m, j] = silu(gu[m, 2 j]) * gu[m, 2 j + 1]
+    s = max|y| / 127,  q = clamp(rint(y / s), -127, 127)
+
+    gu [M, 2 F], gate and up of a feature side by side -> q [M, F] int8, s [M] fp32
+
+The weights' rows are interleaved once, when a model is loaded, so that a feature's two halves lie in one word: one
+thread has both, and in a GEMM's epilogue so has one accumulator fragment. Two thirds of a wide row would do here, and
+not there. All in fp32, each operation rounded on its own; y is not rounded to bf16 first, as the eager model does.
+Bit-equal to `int8kit.reference.swiglu_quantize` under every tile; `activations` says what silu is.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from int8kit.kernels import rows
+from int8kit.kernels.activations import silu
+from int8kit.kernels.operands import on_device
+from int8kit.kernels.rows import RowTile, larger, load_row, row_scale, store_quantized, widen
+from int8kit.spec import ShapeError
+
+
+@triton.jit
+def _swiglu_quantize(gu_ptr, q_ptr, s_ptr, stride_gm, F: tl.constexpr, CHUNK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    pairs = load_row(gu_ptr + row * stride_gm, 2 * F, 2 * CHUNK)
+    ys = ()
+    top = tl.zeros([CHUNK], tl.float32)
+    for c in tl.static_range(len(pairs)):
+        g, u = tl.split(tl.reshape(widen(pairs[c]), [CHUNK, 2]))
+        y = silu(g) * u
+        top = larger(top, y)
+        ys = ys + (y,)  # noqa: RUF005
+    s = row_scale(top)
+    tl.store(s_ptr + row, s)
+    store_quantized(q_ptr + row * F, ys, s, F, CHUNK)
+
+
+def default_tile(f: int) -> RowTile:
+    """As `rows.default_tile`, for rows twice as long: a chunk of F is 2 * chunk elements of gu."""
+    tile = rows.default_tile(f, held=64)
+    return RowTile(tile.chunk, min(2 * tile.num_warps, 16))
+
+
+def swiglu_quantize(gu: torch.Tensor, *, tile: RowTile | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) * up, quantized: gu [M, 2 F], column 2 j the gate and 2 j + 1 the up of feature j -> q [M, F], s [M].
+
+    gu: bf16, fp16 or fp32, contiguous along its columns. tile: any gives the same bits; absent, one by F. Raises
+    ShapeError for anything else, and for F > 16384.
+    """
+    rows.check_matrix("gu", gu)
+    m, f = gu.shape[0], gu.shape[1] // 2
+    if gu.shape[1] % 2:
+        raise ShapeError(f"gu {tuple(gu.shape)}: legal is [M, 2 F], gate and up side by side; interleave the weights")
+    rows.check_held(f)
+    tile = tile or default_tile(f)
+    q = torch.empty(m, f, dtype=torch.int8, device=gu.device)
+    s = torch.empty(m, dtype=torch.float32, device=gu.device)
+    if m:
+        gu = rows.exact(gu)
+        with on_device(q):
+            _swiglu_quantize[(m,)](
+                gu, q, s, gu.stride(0), F=f, CHUNK=tile.chunk, num_warps=tile.num_warps, enable_fp_fusion=False
+            )
+    return q, s
