@@ -1,0 +1,72 @@
+"""One contestant's launches as one call that can be repeated: a CUDA graph where that works, else from the host.
+
+A launch from Python takes longer than a small GEMM does, so timed from the host small shapes would compare wrappers. A
+graph holds the launches of every copy of the weight and replays them without the host. What cannot be captured is
+launched from the host and marked: it is at no disadvantage where the card is slower than the host, and is elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle
+from typing import Literal
+
+import torch
+
+from int8kit.bench.contestants import Entrant, Launch
+from int8kit.bench.operands import poison, poisoned
+
+GRAPH_LAUNCHES = 16  # at least so many in a graph: the gap between two replays is shared by as many
+TimedBy = Literal["graph", "host"]
+
+
+class Timed:
+    """A call that makes `launches` launches, each on the next copy of the weight; `result` is the last one's."""
+
+    def __init__(self, entrant: Entrant, *, graph: bool) -> None:
+        for launch in entrant.launches:  # whatever compiles or tunes itself does so now
+            self.result = launch()
+        self.note = entrant.note
+        self.by: TimedBy = "host"
+        self.launches = 1
+        if graph:
+            try:
+                self._call, self.launches = self._capture(entrant), _in_graph(entrant)
+                self.by = "graph"
+                return
+            except Exception as error:  # a library may refuse capture in any way
+                self.note = f"{self.note}; from the host: {one_line(error)}".removeprefix("; ")
+        turn = cycle(entrant.launches)
+        self._call = lambda: self._launch(next(turn))
+
+    def __call__(self) -> None:
+        self._call()
+
+    def _launch(self, launch: Launch) -> None:
+        self.result = launch()
+
+    def _capture(self, entrant: Entrant) -> Callable[[], None]:
+        """A graph's replay. Raises RuntimeError if a replay does not write the result."""
+        graph = torch.cuda.CUDAGraph()
+        turn = cycle(entrant.launches)
+        with torch.cuda.graph(graph):
+            for _ in range(_in_graph(entrant)):
+                result = next(turn)()
+        poison(result)
+        graph.replay()
+        torch.cuda.synchronize()
+        if poisoned(result):  # launched on a stream of its own: the graph is empty, and very fast
+            raise RuntimeError("a captured graph does not write the result")
+        self.result = result
+        return graph.replay
+
+
+def _in_graph(entrant: Entrant) -> int:
+    copies = len(entrant.launches)
+    return copies * -(-GRAPH_LAUNCHES // copies)
+
+
+def one_line(error: BaseException) -> str:
+    """Class and first sentence of an error, at most 160 characters."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:160].removesuffix(": ")
