@@ -196,7 +196,8 @@ def run(
     outcome = Outcome(conditions, contestants, len(shapes))
     try:
         for shape in shapes:
-            outcome.shapes.append(measure_shape(shape, contestants, card, setting, sensors))
+            with torch.no_grad():  # throughout: compiled code is bound to the mode that it was compiled in
+                outcome.shapes.append(measure_shape(shape, contestants, card, setting, sensors))
             conditions["card_after"] = sensors.read() if sensors else None
             on_shape(outcome)
     except (KeyboardInterrupt, CheckFailed) as error:
@@ -241,11 +242,10 @@ def measure_shape(
 def _enter(contestant: Contestant, operands: Operands, setting: Setting) -> tuple[Timed, int] | str:
     """The call to time and how many elements of its result differ, or why there is none."""
     try:
-        with torch.no_grad():
-            entrant = contestant.prepare(operands)
-            if isinstance(entrant, str):
-                return entrant
-            call = Timed(entrant, graph=setting.graph and setting.device == "cuda")
+        entrant = contestant.prepare(operands)
+        if isinstance(entrant, str):
+            return entrant
+        call = Timed(entrant, graph=setting.graph and setting.device == "cuda")
         return call, differing(call.result, operands.truth(contestant.result))
     except Exception as error:  # whatever another project's code raises is its reason, and ends nobody else's turn
         reason = one_line(error)

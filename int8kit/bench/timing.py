@@ -7,6 +7,7 @@ launched from the host and marked: it is at no disadvantage where the card is sl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import cycle
 from typing import Literal
@@ -67,6 +68,6 @@ def _in_graph(entrant: Entrant) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    """Class and first sentence of an error, at most 160 characters."""
-    text = " ".join(str(error).split())
+    """Class and words of an error, at most 160 characters, without folders: they would end up in a published file."""
+    text = re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", " ".join(str(error).split()))
     return f"{type(error).__name__}: {text}"[:160].removesuffix(": ")
