@@ -1,9 +1,11 @@
 """The benchmark without a card: real contestants in Triton's interpreter, invented times."""
 
+import contextlib
 import dataclasses
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -258,6 +260,46 @@ def test_shapes_of_other_models():
     document = trace.read(OTHER_MODELS)
     assert all(case["source"] for case in document["cases"])
     assert not set(shapes) & set(gemm.wanted(None))
+
+
+@pytest.mark.parametrize(
+    ("replays", "refuses", "by", "note"),
+    [
+        (True, False, "graph", "n"),
+        (False, False, "host", "n; from the host: RuntimeError: a captured graph does not write the result"),
+        (True, True, "host", "n; from the host: ValueError: legacy stream"),
+    ],
+)
+def test_a_graph_is_trusted_only_if_it_writes(monkeypatch, replays, refuses, by, note):
+    """CUDA's graphs replaced by one that replays the last launch, does nothing, or cannot capture."""
+    out, streams = torch.zeros(4), []
+
+    def launch():
+        if refuses and capturing:
+            raise ValueError("legacy stream")
+        return out.fill_(3)
+
+    @contextlib.contextmanager
+    def capture(graph):
+        capturing.append(graph)
+        try:
+            yield
+        finally:
+            capturing.clear()
+
+    capturing = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "mine")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays and launch()))
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    call = timing.Timed(Entrant([launch] * 3, "n"), graph=True, least=4)
+    assert (call.by, call.note, call.launches) == (by, note, 6 if by == "graph" else 1)
+    assert streams == (["mine"] if by == "host" else [])
+    assert call.result.tolist() == [3] * 4
+    poison(out)
+    call()
+    assert call.result.tolist() == [3] * 4
 
 
 def test_one_line():

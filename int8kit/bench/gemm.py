@@ -42,6 +42,8 @@ from int8kit.tune import measure
 
 FORMAT = "int8kit.bench/1"
 ROUNDS = 21
+GRAPH_US = 1000  # a graph is about so long or longer, unless it has so many launches:
+MOST_IN_GRAPH = 16
 LOAD_US = 30_000  # so much work is queued before the card is asked for its clock: idle cards clock down at once
 
 Timer = Callable[[Sequence[Callable[[], Any]], int], list[measure.Times]]
@@ -245,7 +247,9 @@ def _enter(contestant: Contestant, operands: Operands, setting: Setting) -> tupl
         entrant = contestant.prepare(operands)
         if isinstance(entrant, str):
             return entrant
-        call = Timed(entrant, graph=setting.graph and setting.device == "cuda")
+        at_peak = operands.shape.ops / operands.card.int8_tops / 1e6
+        least = min(max(math.ceil(GRAPH_US / at_peak), 1), MOST_IN_GRAPH)
+        call = Timed(entrant, graph=setting.graph and setting.device == "cuda", least=least)
         return call, differing(call.result, operands.truth(contestant.result))
     except Exception as error:  # whatever another project's code raises is its reason, and ends nobody else's turn
         reason = one_line(error)

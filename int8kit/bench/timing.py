@@ -17,28 +17,33 @@ import torch
 from int8kit.bench.contestants import Entrant, Launch
 from int8kit.bench.operands import poison, poisoned
 
-GRAPH_LAUNCHES = 16  # at least so many in a graph: the gap between two replays is shared by as many
 TimedBy = Literal["graph", "host"]
 
 
 class Timed:
     """A call that makes `launches` launches, each on the next copy of the weight; `result` is the last one's."""
 
-    def __init__(self, entrant: Entrant, *, graph: bool) -> None:
+    def __init__(self, entrant: Entrant, *, graph: bool, least: int = 16) -> None:
+        """least: launches in a graph, rounded up to whole turns of the copies; they share the gap between replays."""
         for launch in entrant.launches:  # whatever compiles or tunes itself does so now
             self.result = launch()
         self.note = entrant.note
         self.by: TimedBy = "host"
         self.launches = 1
         if graph:
+            copies = len(entrant.launches)
+            count = copies * -(-least // copies)
+            stream = torch.cuda.current_stream()
             try:
-                self._call, self.launches = self._capture(entrant), _in_graph(entrant)
-                self.by = "graph"
+                self._call, self.launches, self.by = self._capture(entrant, count), count, "graph"
                 return
             except Exception as error:  # a library may refuse capture in any way
-                self.note = f"{self.note}; from the host: {one_line(error)}".removeprefix("; ")
+                torch.cuda.set_stream(stream)  # where ending a failed capture fails too, torch stays on its stream
+                reason = one_line(error.__context__ or error)
+                self.note = f"{self.note}; from the host: {reason}".removeprefix("; ")
         turn = cycle(entrant.launches)
         self._call = lambda: self._launch(next(turn))
+        self()  # an attempt to capture may have left its result poisoned
 
     def __call__(self) -> None:
         self._call()
@@ -46,12 +51,12 @@ class Timed:
     def _launch(self, launch: Launch) -> None:
         self.result = launch()
 
-    def _capture(self, entrant: Entrant) -> Callable[[], None]:
+    def _capture(self, entrant: Entrant, count: int) -> Callable[[], None]:
         """A graph's replay. Raises RuntimeError if a replay does not write the result."""
         graph = torch.cuda.CUDAGraph()
         turn = cycle(entrant.launches)
         with torch.cuda.graph(graph):
-            for _ in range(_in_graph(entrant)):
+            for _ in range(count):
                 result = next(turn)()
         poison(result)
         graph.replay()
@@ -60,11 +65,6 @@ class Timed:
             raise RuntimeError("a captured graph does not write the result")
         self.result = result
         return graph.replay
-
-
-def _in_graph(entrant: Entrant) -> int:
-    copies = len(entrant.launches)
-    return copies * -(-GRAPH_LAUNCHES // copies)
 
 
 def one_line(error: BaseException) -> str:
