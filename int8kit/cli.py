@@ -25,6 +25,8 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="INT8 linears of diffusion transformers on integer tensor cores: trace, tune, verify, run.",
 )  # fmt: skip
+bench = typer.Typer(rich_markup_mode=None, help="Time int8kit beside other kernels, in one run.")
+app.add_typer(bench, name="bench")
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 _EXTRAS = {"diffusers": "run", "transformers": "run", "PIL": "run", "bitsandbytes": "nf4", "hypothesis": "verify"}
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -74,7 +76,7 @@ def _root(
         print(__version__)
         raise typer.Exit
     if context.invoked_subcommand is None:
-        raise InputError("no verb; legal are trace-shapes, tune, verify and run; see `int8kit --help`")
+        raise InputError("no verb; legal are trace-shapes, tune, verify, run and bench; see `int8kit --help`")
 
 
 @contextmanager
@@ -346,6 +348,49 @@ def run(
     document = {"image": str(output), "device": outcome.device, "text_tokens": outcome.tokens, **took,
                 "database": outcome.database, "configurations": choices}  # fmt: skip
     _print(document, f"{report.run_tables(outcome)}\n\nwrote {output}", as_json)
+
+
+@bench.callback(invoke_without_command=True)
+def _bench(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        raise InputError("bench: no command; legal is gemm; see `int8kit bench --help`")
+
+
+@bench.command("gemm")
+def bench_gemm(
+    shapes: Annotated[Path | None, typer.Option(help="A shapes file. Default: Ideogram 4's.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(metavar="MxNxK", help="Instead of a file's; repeatable.")] = None,
+    limit: Annotated[int | None, typer.Option(help="So many of the file's shapes, spread over them.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Whose database. An older card's: that card's code.")] = None,
+    database: Annotated[Path | None, typer.Option("--db", help="Default: ./tuning_db/<gpu>.json, or shipped.")] = None,
+    arch: Annotated[str | None, typer.Option(help="sm86: that architecture's code beside the card's own.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only int8kit and this contestant; repeatable.")] = None,
+    inductor: Annotated[bool, typer.Option(help="Also torch.compile's max-autotune: minutes a shape.")] = False,
+    rounds: Annotated[int, typer.Option(help="Samples of each contestant.")] = 21,
+    graph: Annotated[bool, typer.Option(help="Replay CUDA graphs, which takes the host out of small shapes.")] = True,
+    output: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The JSON document, kept after each shape.")
+    ] = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """int8kit's GEMM, alone and with quantization, beside bf16, fp8 and torch._int_mm; needs a CUDA device.
+
+    Interleaved rounds, p20/p50/p80, share of the peak, and every result held against the reference: exit status 1 if
+    int8kit differs. The last line is one JSON object. tools/bench_peers.py adds other projects' kernels.
+
+    Example: int8kit bench gemm --limit 8 --out out/bench.json
+    """
+    from int8kit import gpus, report
+    from int8kit.bench import contestants, gemm
+
+    listed = contestants.ours(gpus.present() or gpus.get("h200"), gpu=gpu, path=database, arch=arch)
+    listed = contestants.only(listed + contestants.standard(inductor), only or ())
+    todo = gemm.wanted(shape, shapes, limit)
+    outcome = gemm.session(todo, listed, gemm.Setting(rounds, graph), output=output, force=force, note=_note)
+    print(report.bench_tables(outcome.document()), file=sys.stderr if as_json else sys.stdout)
+    print(json.dumps(outcome.document()))
+    outcome.conclude()
 
 
 if __name__ == "__main__":

@@ -83,3 +83,57 @@ def run_tables(outcome: Outcome) -> str:
         ("peak memory", f"{outcome.peak_gib:.2f} GiB ({outcome.device})"),
     ]
     return f"{configs}\n\n{tabulate(took, disable_numparse=True)}"
+
+
+def bench_tables(document: dict[str, Any]) -> str:
+    """A benchmark's document: each shape's contestants, who did not run and why, and the ratios over the shapes."""
+    conditions = document["conditions"]
+    parts = [_bench_shape(document, shape) for shape in document["shapes"]]
+    absent: dict[tuple[str, str, str], int] = {}
+    for shape in document["shapes"]:
+        for row in shape["absent"]:
+            key = row["name"], row["kind"], row["reason"]
+            absent[key] = absent.get(key, 0) + 1
+    if absent:
+        missing = [(*key, count) for key, count in absent.items()]
+        parts.append(
+            "did not run\n" + tabulate(missing, ("contestant", "kind", "reason", "shapes"), disable_numparse=True)
+        )
+    rows = [
+        (s["of"], s["over"], s["kind"], s["shapes"], f"{s['geomean']:.3f}x", f"{s['min']:.3f}x", s["min_at"],
+         f"{s['max']:.3f}x", s["max_at"], f"{s['faster']}/{s['ties']}/{s['slower']}", s["timed_differently"] or "")
+        for s in document["summary"]
+    ]  # fmt: skip
+    head = ("speed of", "over", "kind", "shapes", "geometric mean", "min", "at", "max", "at", "faster/tie/slower",
+            "timed otherwise")  # fmt: skip
+    parts.append(tabulate(rows, head, disable_numparse=True, stralign="right"))
+    health = f", {conditions['health_tflops']} bf16 TFLOP/s" if conditions["health_tflops"] else ""
+    parts.append(
+        f"{conditions['gpu']}{health}, torch {conditions['torch']}, CUDA {conditions['cuda']}, driver "
+        f"{conditions['driver']}, Triton {conditions['triton']}; {conditions['rounds']} rounds\n"
+        f"{conditions['policy']}\n{conditions['timed_by']}; a tie: p20 to p80 overlap"
+    )
+    return "\n\n".join(parts)
+
+
+def _bench_shape(document: dict[str, Any], shape: dict[str, Any]) -> str:
+    listed = {(c["name"], c["kind"]): c for c in document["contestants"]}
+    ours = [row for row in shape["rows"] if listed[row["name"], row["kind"]]["ours"]]
+    names = list(dict.fromkeys(row["name"] for row in ours))
+    rows = []
+    for row in sorted(shape["rows"], key=lambda r: (r["kind"], r["p50_us"])):
+        own = {o["name"]: o for o in ours if o["kind"] == row["kind"]}
+        exact = listed[row["name"], row["kind"]]["arithmetic"] == "int8"
+        rows.append(
+            (row["name"], row["kind"], f"{row['p20_us']:.1f}", f"{row['p50_us']:.1f}", f"{row['p80_us']:.1f}",
+             f"{row['tops']:.0f}", f"{row['peak_share']:.1%}",
+             *(f"{row['p50_us'] / own[n]['p50_us']:.3f}x" if n in own and own[n] is not row else "" for n in names),
+             row["differs"] if exact else "-", row["timed_by"], row["note"])
+        )  # fmt: skip
+    head = ("contestant", "kind", "p20 us", "p50 us", "p80 us", "TOP/s", "of int8 peak",
+            *(f"{name} is" for name in names), "differs", "timed by", "note")  # fmt: skip
+    aligned = ("left", "left", *["right"] * (len(head) - 3), "left")
+    card = shape["card"]
+    state = f", {card['sm_mhz']} MHz, {card['power_w']} W, {', '.join(card['throttle'] or ['free'])}" if card else ""
+    title = f"{shape['m']}x{shape['n']}x{shape['k']}{state}"
+    return f"{title}\n{tabulate(rows, head, disable_numparse=True, colalign=aligned if rows else None)}"

@@ -9,10 +9,13 @@ import sys
 import time
 
 import pytest
+import torch
 from PIL import Image
 
 from int8kit import cli, db, files, trace
+from int8kit.bench import gemm
 
+WITHOUT_A_CARD = pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here")
 TUNE = ("tune", "--gpu", "rtx3090", "--shapes", "s.json", "-o", "t.json")
 
 
@@ -106,9 +109,51 @@ def test_run(workshop):
 
 
 @pytest.mark.parametrize(
+    ("error", "differs", "status"), [(None, 0, 0), (None, 7, 1), (KeyboardInterrupt(), 0, 130)], ids=str
+)
+def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status):
+    """The verb around a run that took no card: what goes where, and the exit status."""
+
+    def session(shapes, listed, setting, **_):
+        rows = [
+            {
+                "name": c.name,
+                "kind": c.kind,
+                "timed_by": "graph",
+                "differs": differs,
+                "prepare_s": 0.1,
+                "note": "",
+                "p20_us": 9.0,
+                "p50_us": 10.0,
+                "p80_us": 11.0,
+                "tops": 1.0,
+                "peak_share": 0.1,
+            }
+            for c in listed
+        ]
+        done = [{**vars(shape), "elements": 64, "card": None, "rows": rows, "absent": []} for shape in shapes]
+        keys = ["gpu", "health_tflops", "torch", "cuda", "driver", "triton", "rounds", "policy", "timed_by"]
+        return gemm.Outcome(dict.fromkeys(keys, "known"), listed, len(shapes), done, error)
+
+    monkeypatch.setattr(gemm, "session", session)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    for args in ((), ("--json",)):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["bench", "gemm", "--shape", "8x8x8", "--only", "bf16", *args])
+        assert ended.value.code == status
+        out, err = capfd.readouterr()
+        document = json.loads(out.splitlines()[-1])
+        assert {row["over"] for row in document["summary"]} == {"bf16"}
+        assert ("geometric mean" in err) is ("--json" in args)
+        assert len(out.splitlines()) == 1 or not args
+        assert ("differs from the reference in 7 of 64" in err) is (status == 1)
+        assert ("interrupted" in err) is (status == 130)
+
+
+@pytest.mark.parametrize(
     ("args", "words"),
     [
-        ((), ["no verb", "trace-shapes, tune, verify and run"]),
+        ((), ["no verb", "trace-shapes, tune, verify, run and bench"]),
         (("paint",), ["paint", "int8kit --help"]),
         (("tune", "--gpus", "x"), ["--gpus"]),
         (("trace-shapes", "sdxl"), ["'sdxl'", "ideogram4, tiny", "local folder"]),
@@ -138,6 +183,19 @@ def test_run(workshop):
         (("run", "--preset", "best"), ["unknown preset 'best'", "quality"]),
         (("run", "--db", "mine.json"), ["has the format None"]),
         (("run", "--steps", "-3"), ["-3 steps"]),
+        (("bench",), ["no command", "gemm"]),
+        (("bench", "conv"), ["conv", "int8kit --help"]),
+        (("bench", "gemm", "--shape", "big"), ["'big'", "MxNxK", "4352x12288x4608"]),
+        (("bench", "gemm", "--shape", "0x64x64"), ["M = 0", "at least 1"]),
+        (("bench", "gemm", "--shapes", "mine.json"), ["has the format None", "int8kit.shapes/1"]),
+        (("bench", "gemm", "--limit", "0"), ["limit 0", "1 or more"]),
+        (("bench", "gemm", "--rounds", "0"), ["0 rounds", "1 or more"]),
+        (("bench", "gemm", "--only", "cublas"), ["unknown contestant 'cublas'", "bf16", "int_mm"]),
+        (("bench", "gemm", "--gpu", "rtx9"), ["unknown card 'rtx9'", "rtx3090"]),
+        (("bench", "gemm", "--arch", "sm61"), ["'sm61'", "sm80, sm86"]),
+        (("bench", "gemm", "--db", "mine.json"), ["has the format None", "int8kit.tuning/1"]),
+        (("bench", "gemm", "--out", "mine.json"), ["was not written by int8kit", "--force"]),
+        pytest.param(("bench", "gemm"), ["no CUDA device here"], marks=WITHOUT_A_CARD),
     ],
     ids=lambda value: "-".join(value)[:40] if isinstance(value, tuple) else None,
 )
@@ -206,6 +264,6 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
 
 
 def test_verbs_show_an_example():
-    for verb in ("trace-shapes", "tune", "verify", "run"):
-        assert f"Example: int8kit {verb}" in int8kit(verb, "--help", cwd=".").stdout
+    for verb in ("trace-shapes", "tune", "verify", "run", "bench gemm"):
+        assert f"Example: int8kit {verb}" in int8kit(*verb.split(), "--help", cwd=".").stdout
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", int8kit("--version", cwd=".").stdout)

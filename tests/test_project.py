@@ -1,6 +1,7 @@
 """Promises outside the code: import direction, exported names, what an import touches, shipped files, the documents."""
 
 import ast
+import itertools
 import re
 import shlex
 import subprocess
@@ -101,7 +102,7 @@ def console(document):
 
 def examples():
     yield from ((doc.name, command) for doc in ROOT.glob("*.md") for command in console(doc))
-    for verb in ("trace_shapes", "tune", "verify", "run"):
+    for verb in ("trace_shapes", "tune", "verify", "run", "bench_gemm"):
         found = re.search(rf"def {verb}\(.*?Example: (.+?)\n", (PACKAGE / "cli.py").read_text(), re.DOTALL)
         yield verb, found[1].strip()
 
@@ -111,9 +112,10 @@ def test_commands_of_the_documents_run(command, where, tmp_path):
     """Each printed command as it stands, in an empty folder; those that need a real card or real weights parse only."""
     verb, *args = shlex.split(command)
     assert verb == "int8kit", f"{where}: {command}"
-    needs = "ideogram-ai/" in command or ("tune" in args and "--gpu" not in args)
+    card = "bench" in args or ("tune" in args and "--gpu" not in args)
+    needs = card or "ideogram-ai/" in command
     if needs:
-        args = [args[0], "--help"]
+        args = [*itertools.takewhile(lambda word: word[0].isalpha(), args), "--help"]
     done = subprocess.run(
         [sys.executable, "-m", "int8kit.cli", *args], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )

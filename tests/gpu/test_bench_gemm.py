@@ -1,36 +1,82 @@
-"""The small benchmark: `pytest tests/gpu/test_bench_gemm.py --benchmark-enable`. Figures are microseconds a call."""
+"""The small benchmark: `pytest tests/gpu/test_bench_gemm.py --benchmark-enable`. Figures are for one launch.
+
+The whole one, with ratios out of interleaved rounds, is `int8kit bench gemm`.
+"""
 
 import pytest
 import torch
 
 from int8kit import gpus
-from int8kit.spec import GemmShape, default_config
+from int8kit.bench import contestants, gemm
+from int8kit.bench.operands import Operands, differing
+from int8kit.bench.timing import Timed
+from int8kit.spec import GemmShape
 
 SHAPE = GemmShape(4096, 4608, 4608)
+SMALL = GemmShape(256, 1024, 1024)
+
+
+def listed():
+    return contestants.ours(gpus.present(), arch="sm86") + contestants.standard() if torch.cuda.is_available() else []
 
 
 @pytest.fixture(scope="module")
-def bench():
-    from int8kit.tune.measure import Bench
-
-    return Bench(SHAPE, gpus.present())
+def operands():
+    return Operands(SHAPE, gpus.present())
 
 
-def test_bench_gemm(bench, benchmark):
-    call = bench.call(default_config(SHAPE))
+@pytest.mark.parametrize("contestant", listed(), ids=lambda c: f"{c.kind}-{c.name}")
+def test_bench(operands, benchmark, contestant):
+    if contestant.arithmetic == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8 tensor cores")
+    with torch.no_grad():
+        call = Timed(contestant.prepare(operands), graph=True)
 
-    def synchronous():
-        call()
-        torch.cuda.synchronize()
+        def synchronous():
+            call()
+            torch.cuda.synchronize()
 
-    benchmark(synchronous)
-    assert torch.equal(bench.out, bench.truth)
+        benchmark.extra_info["launches"] = call.launches
+        benchmark(synchronous)
+    assert call.by == "graph", call.note
+    differs = differing(call.result, operands.truth(contestant.result))
+    if contestant.ours or contestant.name == "int_mm":
+        assert differs == 0
+    assert call.result.isfinite().all()
 
 
-def test_bench_bf16(bench, benchmark):
-    def synchronous():
-        bench.bf16()
-        torch.cuda.synchronize()
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_run_from_shapes_to_ratios(graph):
+    setting = gemm.Setting(rounds=3, graph=graph)
+    outcome = gemm.run([SMALL, GemmShape(777, 512, 416)], listed(), gpus.present(), setting)
+    outcome.conclude()
+    document = outcome.document()
+    assert document["complete"]
+    assert {row["timed_by"] for shape in document["shapes"] for row in shape["rows"]} == {"graph" if graph else "host"}
+    assert all(row["geomean"] > 0 for row in document["summary"])
+    for shape in document["shapes"]:
+        assert {"int8kit", "int8kit-sm86", "bf16", "int_mm"} <= {row["name"] for row in shape["rows"]}
 
-    benchmark(synchronous)
-    assert bench.out.isfinite().all()
+
+def test_a_fault_is_a_reason_and_the_run_goes_on():
+    def too_large(o):
+        return contestants.Entrant([lambda: torch.empty(1 << 50, device="cuda")])
+
+    greedy = contestants.Contestant("greedy", "gemm", "", too_large)
+    outcome = gemm.run([SMALL], [greedy, *listed()[:1]], gpus.present(), gemm.Setting(rounds=2))
+    outcome.conclude()
+    assert outcome.shapes[0]["absent"][0]["reason"].startswith("OutOfMemoryError")
+
+
+def test_what_cannot_be_captured_is_launched_from_the_host():
+    o = Operands(SMALL, gpus.present())
+
+    def launch():
+        torch.cuda.synchronize()  # not allowed in a capture
+        return torch.mm(o.x, o.w.t())
+
+    call = Timed(contestants.Entrant([launch]), graph=True)
+    assert (call.by, call.launches) == ("host", 1)
+    assert call.note.startswith("from the host: ")
+    call()
+    assert call.result.isfinite().all()

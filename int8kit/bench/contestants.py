@@ -1,0 +1,250 @@
+"""Who takes part: int8kit, and what plain torch offers for the same linear.
+
+    name          gemm: operands as they are multiplied              linear: bf16 in, so quantization and GEMM
+    int8kit       fused epilogue, configuration of the database      `int8kit.linear`, as a model calls it
+    int8kit-sm86  the code of an Ampere card, on this card           likewise
+    bf16          torch.mm                                           torch.addmm with bias, nothing to quantize
+    fp8-row       torch._scaled_mm, a scale a row and column         rows quantized by eager torch
+    fp8-tensor    torch._scaled_mm, two scales                       -
+    int_mm        torch._int_mm: int32 sums, no epilogue             -
+    int_mm-eager  torch._int_mm, scales and bias by eager torch      rows quantized by eager torch
+    inductor      the same through torch.compile, max-autotune       likewise; compiles for minutes, so only if asked
+
+A contestant is prepared once for a shape and gives one launch for each copy of the weight, or the reason why it cannot
+take part; raising does that too. Other projects' kernels are unknown here: `tools/bench_peers.py` adds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from int8kit import db, gpus, ops, reference
+from int8kit.bench.operands import Operands, Result
+from int8kit.db import Database
+from int8kit.gpus import Gpu
+from int8kit.kernels import gemm, quantize
+from int8kit.spec import InputError, UnknownName
+
+Launch = Callable[[], torch.Tensor]
+Kind = Literal["gemm", "linear"]
+OLDER = (80, 86, 89)  # mma.sync code of these runs on every newer card
+FP8_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A contestant prepared for one shape."""
+
+    launches: Sequence[Launch]  # one a copy of the weight, each returns its result
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to compute the linear, known by its name and kind."""
+
+    name: str
+    kind: Kind
+    what: str  # one line for people
+    prepare: Callable[[Operands], Entrant | str]  # a string is the reason why not
+    arithmetic: Literal["int8", "fp8", "bf16"] = "int8"  # only int8 can be held against the reference
+    result: Result = "output"
+    ours: bool = False  # must equal the reference
+
+
+def only(contestants: Sequence[Contestant], names: Iterable[str]) -> list[Contestant]:
+    """Those of `names`, and int8kit, which every ratio is of; all if there are none. Raises UnknownName."""
+    wanted = set(names)
+    known = {c.name for c in contestants}
+    for name in sorted(wanted - known):
+        raise UnknownName("contestant", name, known)
+    return [c for c in contestants if not wanted or c.ours or c.name in wanted]
+
+
+def ours(card: Gpu, *, gpu: str | None = None, path: Path | None = None, arch: str | None = None) -> list[Contestant]:
+    """int8kit with `card`'s own code, and with another architecture's where that is asked for.
+
+    gpu: whose database; path: a database file; arch: "sm86" for the code of that architecture beside the card's own.
+    A database of an older card is of that card's code, as in `tune`. Raises InputError for code that `card` cannot run.
+    """
+    given = None if path is None else db.load(path, gpu)
+    named = given.gpu if given else gpus.get(gpu) if gpu else card
+    if arch is None and named.arch != card.arch:
+        arch = f"sm{named.arch}"
+    legal = [f"sm{a}" for a in OLDER if a <= card.arch]
+    if arch not in (None, f"sm{card.arch}", *legal):
+        raise InputError(f"code of {arch!r} does not run on {card.name}; legal are {', '.join(legal)}")
+
+    def database(of: Gpu) -> Database:
+        if given and given.gpu.arch == of.arch:
+            return given
+        found = db.find(of.alias)
+        return Database(of) if found is None else db.load(found, of.alias)
+
+    contestants = int8kit(database(named if named.arch == card.arch else card))
+    if arch not in (None, f"sm{card.arch}"):
+        of_arch = [g for g in gpus.GPUS.values() if f"sm{g.arch}" == arch]
+        known = next((g for g in of_arch if db.find(g.alias)), of_arch[0])
+        contestants += int8kit(database(named if f"sm{named.arch}" == arch else known), arch)
+    return contestants
+
+
+def standard(inductor: bool = False) -> list[Contestant]:
+    """What torch offers. inductor: also through torch.compile."""
+    found = [
+        Contestant("bf16", "gemm", "torch.mm in bf16, no bias", _bf16, "bf16"),
+        Contestant("fp8-row", "gemm", "torch._scaled_mm, a scale a row and column", _fp8_row, "fp8"),
+        Contestant("fp8-tensor", "gemm", "torch._scaled_mm, one scale a matrix", _fp8_tensor, "fp8"),
+        Contestant("int_mm", "gemm", "torch._int_mm: int32 sums, no epilogue", _int_mm, result="sums"),
+        Contestant("int_mm-eager", "gemm", "torch._int_mm, then eager scales and bias", _int_mm_eager),
+        Contestant("bf16", "linear", "torch.addmm in bf16", _bf16_linear, "bf16"),
+        Contestant("fp8-row", "linear", "eager row quantization, then torch._scaled_mm", _fp8_linear, "fp8"),
+        Contestant("int_mm-eager", "linear", "eager quantization, torch._int_mm, eager scales", _int_mm_linear),
+    ]
+    if inductor:
+        found += [
+            Contestant("inductor", "gemm", "torch.compile(max-autotune) of int_mm-eager", _inductor),
+            Contestant("inductor", "linear", "torch.compile(max-autotune) of int_mm-eager", _inductor_linear),
+        ]
+    return found
+
+
+def int8kit(database: Database, arch: str | None = None) -> list[Contestant]:
+    """int8kit with the configurations of `database`; arch: the code of that architecture instead of the card's."""
+    name = f"int8kit-{arch}" if arch else "int8kit"
+    code = f"{arch} code" if arch else "this card's code"
+
+    def choice(o: Operands) -> db.Choice:
+        return database.resolve(o.shape, triton=_triton(), kernel=gemm.kernel_hash())
+
+    def product(o: Operands) -> Entrant:
+        chosen, out = choice(o), o.output()
+        return Entrant(
+            [
+                partial(gemm.scaled_mm, o.xq, w, o.sx, o.sw, o.bias, config=chosen.config, out=out, arch=arch)
+                for w in o.weights
+            ],
+            f"{chosen.config}, {chosen.rung}",
+        )
+
+    def linear(o: Operands) -> Entrant:
+        chosen, shape = choice(o), o.shape
+        if arch is None:
+            plan = database.plan(shape.n, shape.k, [shape.m], triton=_triton(), kernel=gemm.kernel_hash())
+            launches: list[Launch] = [partial(ops.linear, o.x, w, o.sw, o.bias, plan=plan) for w in o.weights]
+        else:
+            out = o.output()
+            launches = [partial(_foreign_linear, o, w, chosen.config, out, arch) for w in o.weights]
+        return Entrant(launches, f"{chosen.config}, {chosen.rung}")
+
+    return [
+        Contestant(name, "gemm", f"fused epilogue, {code}", product, ours=True),
+        Contestant(name, "linear", f"quantization and GEMM, {code}", linear, ours=True),
+    ]
+
+
+def _triton() -> str:
+    import triton
+
+    return str(triton.__version__)
+
+
+def _foreign_linear(o: Operands, w: torch.Tensor, config: Any, out: torch.Tensor, arch: str) -> torch.Tensor:
+    xq, sx = quantize.quantize(o.x)
+    return gemm.scaled_mm(xq, w, sx, o.sw, o.bias, config=config, out=out, arch=arch)
+
+
+def _bf16(o: Operands) -> Entrant:
+    out = o.output()
+    return Entrant([partial(torch.mm, o.x, w.t(), out=out) for w in o.weights16])
+
+
+def _bf16_linear(o: Operands) -> Entrant:
+    out = o.output()
+    return Entrant([partial(torch.addmm, o.bias, o.x, w.t(), out=out) for w in o.weights16])
+
+
+def to_fp8(x: torch.Tensor, *, rows: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] -> e4m3 [M, K] and the fp32 scale, [M, 1] or a scalar."""
+    top = x.abs().amax(1, keepdim=True) if rows else x.abs().amax()
+    scale = top.float() / FP8_MAX
+    return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+
+
+def _scaled_mm(
+    x: torch.Tensor, sx: torch.Tensor, w: torch.Tensor, sw: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:  # fmt: skip
+    return torch._scaled_mm(x, w.t(), scale_a=sx, scale_b=sw, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def _fp8_row(o: Operands) -> Entrant:
+    (x, sx), (w, sw) = to_fp8(o.x, rows=True), to_fp8(o.w, rows=True)
+    return Entrant([partial(_scaled_mm, x, sx, w, sw.t(), o.bias) for w in o.copied(w)])
+
+
+def _fp8_tensor(o: Operands) -> Entrant:
+    (x, sx), (w, sw) = to_fp8(o.x, rows=False), to_fp8(o.w, rows=False)
+    return Entrant([partial(_scaled_mm, x, sx, w, sw, o.bias) for w in o.copied(w)])
+
+
+def _fp8_linear(o: Operands) -> Entrant:
+    w, sw = to_fp8(o.w, rows=True)
+
+    def launch(w: torch.Tensor) -> torch.Tensor:
+        return _scaled_mm(*to_fp8(o.x, rows=True), w, sw.t(), o.bias)
+
+    return Entrant([partial(launch, w) for w in o.copied(w)])
+
+
+def _int_mm(o: Operands) -> Entrant:
+    out = o.output(torch.int32)
+    return Entrant([partial(torch._int_mm, o.xq, w.t(), out=out) for w in o.weights])
+
+
+def _product(
+    xq: torch.Tensor, w: torch.Tensor, sx: torch.Tensor, sw: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:  # fmt: skip
+    return reference.dequantize(torch._int_mm(xq, w.t()), sx, sw, bias, torch.bfloat16)
+
+
+def _linear(x: torch.Tensor, w: torch.Tensor, sw: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    sx = x.abs().amax(1).float() / 127
+    xq = (x / sx[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return _product(xq, w, sx, sw, bias)
+
+
+def _int_mm_eager(o: Operands) -> Entrant:
+    return Entrant([partial(_product, o.xq, w, o.sx, o.sw, o.bias) for w in o.weights])
+
+
+def _int_mm_linear(o: Operands) -> Entrant:
+    return Entrant([partial(_linear, o.x, w, o.sw, o.bias) for w in o.weights])
+
+
+def compiled(function: Callable[..., torch.Tensor], *first: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """`function` through Inductor's max-autotune, compiled for arguments like `first`."""
+    import torch._dynamo.config
+    import torch._inductor.config
+
+    quick = torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)
+    fuse = torch._inductor.config.patch(force_fuse_int_mm_with_mul=True)
+    every_shape = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
+    with fuse, every_shape:  # each shape is another compilation of one function; past the limit torch would refuse
+        quick(*first)
+    return quick
+
+
+def _inductor(o: Operands) -> Entrant:
+    call = compiled(_product, o.xq, o.weights[0], o.sx, o.sw, o.bias)
+    return Entrant([partial(call, o.xq, w, o.sx, o.sw, o.bias) for w in o.weights])
+
+
+def _inductor_linear(o: Operands) -> Entrant:
+    call = compiled(_linear, o.x, o.weights[0], o.sw, o.bias)
+    return Entrant([partial(call, o.x, w, o.sw, o.bias) for w in o.weights])

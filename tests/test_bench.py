@@ -1,0 +1,314 @@
+"""The benchmark without a card: real contestants in Triton's interpreter, invented times."""
+
+import contextlib
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from int8kit import gpus, report, trace
+from int8kit.bench import contestants, gemm, sensors, timing
+from int8kit.bench.contestants import Contestant, Entrant
+from int8kit.bench.operands import Operands, differing, poison, poisoned
+from int8kit.spec import CheckFailed, FileError, GemmShape, InputError, UnknownName
+from int8kit.tune.measure import Times
+
+CARD = gpus.get("h200")
+SHAPE = GemmShape(33, 64, 96)
+OTHER_MODELS = Path(__file__).parent.parent / "tools" / "other_models.json"
+
+
+def timer(calls, rounds):
+    """The first contestant takes 10 us, the second 20 and so on, each sample within 4 of it."""
+    for call in calls:
+        call()
+    return [Times(us - 4, us, us + 4) for us in (10.0 * (i + 1) for i in range(len(calls)))]
+
+
+SETTING = gemm.Setting(rounds=3, device="cpu", copies=3, timer=timer)
+
+
+@pytest.fixture(scope="module")
+def outcome():
+    listed = contestants.ours(CARD, arch="sm86") + contestants.standard()
+    return gemm.run([SHAPE, GemmShape(17, 32, 64)], listed, CARD, SETTING)
+
+
+def right(o):
+    return Entrant([partial(torch.clone, o.truth("output")) for _ in o.weights], "as told")
+
+
+def wrong(o):
+    made = o.truth("output").clone()
+    made[3, 5:7] += 1
+    return Entrant([lambda: made])
+
+
+def crash(o):
+    raise ImportError("/home/somebody/lib/peer.so: undefined symbol")
+
+
+def run(*listed):
+    return gemm.run([SHAPE], listed, CARD, SETTING)
+
+
+def test_contestants_are_known_by_name_and_kind():
+    listed = contestants.ours(CARD, arch="sm86") + contestants.standard(inductor=True)
+    assert len({(c.name, c.kind) for c in listed}) == len(listed)
+    assert [c.name for c in listed if c.ours] == ["int8kit", "int8kit", "int8kit-sm86", "int8kit-sm86"]
+    assert {c.name for c in contestants.only(listed, ["bf16"])} == {"int8kit", "int8kit-sm86", "bf16"}
+    assert contestants.only(listed, []) == listed
+    with pytest.raises(UnknownName, match="'cublas'; known: bf16, fp8-row"):
+        contestants.only(listed, ["cublas"])
+
+
+def test_whose_code_is_timed():
+    def names(*args, **kwargs):
+        return {c.name for c in contestants.ours(*args, **kwargs)}
+
+    assert names(CARD) == {"int8kit"}
+    assert names(CARD, gpu="rtx3090") == {"int8kit", "int8kit-sm86"}
+    assert names(CARD, path=OTHER_MODELS.parent.parent / "tuning_db" / "rtx3090.json") == {"int8kit", "int8kit-sm86"}
+    assert names(gpus.get("rtx3090"), arch="sm86") == {"int8kit"}  # its own
+    with pytest.raises(InputError, match="'sm90' does not run on NVIDIA GeForce RTX 3090; legal are sm80, sm86"):
+        contestants.ours(gpus.get("rtx3090"), gpu="h200")
+    with pytest.raises(UnknownName):
+        contestants.ours(CARD, gpu="rtx9")
+    with pytest.raises(FileError):
+        contestants.ours(CARD, path=OTHER_MODELS)
+
+
+def test_every_contestant_is_held_against_the_reference(outcome):
+    for shape in outcome.shapes:
+        rows = {(row["name"], row["kind"]): row for row in shape["rows"]}
+        own = [row for (name, _), row in rows.items() if name.startswith("int8kit")]
+        assert len(own) == 4
+        assert all(row["differs"] == 0 for row in own)
+        assert rows["int_mm", "gemm"]["differs"] == 0  # the sums
+        assert rows["bf16", "gemm"]["differs"] > shape["elements"] // 2
+        assert rows["int8kit", "gemm"]["note"].endswith("default")
+    outcome.conclude()
+
+
+def test_document(outcome):
+    document = outcome.document()
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert next(iter(document)) == "format"
+    assert document["complete"]
+    row = document["shapes"][0]["rows"][1]
+    assert (row["p20_us"], row["p50_us"], row["p80_us"], row["timed_by"]) == (16, 20, 24, "host")
+    assert row["tops"] == round(SHAPE.ops / 20 / 1e6, 1)
+    assert document["contestants"][0]["what"]
+
+
+def test_tables(outcome):
+    text = report.bench_tables(outcome.document())
+    for word in (
+        "33x64x96",
+        "17x32x64",
+        "int8kit-sm86 is",
+        "of int8 peak",
+        "geometric mean",
+        "NVIDIA H200",
+        "3 rounds",
+    ):
+        assert word in text
+    empty = gemm.run([], outcome.contestants, CARD, SETTING).document()
+    assert "NVIDIA H200" in report.bench_tables(empty)
+
+
+def test_ratios_and_ties():
+    own, other = (Contestant(name, "gemm", "", right, ours=name == "a") for name in "ab")
+
+    def times(us):
+        return dict(zip(("p20_us", "p50_us", "p80_us"), us, strict=True))
+
+    def shape(m, a, b):
+        rows = [
+            {"name": n, "kind": "gemm", "timed_by": by, "differs": 0} | times(us)
+            for n, us, by in (("a", a, "graph"), ("b", b, "host" if m == 3 else "graph"))
+        ]
+        return {"m": m, "n": 1, "k": 1, "rows": rows}
+
+    shapes = [shape(1, (9, 10, 11), (38, 40, 42)), shape(2, (9, 10, 11), (4, 5, 6)), shape(3, (9, 10, 11), (8, 10, 12))]
+    [row] = gemm.summary(shapes, [own, other])
+    assert (row["of"], row["over"], row["shapes"]) == ("a", "b", 3)
+    assert row["geomean"] == pytest.approx((4 * 0.5 * 1) ** (1 / 3), abs=1e-4)
+    assert (row["min"], row["min_at"], row["max"], row["max_at"]) == (0.5, "2x1x1", 4, "1x1x1")
+    assert (row["faster"], row["ties"], row["slower"], row["timed_differently"]) == (1, 1, 1, 1)
+
+
+def test_who_cannot_take_part_is_listed_and_ends_nothing():
+    listed = [
+        Contestant("int8kit", "gemm", "", right, ours=True),
+        Contestant("crash", "gemm", "", crash),
+        Contestant("declines", "gemm", "", lambda o: "not today"),
+        Contestant("narrow", "gemm", "", lambda o: Entrant([lambda: o.truth("output")[:, 1:]])),
+        Contestant("late", "gemm", "", lambda o: Entrant([partial(crash, o)])),
+    ]
+    outcome = run(*listed)
+    outcome.conclude()
+    [shape] = outcome.shapes
+    assert [row["name"] for row in shape["rows"]] == ["int8kit"]
+    reasons = {row["name"]: row["reason"] for row in shape["absent"]}
+    assert reasons["crash"] == reasons["late"] == "ImportError: peer.so: undefined symbol"  # and nobody's folder
+    assert reasons["declines"] == "not today"
+    assert "returned torch.bfloat16 (33, 63)" in reasons["narrow"]
+    assert "not today" in report.bench_tables(outcome.document())
+
+
+def test_a_wrong_result_fails_if_it_is_ours():
+    run(Contestant("int8kit", "gemm", "", right, ours=True), Contestant("peer", "gemm", "", wrong)).conclude()
+    outcome = run(Contestant("int8kit", "gemm", "", wrong, ours=True))
+    with pytest.raises(CheckFailed, match=r"int8kit \(gemm\) differs .* in 2 of 2112 elements of 33x64x96"):
+        outcome.conclude()
+    outcome = run(Contestant("int8kit", "gemm", "", crash, ours=True))
+    with pytest.raises(CheckFailed, match="did not run on 33x64x96: ImportError"):
+        outcome.conclude()
+
+
+def test_an_interrupt_keeps_what_is_done(tmp_path):
+    def interrupted(calls, rounds):
+        if len(heard):
+            raise KeyboardInterrupt
+        return timer(calls, rounds)
+
+    heard = []
+    keep = gemm.keeper(tmp_path / "b.json", heard.append)
+    setting = dataclasses.replace(SETTING, timer=interrupted)
+    outcome = gemm.run([SHAPE, SHAPE], [Contestant("a", "gemm", "", right, ours=True)], CARD, setting, on_shape=keep)
+    assert heard == ["[1/2] 33x64x96: a gemm 10.0 us; 0 absent"]
+    kept = json.loads((tmp_path / "b.json").read_text())
+    assert (kept["format"], kept["complete"], len(kept["shapes"])) == (gemm.FORMAT, False, 1)
+    with pytest.raises(KeyboardInterrupt):
+        outcome.conclude()
+
+
+def test_a_card_in_error_ends_the_run():
+    def faulty(calls, rounds):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    setting = dataclasses.replace(SETTING, timer=faulty)
+    outcome = gemm.run([SHAPE], [Contestant("a", "gemm", "", right)], CARD, setting)
+    with pytest.raises(CheckFailed, match="illegal memory access"):
+        outcome.conclude()
+
+
+def test_without_a_card(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(InputError, match="no CUDA device here"):
+        gemm.session([SHAPE], [])
+    with pytest.raises(InputError, match="0 rounds: legal is 1 or more"):
+        gemm.session([SHAPE], [], gemm.Setting(rounds=0))
+    (tmp_path / "mine.json").write_text("{}")
+    with pytest.raises(FileError, match="--force"):
+        gemm.session([SHAPE], [], output=tmp_path / "mine.json")
+    assert sensors.Sensors().read() is None
+
+
+def test_operands_rotate_past_twice_the_l2():
+    small = dataclasses.replace(CARD, l2_bytes=10_000)
+    operands = Operands(SHAPE, small, device="cpu")
+    assert (operands.copies - 1) * 64 * 96 >= 2 * small.l2_bytes
+    assert len({w.data_ptr() for w in operands.weights}) == operands.copies == len(operands.weights16)
+    assert all(torch.equal(w, operands.weights[0]) for w in operands.weights)
+    assert torch.equal(operands.xq, Operands(SHAPE, small, device="cpu").xq)
+
+
+def test_differing_counts_bits():
+    want = torch.tensor([1.0, torch.nan, 0.0, 2.0]).bfloat16()
+    assert differing(want.clone(), want) == 0
+    assert differing(torch.tensor([1.0, 0.0, -0.0, torch.nan]).bfloat16(), want) == 3
+    assert differing(torch.tensor([1, 2]), torch.tensor([1, 3])) == 1
+    with pytest.raises(ValueError, match="float32"):
+        differing(want.float(), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int32])
+def test_poison(dtype):
+    with torch.inference_mode():
+        tensor = torch.zeros(3, dtype=dtype)
+    assert not poisoned(tensor)
+    assert poisoned(poison(tensor))
+
+
+def test_shapes_to_measure():
+    assert gemm.parse_shape("1x2X3") == GemmShape(1, 2, 3)
+    for text in ("1x2", "1x2x", "axbxc", "1x2x3x4", "-1x2x3", "1x2x" + "9" * 5000):
+        with pytest.raises(InputError, match="legal is MxNxK"):
+            gemm.parse_shape(text)
+    assert gemm.wanted(["4x5x6", "1x2x3"]) == [GemmShape(1, 2, 3), GemmShape(4, 5, 6)]
+    every = gemm.wanted(None)
+    assert len(every) == 48
+    few = gemm.wanted(None, limit=8)
+    assert len(few) == 8 == len(set(few))
+    assert {(s.n, s.k) for s in few} == {(s.n, s.k) for s in every}  # each layer is there
+    assert max(s.m for s in few) > 4 * min(s.m for s in few)
+    assert gemm.wanted(None, limit=1000) == every
+    with pytest.raises(InputError, match="limit 0"):
+        gemm.wanted(None, limit=0)
+
+
+def test_shapes_of_other_models():
+    shapes = gemm.wanted(None, OTHER_MODELS)
+    assert len(shapes) == 16
+    document = trace.read(OTHER_MODELS)
+    assert all(case["source"] for case in document["cases"])
+    assert not set(shapes) & set(gemm.wanted(None))
+
+
+@pytest.mark.parametrize(
+    ("replays", "refuses", "by", "note"),
+    [
+        (True, False, "graph", "n"),
+        (False, False, "host", "n; from the host: RuntimeError: a captured graph does not write the result"),
+        (True, True, "host", "n; from the host: ValueError: legacy stream"),
+    ],
+)
+def test_a_graph_is_trusted_only_if_it_writes(monkeypatch, replays, refuses, by, note):
+    """CUDA's graphs replaced by one that replays the last launch, does nothing, or cannot capture."""
+    out, streams = torch.zeros(4), []
+
+    def launch():
+        if refuses and capturing:
+            raise ValueError("legacy stream")
+        return out.fill_(3)
+
+    @contextlib.contextmanager
+    def capture(graph):
+        capturing.append(graph)
+        try:
+            yield
+        finally:
+            capturing.clear()
+
+    capturing = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "mine")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays and launch()))
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    call = timing.Timed(Entrant([launch] * 3, "n"), graph=True, least=4)
+    assert (call.by, call.note, call.launches) == (by, note, 6 if by == "graph" else 1)
+    assert streams == (["mine"] if by == "host" else [])
+    assert call.result.tolist() == [3] * 4
+    poison(out)
+    call()
+    assert call.result.tolist() == [3] * 4
+
+
+def test_one_line():
+    assert timing.one_line(ValueError("a\n  b")) == "ValueError: a b"
+    assert timing.one_line(OSError("cannot load '/a/b.c/d.so': no")) == "OSError: cannot load 'd.so': no"
+    assert timing.one_line(KeyError()) == "KeyError"
+    assert len(timing.one_line(ValueError("x" * 999))) == 160
+
+
+def test_throttling_has_names():
+    assert sensors.throttling(0x1 | 0x2) == []  # idle, clocks that the user has set
+    assert sensors.throttling(0x4 | 0x40) == ["power cap", "hardware thermal"]
