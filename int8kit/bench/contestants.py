@@ -121,7 +121,7 @@ def int8kit(database: Database, arch: str | None = None) -> list[Contestant]:
     code = f"{arch} code" if arch else "this card's code"
 
     def choice(o: Operands) -> db.Choice:
-        return database.resolve(o.shape, triton=_triton(), kernel=gemm.kernel_hash())
+        return database.resolve(o.shape, gemm.toolchain())
 
     def product(o: Operands) -> Entrant:
         chosen, out = choice(o), o.output()
@@ -136,8 +136,8 @@ def int8kit(database: Database, arch: str | None = None) -> list[Contestant]:
     def linear(o: Operands) -> Entrant:
         chosen, shape = choice(o), o.shape
         if arch is None:
-            plan = database.plan(shape.n, shape.k, [shape.m], triton=_triton(), kernel=gemm.kernel_hash())
-            launches: list[Launch] = [partial(ops.linear, o.x, w, o.sw, o.bias, plan=plan) for w in o.weights]
+            plan = database.plan(shape.n, shape.k, [shape.m], gemm.toolchain())
+            launches: list[Launch] = [partial(ops.int8_linear, o.x, w, o.sw, o.bias, plan=plan) for w in o.weights]
         else:
             out = o.output()
             launches = [partial(_foreign_linear, o, w, chosen.config, out, arch) for w in o.weights]
@@ -147,12 +147,6 @@ def int8kit(database: Database, arch: str | None = None) -> list[Contestant]:
         Contestant(name, "gemm", f"fused epilogue, {code}", product, ours=True),
         Contestant(name, "linear", f"quantization and GEMM, {code}", linear, ours=True),
     ]
-
-
-def _triton() -> str:
-    import triton
-
-    return str(triton.__version__)
 
 
 def _foreign_linear(o: Operands, w: torch.Tensor, config: Any, out: torch.Tensor, arch: str) -> torch.Tensor:

@@ -108,16 +108,19 @@ class Plan(NamedTuple):
 
 
 def plan(tiles: int, config: TileConfig, device: torch.device, pieces: int = 1) -> Plan | None:
-    """The stream-K launch of `tiles` tiles under `config`; None if each tile is made whole.
+    """The stream-K launch of `tiles` tiles under `config`; None if its tiles are made whole.
 
-    A fresh buffer each call, since kernels on two streams may run at once.
+    Also where no tile is left over, since the kernel of the other kind would have to be compiled then. Fresh buffers
+    each call, since kernels on two streams may run at once.
     """
     workers = config.stream_k * multiprocessors(device)
-    leftover = tiles % workers if workers else 0
-    if not leftover:
+    if not workers:
         return None
-    slots = torch.empty(2 * workers, config.block_m * config.block_n, dtype=torch.int32, device=device)
-    return Plan(workers, leftover, slots, torch.zeros(leftover * pieces, dtype=torch.int32, device=device))
+    leftover = tiles % workers
+    slots = torch.empty(
+        2 * workers if leftover else 1, config.block_m * config.block_n, dtype=torch.int32, device=device
+    )
+    return Plan(workers, leftover, slots, torch.zeros(max(leftover, 1) * pieces, dtype=torch.int32, device=device))
 
 
 @lru_cache(maxsize=16)

@@ -2,8 +2,8 @@
 
 import torch
 
-from int8kit import Int8Linear, linear, ops, reference
-from int8kit.kernels import gemm
+from int8kit import Int8Linear, int8_linear, ops, reference
+from int8kit.kernels import gemm_pointer
 from int8kit.runtime import generate
 from int8kit.spec import Plan, TileConfig
 
@@ -55,7 +55,7 @@ def test_a_new_prompt_length_compiles_nothing():
 
 
 def _compiled():
-    return sum(len(cache[0]) for cache in gemm._gemm.device_caches.values())
+    return sum(len(cache[0]) for cache in gemm_pointer._gemm.device_caches.values())
 
 
 def test_other_stream():
@@ -81,7 +81,9 @@ def test_operators_pass_opcheck():
     )
     args = (q, layer.wq, s, layer.sw, layer.bias, torch.bfloat16, PLAN.to_ints())
     torch.library.opcheck(torch.ops.int8kit.scaled_mm.default, args, test_utils=tests)
-    assert torch.equal(linear(x, layer.wq, layer.sw, layer.bias), ops.scaled_mm(q, layer.wq, s, layer.sw, layer.bias))
+    assert torch.equal(
+        int8_linear(x, layer.wq, layer.sw, layer.bias), ops.scaled_mm(q, layer.wq, s, layer.sw, layer.bias)
+    )
 
 
 def test_tiny_image(tmp_path):

@@ -16,7 +16,7 @@ def executors():
 
 
 @pytest.mark.parametrize("executor", executors(), ids=str)
-@pytest.mark.parametrize("name", ["accumulator", "output", "quantize"])
+@pytest.mark.parametrize("name", ["accumulator", "output", "swiglu", "quantize"])
 def test_properties(executor, name):
     result, _ = checks.run(name, executor, db.load(DATABASES[-1]), examples=40, random_seed=1)
     assert result.failure is None

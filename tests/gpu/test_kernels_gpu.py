@@ -1,0 +1,159 @@
+"""Every kernel, by its hardest cases: tails in all three dimensions, the largest sums, streams, graphs, new lengths."""
+
+import itertools
+
+import pytest
+import torch
+
+from int8kit import Int8Linear, Int8SwiGLU, gpus, reference
+from int8kit.kernels import gemm
+from int8kit.spec import GemmShape, Kernel, Plan, TileConfig, why_illegal
+from int8kit.verify import checks, foreign
+from int8kit.verify.strategies import Draw
+
+
+def ampere(*tile, **more):
+    return TileConfig(*tile, kernel=Kernel.AMPERE, **more)
+
+
+def hopper(block_m, block_n, stages, **more):
+    return TileConfig(block_m, block_n, 128, 8, stages, kernel=Kernel.HOPPER, **more)
+
+
+CONFIGS = [
+    TileConfig(128, 128, 64, 8, 4),
+    TileConfig(16, 64, 128, 4, 4),
+    ampere(128, 128, 128, 4, 2),
+    ampere(128, 128, 128, 4, 3, stream_k=2),
+    ampere(128, 256, 64, 8, 4, stream_k=1),
+    ampere(256, 128, 64, 8, 3),
+    ampere(64, 64, 128, 4, 3, stream_k=3),
+    ampere(16, 64, 128, 4, 4, stream_k=4),
+    ampere(32, 256, 64, 8, 2),
+    hopper(128, 128, 6),
+    hopper(128, 128, 6, stream_k=1),
+    hopper(256, 128, 4),
+    hopper(256, 128, 4, stream_k=1),
+    hopper(64, 128, 8, group_m=3),
+    hopper(64, 64, 10, stream_k=1),
+    hopper(256, 64, 4, group_m=1),
+]
+SHAPES = [  # one row; tails in M, N and K; a wave and a bit; few tiles and many steps
+    GemmShape(1, 64, 64),
+    GemmShape(1, 136, 4608),
+    GemmShape(77, 448, 4608),
+    GemmShape(129, 4616, 400),
+    GemmShape(1000, 4624, 1088),
+    GemmShape(300, 1152, 53248),
+    GemmShape(2304, 2304, 272),
+]
+
+
+def cases():
+    """(configuration, executor) pairs: the Hopper kernel natively, the others natively and as sm_86 code."""
+    if not torch.cuda.is_available():
+        return []
+    executors = foreign.executors(gpus.get("rtx3090"))
+    own = gpus.present()
+    found = []
+    for config, executor in itertools.product(CONFIGS, executors):
+        arch = own.arch if executor.arch is None else 86
+        if why_illegal(config, arch=arch, shared_memory=own.shared_memory) is None:
+            found.append(pytest.param(config, executor, id=f"{config}, {executor}"))
+    return found
+
+
+@pytest.mark.parametrize(("config", "executor"), cases())
+def test_every_shape(config, executor):
+    for shape, kind in itertools.product(SHAPES, ("positive", "extremes")):
+        d = Draw(shape, config, kind, 1, torch.bfloat16, torch.bfloat16, padding=16)
+        assert checks.check_accumulator(d, executor) is None
+        assert checks.check_output(d, executor) is None
+    for dtype in (torch.float32, torch.float16):
+        d = Draw(GemmShape(129, 4616, 400), config, "normal", 2, None, dtype)
+        assert checks.check_output(d, executor) is None
+        assert checks.check_swiglu(d, executor) is None
+
+
+@pytest.mark.parametrize(("config", "executor"), cases())
+def test_deepest_sums(config, executor):
+    """-128 everywhere: just inside int32 for the largest K, where saturation or overflow would show."""
+    for m, k in ((1, 53248), (129, 53248), (17, 131056)):
+        x = torch.full((m, k), -128, dtype=torch.int8, device="cuda")
+        w = torch.full((136, k), -128, dtype=torch.int8, device="cuda")
+        assert (gemm.accumulate(x, w, config=config, arch=executor.arch) == 128 * 128 * k).all()
+
+
+@pytest.mark.parametrize(("config", "executor"), [c for c in cases() if c.values[0].stream_k])
+def test_stream_k_is_the_same_every_time_and_on_two_streams_at_once(config, executor):
+    d = Draw(GemmShape(400, 1160, 8192), config, "normal", 0, None, torch.float32)
+    x, w, sx, sw, _ = checks._operands(d, "cuda")
+    want = reference.scaled_mm(x, w, sx, sw, out_dtype=torch.float32)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(10):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(gemm.scaled_mm(x, w, sx, sw, config=config, out_dtype=torch.float32, arch=executor.arch))
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, want) for result in results)
+
+
+@pytest.mark.parametrize("config", [c.values[0] for c in cases() if c.values[1].arch is None])
+def test_captures_in_a_graph(config):
+    d = Draw(GemmShape(300, 520, 1040), config, "normal", 0, torch.bfloat16, torch.bfloat16)
+    x, w, sx, sw, bias = checks._operands(d, "cuda")
+    want = gemm.scaled_mm(x, w, sx, sw, bias, config=config)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = gemm.scaled_mm(x, w, sx, sw, bias, config=config)
+    for _ in range(3):
+        got.zero_()
+        graph.replay()
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("config", [c.values[0] for c in cases() if c.values[1].arch is None])
+def test_twenty_prompt_lengths_compile_nothing(config):
+    layer = Int8Linear.from_linear(
+        torch.nn.Linear(416, 512, device="cuda", dtype=torch.bfloat16), Plan(((2010, config),))
+    )
+    kernel = {Kernel.POINTER: "_gemm", Kernel.AMPERE: "_gemm_ampere", Kernel.HOPPER: "_gemm_hopper"}[config.kernel]
+    function = getattr(gemm.module(config.kernel), kernel)
+
+    def compiled():
+        return sum(len(cache[0]) for cache in function.device_caches.values())
+
+    layer(torch.randn(2000, 416, device="cuda", dtype=torch.bfloat16))
+    before = compiled()
+    assert before > 0
+    for m in (*range(2001, 2020), 4224):  # the last leaves no tile over
+        layer(torch.randn(m, 416, device="cuda", dtype=torch.bfloat16))
+    assert compiled() == before
+
+
+@pytest.mark.parametrize("config", [ampere(128, 128, 64, 4, 3), hopper(128, 128, 6)])
+def test_rows_off_alignment_are_served_by_the_pointer_kernel(config):
+    buffer = torch.randint(-128, 128, (300, 431), dtype=torch.int8, device="cuda")
+    x, w = buffer[:100, 3:403], buffer[100:300, 3:403]
+    gemm._notice.cache_clear()
+    with pytest.warns(UserWarning, match="do not start at multiples of 16 bytes|is no sm_90"):
+        got = gemm.accumulate(x, w, config=config)
+    assert torch.equal(got, reference.accumulate(x, w))
+
+
+def test_swiglu_layer_compiles_captures_and_equals_the_reference():
+    torch.manual_seed(0)
+    gate, up = (torch.nn.Linear(416, 520, bias=False, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    layer = Int8SwiGLU.from_linears(gate, up)
+    x = torch.randn(2, 77, 416, device="cuda", dtype=torch.bfloat16)
+    want = reference.linear_swiglu(x, layer.wq, layer.sw)
+    assert torch.equal(layer(x), want)
+    assert torch.equal(torch.compile(layer, fullgraph=True)(x), want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = layer(x)
+    got.zero_()
+    graph.replay()
+    assert torch.equal(got, want)
