@@ -195,14 +195,13 @@ def silu(g: torch.Tensor) -> torch.Tensor:
     `int8kit.kernels.activations` says how, and what becomes of g < -86.
     """
     h = g.float().clamp(min=-86.0)
-    t = -h.clamp(max=86.0)
-    m = t * 1.4426950216293335 + 12582912.0
-    n = m - 12582912.0
-    f = (t - n * 0.693145751953125) - n * 1.428605173714459e-06
+    t = h.clamp(max=86.0)
+    n = (t.double() * -1.4426950216293335).round().float()  # of the exact product, which float64 holds
+    f = (t + n * 0.693145751953125) + n * 1.428605173714459e-06
     w = f * f
     e = w * (w * -0.002765987068414688 + 0.166666179895401) + 2.0
-    a = e - f
-    b = ((e + f).view(torch.int32) + (m.view(torch.int32) << 23)).view(torch.float32)
+    a = e + f
+    b = ((e - f).view(torch.int32) + (n.to(torch.int32) << 23)).view(torch.float32)
     d = a + b
     return h * (a * (torch.ones_like(d) / d))
 

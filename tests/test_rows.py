@@ -80,8 +80,8 @@ def test_quotient_by_fused_operations_is_the_divisions(low):
 
 def test_default_tiles():
     assert rows.default_tile(4608) == RowTile(512, 2)
-    assert rows.default_tile(12288) == RowTile(2048, 8)
-    assert rows.default_tile(5120) == RowTile(1024, 4)
+    assert rows.default_tile(12288) == RowTile(1024, 4)
+    assert rows.default_tile(5120) == RowTile(512, 2)
     assert rows.default_tile(1) == RowTile(256, 1)
     assert rows.default_tile(16384 - 256) == RowTile(2048, 8)
 

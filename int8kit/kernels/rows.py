@@ -66,9 +66,12 @@ class RowTile:
 
 
 def default_tile(k: int, held: int = 96) -> RowTile:
-    """256 elements a warp, in the chunks that pad K least, the larger of equals, at most `held` elements a thread."""
+    """256 elements a warp, in the chunks that pad K least, the smaller of equals, at most `held` elements a thread.
+
+    The smaller, because what is done once a row is done by each of its threads.
+    """
     fitting = [chunk for chunk in CHUNKS[:4] if k * 8 <= held * chunk] or [CHUNKS[3]]
-    chunk = min(fitting, key=lambda c: (-(-k // c) * c, -c))
+    chunk = min(fitting, key=lambda c: (-(-k // c) * c, c))
     return RowTile(chunk, chunk // 256)
 
 
