@@ -14,12 +14,12 @@ A `torch.library.Library` rather than `custom_op`: the same schema and fake kern
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
 from int8kit import reference
-from int8kit.spec import GemmShape, Plan
+from int8kit.spec import GemmShape, Plan, TileConfig
 
 _LIBRARY = torch.library.Library("int8kit", "FRAGMENT")
 _LIBRARY.define("quantize(Tensor x) -> (Tensor, Tensor)")
@@ -37,6 +37,11 @@ def _quantize_cuda(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return quantize.quantize(x)
 
 
+@lru_cache(maxsize=4096)
+def _choose(plan: tuple[int, ...], m: int, n: int, k: int) -> TileConfig:
+    return Plan.from_ints(plan).choose(GemmShape(m, n, k))
+
+
 def _product_cuda(
     xq: torch.Tensor,
     wq: torch.Tensor,
@@ -51,8 +56,8 @@ def _product_cuda(
     from int8kit.kernels import gemm
 
     product = gemm.scaled_mm_swiglu if swiglu else gemm.scaled_mm
-    shape = GemmShape(max(xq.shape[0], 1), wq.shape[0], xq.shape[1])
-    return product(xq, wq, sx, sw, bias, config=Plan.from_ints(plan).choose(shape), out_dtype=out_dtype)
+    config = _choose(tuple(plan), max(xq.shape[0], 1), wq.shape[0], xq.shape[1])
+    return product(xq, wq, sx, sw, bias, config=config, out_dtype=out_dtype)
 
 
 def _linear_cuda(

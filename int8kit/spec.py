@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 
@@ -265,6 +265,15 @@ class Plan:
     """
 
     rungs: tuple[tuple[int, TileConfig], ...] = ()
+    ints: tuple[int, ...] = field(init=False, repr=False, compare=False)  # flat, as an operator's schema takes it
+
+    def __post_init__(self) -> None:
+        kernels = list(Kernel)
+        flat: list[int] = []
+        for m, c in self.rungs:
+            flat += (m, c.block_m, c.block_n, c.block_k, c.num_warps, c.num_stages, c.group_m)
+            flat += (kernels.index(c.kernel), c.stream_k)
+        object.__setattr__(self, "ints", tuple(flat))
 
     def choose(self, shape: GemmShape) -> TileConfig:
         """The configuration for `shape`, which is of this plan's weight."""
@@ -275,15 +284,7 @@ class Plan:
 
     def to_ints(self) -> list[int]:
         """The plan as a flat list, the form in which it passes through a torch operator's schema."""
-        kernels = list(Kernel)
-        return [
-            value
-            for m, c in self.rungs
-            for value in (
-                m, c.block_m, c.block_n, c.block_k, c.num_warps, c.num_stages, c.group_m, kernels.index(c.kernel),
-                c.stream_k,
-            )
-        ]  # fmt: skip
+        return list(self.ints)
 
     @classmethod
     def from_ints(cls, values: Sequence[int]) -> Plan:

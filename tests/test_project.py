@@ -63,8 +63,10 @@ def test_reference_imports_nothing_that_it_judges():
 
 def test_exported_names_are_pinned():
     assert int8kit.__all__ == [
-        "__version__", "ConfigError", "FileError", "GemmShape", "InputError", "Int8Linear", "Int8kitError", "Plan",
-        "ShapeError", "TileConfig", "UnknownName", "linear", "quantize", "scaled_mm",
+        "__version__", "ConfigError", "FileError", "GemmShape", "InputError", "Int8Linear", "Int8kitError",
+        "Plan", "ShapeError", "TileConfig", "UnknownName", "Int8SwiGLU", "int8_linear", "int8_linear_swiglu",
+        "qk_norm_rope", "quantize", "residual_norm_quantize", "rms_norm_quantize", "scaled_mm",
+        "scaled_mm_swiglu", "swiglu_quantize",
     ]  # fmt: skip
     for name in int8kit.__all__:
         assert getattr(int8kit, name) is not None

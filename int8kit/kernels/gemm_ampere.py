@@ -19,7 +19,7 @@ Copies past K are filled with zeros and read nothing; rows past M or N repeat th
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from triton.experimental import gluon
@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from int8kit.kernels import activations, schedule
 from int8kit.kernels.activations import silu
 from int8kit.kernels.gemm_pointer import aligned
-from int8kit.kernels.operands import COMPILE_OPTIONS, Operands, cdiv
+from int8kit.kernels.operands import COMPILE_OPTIONS, Operands, cdiv, run
 from int8kit.kernels.schedule import combine, part, parts_of, tile_corner
 from int8kit.spec import TileConfig, warp_grid
 
@@ -246,7 +246,6 @@ def _run(config: TileConfig) -> int:
     return min(4, config.block_n // (8 * warp_grid(config)[1]))
 
 
-@lru_cache(maxsize=256)
 def _wide(config: TileConfig) -> gl.DistributedLinearLayout:
     """The layout of the sums after `_column`'s exchange: as mma's, a thread's neighbouring columns first."""
 
@@ -263,26 +262,27 @@ def _wide(config: TileConfig) -> gl.DistributedLinearLayout:
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [config.block_m, config.block_n])
 
 
+@cache
 def _constants(
-    config: TileConfig, *, stream_k: bool, has_bias: bool, sums_only: bool = False, swiglu: bool = False
-) -> dict[str, Any]:
-    pass_steps = config.num_stages * cdiv(PASS_K, config.num_stages * config.block_k)
-    return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "STAGES": config.num_stages,
-        "GROUP_M": config.group_m,
-        "STEPS": pass_steps,
-        "WIDTH": FRAGMENT_K,
-        "RUN": _run(config),
-        "STREAM_K": stream_k,
-        "HAS_BIAS": has_bias,
-        "SUMS_ONLY": sums_only,
-        "SWIGLU": swiglu,
-        "mma": gl.NVMMADistributedLayout([2, 0], list(warp_grid(config)), [16, 8]),
-        "wide": _wide(config),
-    }
+    config: TileConfig, has_bias: bool, sums_only: bool = False, swiglu: bool = False
+) -> tuple[tuple[str, Any], ...]:
+    """The kernel's compile-time values, as the launcher and the offline compiler pass them."""
+    return (
+        ("BLOCK_M", config.block_m),
+        ("BLOCK_N", config.block_n),
+        ("BLOCK_K", config.block_k),
+        ("STAGES", config.num_stages),
+        ("GROUP_M", config.group_m),
+        ("STEPS", config.num_stages * cdiv(PASS_K, config.num_stages * config.block_k)),
+        ("WIDTH", FRAGMENT_K),
+        ("RUN", _run(config)),
+        ("STREAM_K", config.stream_k > 0),
+        ("HAS_BIAS", has_bias),
+        ("SUMS_ONLY", sums_only),
+        ("SWIGLU", swiglu),
+        ("mma", gl.NVMMADistributedLayout([2, 0], list(warp_grid(config)), [16, 8])),
+        ("wide", _wide(config)),
+    )
 
 
 def why_not(operands: Operands) -> str | None:
@@ -301,25 +301,24 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
     """Launch the kernel on the present device and stream. options: further compile options of Triton."""
     o = operands
     tiles = cdiv(o.m, config.block_m) * cdiv(o.n, config.block_n)
-    plan = schedule.plan(tiles, config, o.xq.device)
-    values = _constants(
-        config, stream_k=plan is not None, has_bias=o.bias is not None, sums_only=o.sums_only, swiglu=o.swiglu
-    )
-    workers, leftover, slots, done = plan or (0, 0, o.xq, o.xq)
-    _gemm_ampere[(tiles - leftover + workers,)](
+    workers, leftover, slots, done = schedule.plan(tiles, config, o.xq.device) or (0, 0, o.xq, o.xq)
+    key = config, o.bias is not None, o.sums_only, o.swiglu
+    args = (
         o.xq, o.wq, *o.vectors, o.out, slots, done, o.m, o.n, o.k, o.xq.stride(0), o.wq.stride(0), o.out.stride(0),
-        workers, **values, num_warps=config.num_warps, **COMPILE_OPTIONS, **options,
+        workers,
     )  # fmt: skip
+    compile_options = {"num_warps": config.num_warps} | options
+    run(_gemm_ampere, tiles - leftover + workers, args, _constants(*key), tuple(compile_options.items()), key)
 
 
-def source(config: TileConfig, *, even_k: bool = True) -> tuple[Any, dict[str, Any]]:
+def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> tuple[Any, dict[str, Any]]:
     """What Triton's compiler is given for `config` with bias and bf16 output, and its options: see `tune.offline`."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    values = _constants(config, stream_k=config.stream_k > 0, has_bias=True)
+    values = dict(_constants(config, True, swiglu=swiglu))
     pointers = {"x": "*i8", "w": "*i8", "sx": "*fp32", "sw": "*fp32", "bias": "*bf16", "out": "*bf16"}
     signature = {f"{name}_ptr": kind for name, kind in (pointers | {"slots": "*i32", "done": "*i32"}).items()}
     signature |= dict.fromkeys(("M", "N", "K", "stride_xm", "stride_wn", "stride_om", "workers"), "i32")
     signature |= dict.fromkeys(values, "constexpr")
     options = dict(COMPILE_OPTIONS, num_warps=config.num_warps)
-    return GluonASTSource(_gemm_ampere, signature, values, aligned(signature, but=("M", "workers"))), options
+    return GluonASTSource(_gemm_ampere, signature, values, aligned(signature)), options

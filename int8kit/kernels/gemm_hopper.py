@@ -28,7 +28,7 @@ block_n is at most 128: Triton asserts on int8 wgmma of 256 columns. Needs rows 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from int8kit.kernels import activations, schedule
 from int8kit.kernels.activations import silu
 from int8kit.kernels.gemm_pointer import aligned
-from int8kit.kernels.operands import COMPILE_OPTIONS, Operands, cdiv
+from int8kit.kernels.operands import COMPILE_OPTIONS, Operands, cdiv, run
 from int8kit.kernels.schedule import combine, part, parts_of, share, tile_corner
 from int8kit.spec import TileConfig
 
@@ -319,24 +319,26 @@ def _blocks(config: TileConfig, out_dtype: torch.dtype) -> tuple[tuple[int, int]
     return (rows, config.block_k), (config.block_n, config.block_k), (rows, chunk)
 
 
+@cache
 def _constants(
-    config: TileConfig, *, stream_k: bool, has_bias: bool, sums_only: bool = False, swiglu: bool = False
-) -> dict[str, Any]:
-    return {
-        "STAGES": config.num_stages,
-        "GROUP_M": config.group_m,
-        "STREAM_K": stream_k,
-        "SHARED": config.block_m == 256,
-        "HAS_BIAS": has_bias,
-        "SUMS_ONLY": sums_only,
-        "SWIGLU": swiglu,
-    }
+    config: TileConfig, has_bias: bool, sums_only: bool = False, swiglu: bool = False
+) -> tuple[tuple[str, Any], ...]:
+    """The kernel's compile-time values, as the launcher and the offline compiler pass them."""
+    return (
+        ("STAGES", config.num_stages),
+        ("GROUP_M", config.group_m),
+        ("STREAM_K", config.stream_k > 0),
+        ("SHARED", config.block_m == 256),
+        ("HAS_BIAS", has_bias),
+        ("SUMS_ONLY", sums_only),
+        ("SWIGLU", swiglu),
+    )
 
 
 def why_not(operands: Operands) -> str | None:
     """The reason why TMA cannot address these tensors, or the card has no wgmma; or None."""
-    if torch.cuda.get_device_capability(operands.xq.device) != (9, 0):
-        return f"{torch.cuda.get_device_name(operands.xq.device)} is no sm_90"
+    if (reason := _no_sm90(operands.xq.device)) is not None:
+        return reason
     if operands.k % 16:
         return f"K = {operands.k} is no multiple of 16"
     for name, matrix in (("x", operands.xq), ("w", operands.wq), ("out", operands.out)):
@@ -345,39 +347,41 @@ def why_not(operands: Operands) -> str | None:
     return None
 
 
+@lru_cache(maxsize=16)
+def _no_sm90(device: torch.device) -> str | None:
+    if torch.cuda.get_device_capability(device) == (9, 0):
+        return None
+    return f"{torch.cuda.get_device_name(device)} is no sm_90"
+
+
 def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> None:
     """Launch the kernel on the present device and stream. options: further compile options of Triton."""
     o = operands
     tiles = cdiv(o.m, config.block_m) * cdiv(o.n, config.block_n)
-    shared = config.block_m == 256
-    plan = schedule.plan(tiles, config, o.xq.device, pieces=2 if shared else 1)
-    values = _constants(
-        config, stream_k=plan is not None, has_bias=o.bias is not None, sums_only=o.sums_only, swiglu=o.swiglu
-    )
-    programs = plan.workers if plan else min(tiles * (2 if shared else 1), schedule.multiprocessors(o.xq.device))
+    pieces = 2 if config.block_m == 256 else 1  # halves of a tile that can be made apart
+    plan = schedule.plan(tiles, config, o.xq.device, pieces)
+    programs = plan.workers if plan else min(tiles * pieces, schedule.multiprocessors(o.xq.device))
     slots, done = (plan.slots, plan.done) if plan else (o.xq, o.xq)
-    x_desc, w_desc, out_desc = (
+    descriptors = (
         TensorDescriptor.from_tensor(tensor, list(block), _layout(tensor.dtype, block))
         for tensor, block in zip((o.xq, o.wq, o.out), _blocks(config, o.out.dtype), strict=True)
     )
-    _gemm_hopper[(programs,)](
-        x_desc, w_desc, out_desc, *o.vectors, slots, done, o.m, o.n, o.k, **values, num_warps=4, **COMPILE_OPTIONS,
-        **options,
-    )  # fmt: skip
+    key = config, o.bias is not None, o.sums_only, o.swiglu
+    args = (*descriptors, *o.vectors, slots, done, o.m, o.n, o.k)
+    run(_gemm_hopper, programs, args, _constants(*key), (("num_warps", 4), *options.items()), key)
 
 
-def source(config: TileConfig, *, even_k: bool = True) -> tuple[Any, dict[str, Any]]:
+def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> tuple[Any, dict[str, Any]]:
     """What Triton's compiler is given for `config` with bias and bf16 output, and its options: see `tune.offline`."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
     def descriptor(kind: str, dtype: torch.dtype, block: tuple[int, int]) -> str:
         return f"tensordesc<{kind}{list(block)},{_layout(dtype, block)!r}>"
 
-    values = _constants(config, stream_k=config.stream_k > 0, has_bias=True)
+    values = dict(_constants(config, True, swiglu=swiglu))
     x, w, out = _blocks(config, torch.bfloat16)
     signature = {"x_desc": descriptor("i8", torch.int8, x), "w_desc": descriptor("i8", torch.int8, w)}
     signature |= {"out_desc": descriptor("bf16", torch.bfloat16, out), "sx_ptr": "*fp32", "sw_ptr": "*fp32"}
     signature |= {"bias_ptr": "*bf16", "slots_ptr": "*i32", "done_ptr": "*i32", "M": "i32", "N": "i32", "K": "i32"}
     signature |= dict.fromkeys(values, "constexpr")
-    options = dict(COMPILE_OPTIONS, num_warps=4)
-    return GluonASTSource(_gemm_hopper, signature, values, aligned(signature, but=("M",))), options
+    return GluonASTSource(_gemm_hopper, signature, values, aligned(signature)), dict(COMPILE_OPTIONS, num_warps=4)

@@ -13,6 +13,7 @@ for K <= 131071.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import triton
@@ -20,7 +21,7 @@ import triton.language as tl
 
 from int8kit.kernels import activations
 from int8kit.kernels.activations import silu
-from int8kit.kernels.operands import COMPILE_OPTIONS, Operands, cdiv
+from int8kit.kernels.operands import COMPILE_OPTIONS, FREE, Operands, cdiv, run
 from int8kit.spec import TileConfig
 
 
@@ -96,20 +97,21 @@ def _gemm(
 DEVICE_CODE = (_gemm, *activations.DEVICE_CODE)
 
 
-def constants(
-    config: TileConfig, k: int, *, has_bias: bool, sums_only: bool = False, swiglu: bool = False
-) -> dict[str, Any]:
-    """The kernel's compile-time values for `config` and K, as the launcher and the offline compiler pass them."""
-    return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m,
-        "EVEN_K": k % config.block_k == 0,
-        "HAS_BIAS": has_bias,
-        "SUMS_ONLY": sums_only,
-        "SWIGLU": swiglu,
-    }
+@cache
+def _constants(
+    config: TileConfig, even_k: bool, has_bias: bool, sums_only: bool = False, swiglu: bool = False
+) -> tuple[tuple[str, Any], ...]:
+    """The kernel's compile-time values, as the launcher and the offline compiler pass them."""
+    return (
+        ("BLOCK_M", config.block_m),
+        ("BLOCK_N", config.block_n),
+        ("BLOCK_K", config.block_k),
+        ("GROUP_M", config.group_m),
+        ("EVEN_K", even_k),
+        ("HAS_BIAS", has_bias),
+        ("SUMS_ONLY", sums_only),
+        ("SWIGLU", swiglu),
+    )
 
 
 def why_not(operands: Operands) -> str | None:
@@ -120,30 +122,32 @@ def why_not(operands: Operands) -> str | None:
 def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> None:
     """Launch the kernel on the present device and stream. options: further compile options of Triton."""
     o = operands
-    values = constants(config, o.k, has_bias=o.bias is not None, sums_only=o.sums_only, swiglu=o.swiglu)
-    _gemm[(cdiv(o.m, config.block_m) * cdiv(o.n, config.block_n),)](
-        o.xq, o.wq, *o.vectors, o.out, o.m, o.n, o.k, o.xq.stride(0), o.wq.stride(0), o.out.stride(0), **values,
-        num_warps=config.num_warps, num_stages=config.num_stages, **COMPILE_OPTIONS, **options,
+    key = config, o.k % config.block_k == 0, o.bias is not None, o.sums_only, o.swiglu
+    args = (
+        o.xq, o.wq, *o.vectors, o.out, o.m, o.n, o.k, o.xq.stride(0), o.wq.stride(0), o.out.stride(0)
     )  # fmt: skip
+    compile_options = {"num_warps": config.num_warps, "num_stages": config.num_stages} | options
+    grid = cdiv(o.m, config.block_m) * cdiv(o.n, config.block_n)
+    run(_gemm, grid, args, _constants(*key), tuple(compile_options.items()), key)
 
 
-def source(config: TileConfig, *, even_k: bool = True) -> tuple[Any, dict[str, Any]]:
+def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> tuple[Any, dict[str, Any]]:
     """What Triton's compiler is given for `config` with bias and bf16 output, and its options: see `tune.offline`."""
     from triton.compiler import ASTSource
 
-    values = constants(config, config.block_k if even_k else config.block_k + 1, has_bias=True)
+    values = dict(_constants(config, even_k, True, swiglu=swiglu))
     pointers = {"x": "*i8", "w": "*i8", "sx": "*fp32", "sw": "*fp32", "bias": "*bf16", "out": "*bf16"}
     signature = {f"{name}_ptr": kind for name, kind in pointers.items()}
     signature |= dict.fromkeys(("M", "N", "K", "stride_xm", "stride_wn", "stride_om"), "i32")
     signature |= dict.fromkeys(values, "constexpr")
     options = dict(COMPILE_OPTIONS, num_warps=config.num_warps, num_stages=config.num_stages)
-    return ASTSource(_gemm, signature, values, aligned(signature, but=("M",))), options
+    return ASTSource(_gemm, signature, values, aligned(signature)), options
 
 
-def aligned(signature: dict[str, str], but: tuple[str, ...] = ()) -> dict[tuple[int], list[list[Any]]]:
+def aligned(signature: dict[str, str]) -> dict[tuple[int], list[list[Any]]]:
     """Attributes for the offline compiler: what the launcher finds at run time for aligned pointers and extents."""
     return {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if not kind.startswith(("constexpr", "tensordesc")) and name not in but
+        if not kind.startswith(("constexpr", "tensordesc")) and name not in FREE
     }

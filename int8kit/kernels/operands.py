@@ -7,6 +7,7 @@ out[m, n] = sum_k x[m, k] * w[n, k]                     sums: sx, sw and bias ab
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -103,8 +104,49 @@ def _probe(x_ptr):
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
-    """A context in which Triton launches on x's device; does nothing for a CPU tensor."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    """A context in which Triton launches on x's device; does nothing for a CPU tensor or the present device."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def run(
+    function: Any,
+    grid: int,
+    args: tuple[Any, ...],
+    constants: tuple[tuple[str, Any], ...],
+    options: tuple[tuple[str, Any], ...],
+    key: Hashable,
+) -> None:
+    """Launch `function` on `grid` programs of the present device; args and constants in the order of its parameters.
+
+    The compiled kernel is kept by `key`, which stands for the constants, and by what Triton specializes on, and is
+    launched past Triton's own look-up: that binds and hashes every argument anew, for 45 to 85 us a call on the host,
+    which is more than a small GEMM takes on the card.
+    """
+    if interpreted():
+        function[(grid, 1, 1)](*args, **dict(constants), **COMPILE_OPTIONS, **dict(options))
+        return
+    special = [_special(name, arg) for name, arg in zip(function.arg_names, args, strict=False)]
+    full = (function, torch.cuda.current_device(), key, options, *special)
+    kernel = _COMPILED.get(full)
+    if kernel is None:
+        _COMPILED[full] = function[(grid, 1, 1)](*args, **dict(constants), **COMPILE_OPTIONS, **dict(options))
+    else:
+        kernel[(grid, 1, 1)](*args, *[value for _, value in constants])
+
+
+_COMPILED: dict[tuple[Any, ...], Any] = {}  # for the process, like Triton's own
+FREE = ("M", "workers")  # integers that no kernel is compiled for: a new prompt length compiles nothing
+
+
+def _special(name: str, arg: Any) -> Any:
+    """What Triton compiles a kernel for in an argument: a tensor's dtype and alignment, an integer's divisibility."""
+    if isinstance(arg, torch.Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, int):
+        return arg >= 2**31 if name in FREE else (arg % 16 == 0, arg == 1, arg >= 2**31)
+    return arg.base.dtype  # a tensor descriptor, whose block is the configuration's
 
 
 def cdiv(a: int, b: int) -> int:
