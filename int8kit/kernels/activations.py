@@ -75,4 +75,6 @@ def silu(g):
     return h * (a * reciprocal(a + b))
 
 
-DEVICE_CODE = (reciprocal, silu)
+DEVICE_CODE = (
+    reciprocal, _rounded, silu, _RECIPROCAL, LIMIT, MINUS_LOG2_E, ROUNDER_64, C1, C2, P1, P2, ROUNDER,
+)  # fmt: skip

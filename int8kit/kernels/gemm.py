@@ -66,8 +66,8 @@ def kernel_hash(kernel: Kernel = Kernel.POINTER) -> str:
 
     layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     digest = hashlib.sha256()
-    for function in module(kernel).DEVICE_CODE:
-        source = inspect.getsource(function.fn)
+    for part in module(kernel).DEVICE_CODE:  # functions, and the numbers they use
+        source = inspect.getsource(part.fn) if hasattr(part, "fn") else str(part.value)
         tokens = [t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in layout]
         digest.update(" ".join(tokens).encode())
     return digest.hexdigest()[:12]

@@ -302,13 +302,20 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
     o = operands
     tiles = cdiv(o.m, config.block_m) * cdiv(o.n, config.block_n)
     workers, leftover, slots, done = schedule.plan(tiles, config, o.xq.device) or (0, 0, o.xq, o.xq)
-    key = config, o.bias is not None, o.sums_only, o.swiglu
+    values = _constants(config, o.bias is not None, o.sums_only, o.swiglu)
     args = (
         o.xq, o.wq, *o.vectors, o.out, slots, done, o.m, o.n, o.k, o.xq.stride(0), o.wq.stride(0), o.out.stride(0),
         workers,
     )  # fmt: skip
     compile_options = {"num_warps": config.num_warps} | options
-    run(_gemm_ampere, tiles - leftover + workers, args, _constants(*key), tuple(compile_options.items()), key)
+    run(
+        _gemm_ampere,
+        tiles - leftover + workers,
+        args,
+        values,
+        tuple(compile_options.items()),
+        o.key and (config, *o.key),
+    )
 
 
 def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> tuple[Any, dict[str, Any]]:

@@ -11,16 +11,17 @@ three groups of warps that meet in shared memory:
 
 block_m of 64 and 128, "in turn": the two multipliers take alternate tiles, one multiplies while the other scales and
 stores. block_m of 256, "shared": both make half of each tile; a slot is read by both, so a product costs a quarter less
-traffic out of L2, and less power, but nothing hides the epilogue. If the tiles of the last wave, which is seldom full,
-are at most half as many as programs, they are halved: each half is one multiplier's of a program of its own. Which way
-is faster depends on K, on the waves, and on the power that the card has left.
+traffic out of L2, and less power, but only a few steps' lag hides the epilogue. If the tiles of the last wave, which is
+seldom full, are at most half as many as programs, they are halved: each half is one multiplier's of a program of its
+own. Which way is faster depends on K, on the waves, and on the power that the card has left.
 
 mbarriers, each of one completion a phase (a wait for parity 1 passes at once in a barrier's first phase):
   full[slot]   armed with its bytes by the loader, completed by TMA; a multiplier waits for it before its wgmma
   empty[slot]  a multiplier arrives when the wgmma that read the slot has retired, one step late since one stays in
                flight; the loader waits for it before it loads
-  turn[c]      in turn only: multiplier c waits for it before a tile's steps; the other arrives when its last wgmma is
-               issued. So the tiles pass through the ring in order, and each group counts the steps for itself.
+  turn[c]      multiplier c waits for it before a tile's steps. In turn: the other arrives when its last wgmma is
+               issued, so that the tiles pass through the ring in order, and each group counts the steps for itself.
+               Shared: the first arrives at turn[1] some steps into the tile (LAG).
 
 Scales and bias are fetched before the steps; those of the columns wait in shared memory, since registers are short.
 block_n is at most 128: Triton asserts on int8 wgmma of 256 columns. Needs rows that TMA can address (`why_not`).
@@ -45,6 +46,8 @@ from int8kit.kernels.operands import COMPILE_OPTIONS, Operands, cdiv, run
 from int8kit.kernels.schedule import combine, part, parts_of, share, tile_corner
 from int8kit.spec import TileConfig
 
+# Steps that the second multiplier of a shared tile stays behind, so that one's epilogue meets the other's products.
+LAG: gl.constexpr = gl.constexpr(3)
 CHUNK_BYTES = 64  # of a row, in one TMA store
 
 
@@ -143,7 +146,7 @@ def _multiply(
     ROWS: gl.constexpr = x_ring.shape[1] // 2 if SHARED else x_ring.shape[1]
     BLOCK_N: gl.constexpr = w_ring.shape[1]
     acc = gl.zeros([ROWS, BLOCK_N], gl.int32, layout)
-    if not SHARED:
+    if ME == 1 or not SHARED:
         mbarrier.wait(turn.index(ME), parity)
     for step in range(first, last):
         slot = step % STAGES
@@ -153,6 +156,8 @@ def _multiply(
             x = x.slice(ME * ROWS, ROWS, dim=0)
         acc = hopper.warpgroup_mma(x, w_ring.index(slot).permute((1, 0)), acc, is_async=True)
         acc = hopper.warpgroup_mma_wait(1, deps=(acc,))
+        if SHARED and ME == 0:
+            mbarrier.arrive(turn.index(1), pred=(step == gl.minimum(first + LAG, last) - 1) & (not alone))
         # not by a variable that holds the slot before: Triton 3.6 takes that for loop-invariant
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=step > first)
         if SHARED and ME == 0:
@@ -302,7 +307,7 @@ def _gemm_hopper(
 
 
 DEVICE_CODE = (
-    _work, _item, _chunks, _load, _multiply, _store, _consume, _gemm_hopper,
+    _work, _item, _chunks, _load, _multiply, _store, _consume, _gemm_hopper, LAG,
     *activations.DEVICE_CODE, *schedule.DEVICE_CODE,
 )  # fmt: skip
 
@@ -366,9 +371,10 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
         TensorDescriptor.from_tensor(tensor, list(block), _layout(tensor.dtype, block))
         for tensor, block in zip((o.xq, o.wq, o.out), _blocks(config, o.out.dtype), strict=True)
     )
-    key = config, o.bias is not None, o.sums_only, o.swiglu
+    values = _constants(config, o.bias is not None, o.sums_only, o.swiglu)
     args = (*descriptors, *o.vectors, slots, done, o.m, o.n, o.k)
-    run(_gemm_hopper, programs, args, _constants(*key), (("num_warps", 4), *options.items()), key)
+    key = o.key and (config, *o.key)
+    run(_gemm_hopper, programs, args, values, (("num_warps", 4), *options.items()), key)
 
 
 def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> tuple[Any, dict[str, Any]]:

@@ -122,13 +122,14 @@ def why_not(operands: Operands) -> str | None:
 def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> None:
     """Launch the kernel on the present device and stream. options: further compile options of Triton."""
     o = operands
-    key = config, o.k % config.block_k == 0, o.bias is not None, o.sums_only, o.swiglu
+    values = _constants(config, o.k % config.block_k == 0, o.bias is not None, o.sums_only, o.swiglu)
     args = (
         o.xq, o.wq, *o.vectors, o.out, o.m, o.n, o.k, o.xq.stride(0), o.wq.stride(0), o.out.stride(0)
     )  # fmt: skip
     compile_options = {"num_warps": config.num_warps, "num_stages": config.num_stages} | options
     grid = cdiv(o.m, config.block_m) * cdiv(o.n, config.block_n)
-    run(_gemm, grid, args, _constants(*key), tuple(compile_options.items()), key)
+    key = o.key and (config, o.k % config.block_k == 0, *o.key)
+    run(_gemm, grid, args, values, tuple(compile_options.items()), key)
 
 
 def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> tuple[Any, dict[str, Any]]:

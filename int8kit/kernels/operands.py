@@ -88,6 +88,19 @@ class Operands:
         return self.sx is None
 
     @property
+    def key(self) -> tuple[Any, ...] | None:
+        """What Triton specializes a kernel for in these tensors, if all that can be a multiple of 16 is one; or None.
+
+        M is not among it. Under Triton's interpreter None.
+        """
+        sx, sw, bias = self.vectors
+        loose = self.n | self.k | self.xq.stride(0) | self.wq.stride(0) | self.out.stride(0) | self.out.data_ptr()
+        loose |= self.xq.data_ptr() | self.wq.data_ptr() | sx.data_ptr() | sw.data_ptr() | bias.data_ptr()
+        if loose % 16 or interpreted():
+            return None
+        return self.out.dtype, bias.dtype, self.bias is not None, self.sums_only, self.swiglu
+
+    @property
     def vectors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """sx, sw and bias for a launch. A kernel reads no vector that it has no use for: any tensor stands for one."""
         return tuple(self.xq if v is None else v for v in (self.sx, self.sw, self.bias))  # type: ignore[return-value]
@@ -116,37 +129,30 @@ def run(
     args: tuple[Any, ...],
     constants: tuple[tuple[str, Any], ...],
     options: tuple[tuple[str, Any], ...],
-    key: Hashable,
+    key: Hashable | None,
 ) -> None:
     """Launch `function` on `grid` programs of the present device; args and constants in the order of its parameters.
 
-    The compiled kernel is kept by `key`, which stands for the constants, and by what Triton specializes on, and is
-    launched past Triton's own look-up: that binds and hashes every argument anew, for 45 to 85 us a call on the host,
-    which is more than a small GEMM takes on the card.
+    key stands for the constants and for all that Triton specializes on (`Operands.key`): the compiled kernel is kept by
+    it and launched past Triton's own look-up, which binds and hashes every argument anew, for longer than a small GEMM
+    takes on the card. None: let Triton look.
     """
-    if interpreted():
-        function[(grid, 1, 1)](*args, **dict(constants), **COMPILE_OPTIONS, **dict(options))
-        return
-    special = [_special(name, arg) for name, arg in zip(function.arg_names, args, strict=False)]
-    full = (function, torch.cuda.current_device(), key, options, *special)
-    kernel = _COMPILED.get(full)
+    device = -1 if key is None else torch.cuda.current_device()
+    kernel = _COMPILED.get((function, device, key, options))
     if kernel is None:
-        _COMPILED[full] = function[(grid, 1, 1)](*args, **dict(constants), **COMPILE_OPTIONS, **dict(options))
-    else:
-        kernel[(grid, 1, 1)](*args, *[value for _, value in constants])
+        kernel = function[(grid, 1, 1)](*args, **dict(constants), **COMPILE_OPTIONS, **dict(options))
+        if key is not None:
+            _COMPILED[function, device, key, options] = kernel
+        return
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    metadata = kernel.packed_metadata
+    values = [value for _, value in constants]
+    # what Triton's own launch ends in; no hooks and no metadata for them
+    kernel.run(grid, 1, 1, stream, kernel.function, metadata, None, None, None, *args, *values)
 
 
 _COMPILED: dict[tuple[Any, ...], Any] = {}  # for the process, like Triton's own
 FREE = ("M", "workers")  # integers that no kernel is compiled for: a new prompt length compiles nothing
-
-
-def _special(name: str, arg: Any) -> Any:
-    """What Triton compiles a kernel for in an argument: a tensor's dtype and alignment, an integer's divisibility."""
-    if isinstance(arg, torch.Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
-    if isinstance(arg, int):
-        return arg >= 2**31 if name in FREE else (arg % 16 == 0, arg == 1, arg >= 2**31)
-    return arg.base.dtype  # a tensor descriptor, whose block is the configuration's
 
 
 def cdiv(a: int, b: int) -> int:

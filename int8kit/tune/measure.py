@@ -23,6 +23,7 @@ from int8kit.spec import CheckFailed, ConfigError, GemmShape, TileConfig
 
 HEALTHY_SHARE = 0.5  # of the data sheet's dense bf16 rate; healthy cards reach 0.75 to 0.92 of it
 SAMPLE_US = 4000  # launches are repeated to fill about this long, so that events' resolution does not matter
+HOT_US = 20000  # of finalists: long enough that the card's power limit counts, as it does in a run of a model
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,12 @@ class Bench:
         return None if torch.equal(self.out, self.truth) else f"wrong: {config} is not bit-equal to the reference"
 
 
-def interleave(calls: Sequence[Callable[[], Any]], rounds: int) -> list[Times]:
-    """Time each of `calls` once a round, turning the order by one each round."""
+def interleave(calls: Sequence[Callable[[], Any]], rounds: int, sample_us: int = SAMPLE_US) -> list[Times]:
+    """Time each of `calls` once a round, for about sample_us, turning the order by one each round."""
     repeats = []
     for call in calls:
         _sample(call, 2)
-        repeats.append(max(1, round(SAMPLE_US / _sample(call, 2))))
+        repeats.append(max(1, round(sample_us / _sample(call, 2))))
     samples: list[list[float]] = [[] for _ in calls]
     for turn in range(rounds):
         for i in range(len(calls)):

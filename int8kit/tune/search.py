@@ -16,11 +16,12 @@ from dataclasses import dataclass, field, replace
 
 from int8kit.db import Entry, Resources
 from int8kit.gpus import Gpu, present
-from int8kit.spec import POLICY, CheckFailed, GemmShape, Source, TileConfig, default_config
+from int8kit.spec import POLICY, CheckFailed, GemmShape, Kernel, Source, TileConfig, default_config
 from int8kit.tune import offline, space, workers
 
-CONTESTANTS = 20  # of each shape, by the model, timed in few rounds
-FINALISTS = 4  # of those, timed again in many
+CONTESTANTS = 12  # of each shape and each kernel, by the model, timed in few rounds
+FINALISTS = 4  # of those, timed again in ROUNDS longer ones
+ROUNDS = 9
 LEADERS = 2  # of those, tried with other widths of a band
 MARGIN = 0.01  # a tie within 1 % keeps the default
 
@@ -121,7 +122,9 @@ def _measured(
     assert card is not None  # `how` found one
     bench = measure.Bench(shape, card, arch=f"sm{gpu.arch}" if source is Source.PROXY else None)
     default = default_config(shape)
-    entrants = dict.fromkeys([config for _, config, _ in ranked[:CONTESTANTS]] + [default])
+    entrants = dict.fromkeys([default])
+    for kernel in Kernel:  # the model is not good enough to compare one kernel with another
+        entrants |= dict.fromkeys([config for _, config, _ in ranked if config.kernel is kernel][:CONTESTANTS])
     wrong = {config: reason for config in entrants if (reason := bench.why_not(config))}
     exact = [config for config in entrants if config not in wrong]
     if default in wrong or not exact:
@@ -134,7 +137,7 @@ def _measured(
     banded = measure.interleave([bench.call(config) for config in [*leaders, *wider]], rounds=3)
     by_band = sorted(range(len(banded)), key=lambda i: banded[i].p50)
     finalists = dict.fromkeys([[*leaders, *wider][i] for i in by_band[:FINALISTS]] + [default])
-    *times, bf16 = measure.interleave([*map(bench.call, finalists), bench.bf16], rounds=11)
+    *times, bf16 = measure.interleave([*map(bench.call, finalists), bench.bf16], ROUNDS, measure.HOT_US)
     final = dict(zip(finalists, times, strict=True))
 
     order = {config: i for i, (_, config, _) in enumerate(ranked)}
