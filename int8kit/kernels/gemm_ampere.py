@@ -167,7 +167,7 @@ def _store(
     gl.store(ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@gluon.jit(do_not_specialize=["M", "workers"])
+@gluon.jit(do_not_specialize=["M", "workers", "group_m"])
 def _gemm_ampere(
     x_ptr,
     w_ptr,
@@ -184,11 +184,11 @@ def _gemm_ampere(
     stride_wn,
     stride_om,
     workers,
+    group_m,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr,
     STEPS: gl.constexpr,
     WIDTH: gl.constexpr,
     RUN: gl.constexpr,
@@ -217,7 +217,7 @@ def _gemm_ampere(
             tile = gl.where(shares, tiles - tiles % workers + index, pid - workers)
             k0 = gl.where(shares, k0, 0)
             k1 = gl.where(shares, k1, steps)
-            row, col = tile_corner(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+            row, col = tile_corner(tile, M, N, group_m, BLOCK_M, BLOCK_N)
             acc = _tile(
                 x_slots, w_slots, x_ptr, w_ptr, row, col, k0 * BLOCK_K, gl.minimum(k1 * BLOCK_K, K), M, N,
                 stride_xm, stride_wn, mma, wide, RUN, STEPS, WIDTH,
@@ -228,7 +228,7 @@ def _gemm_ampere(
             if complete:
                 _store(acc, row, col, sx_ptr, sw_ptr, bias_ptr, out_ptr, M, N, stride_om, HAS_BIAS, SUMS_ONLY, SWIGLU)
     else:
-        row, col = tile_corner(pid, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        row, col = tile_corner(pid, M, N, group_m, BLOCK_M, BLOCK_N)
         acc = _tile(
             x_slots, w_slots, x_ptr, w_ptr, row, col, 0, K, M, N, stride_xm, stride_wn, mma, wide, RUN, STEPS, WIDTH
         )
@@ -272,7 +272,6 @@ def _constants(
         ("BLOCK_N", config.block_n),
         ("BLOCK_K", config.block_k),
         ("STAGES", config.num_stages),
-        ("GROUP_M", config.group_m),
         ("STEPS", config.num_stages * cdiv(PASS_K, config.num_stages * config.block_k)),
         ("WIDTH", FRAGMENT_K),
         ("RUN", _run(config)),
@@ -305,7 +304,7 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
     values = _constants(config, o.bias is not None, o.sums_only, o.swiglu)
     args = (
         o.xq, o.wq, *o.vectors, o.out, slots, done, o.m, o.n, o.k, o.xq.stride(0), o.wq.stride(0), o.out.stride(0),
-        workers,
+        workers, config.group_m,
     )  # fmt: skip
     compile_options = {"num_warps": config.num_warps} | options
     run(
@@ -325,7 +324,7 @@ def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> 
     values = dict(_constants(config, True, swiglu=swiglu))
     pointers = {"x": "*i8", "w": "*i8", "sx": "*fp32", "sw": "*fp32", "bias": "*bf16", "out": "*bf16"}
     signature = {f"{name}_ptr": kind for name, kind in (pointers | {"slots": "*i32", "done": "*i32"}).items()}
-    signature |= dict.fromkeys(("M", "N", "K", "stride_xm", "stride_wn", "stride_om", "workers"), "i32")
+    signature |= dict.fromkeys(("M", "N", "K", "stride_xm", "stride_wn", "stride_om", "workers", "group_m"), "i32")
     signature |= dict.fromkeys(values, "constexpr")
     options = dict(COMPILE_OPTIONS, num_warps=config.num_warps)
     return GluonASTSource(_gemm_ampere, signature, values, aligned(signature)), options

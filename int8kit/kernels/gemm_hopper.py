@@ -101,7 +101,7 @@ def _chunks(x, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _load(x_desc, w_desc, x_ring, w_ring, full, empty, M, N, K, GROUP_M: gl.constexpr, STREAM_K: gl.constexpr):
+def _load(x_desc, w_desc, x_ring, w_ring, full, empty, M, N, K, group_m, STREAM_K: gl.constexpr):
     STAGES: gl.constexpr = x_ring.shape[0]
     BLOCK_M: gl.constexpr = x_ring.shape[1]
     BLOCK_N: gl.constexpr = w_ring.shape[1]
@@ -111,7 +111,7 @@ def _load(x_desc, w_desc, x_ring, w_ring, full, empty, M, N, K, GROUP_M: gl.cons
     step = 0
     for i in range(parts + waves + half):
         tile, k0, k1, _ = _item(i, steps, total, parts, waves, STREAM_K)
-        row, col = tile_corner(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        row, col = tile_corner(tile, M, N, group_m, BLOCK_M, BLOCK_N)
         whole = i < parts + waves
         row += gl.where(whole, 0, gl.program_id(0) % 2 * ROWS)
         for k in range(k0, k1):
@@ -200,9 +200,9 @@ def _store(
 
 @gluon.jit
 def _consume(
-    ME: gl.constexpr, GROUP_M: gl.constexpr, STREAM_K: gl.constexpr, SHARED: gl.constexpr, HAS_BIAS: gl.constexpr,
+    ME: gl.constexpr, STREAM_K: gl.constexpr, SHARED: gl.constexpr, HAS_BIAS: gl.constexpr,
     SUMS_ONLY: gl.constexpr, SWIGLU: gl.constexpr, out_desc, x_ring, w_ring, staging, vectors, full, empty, turn,
-    sx_ptr, sw_ptr, bias_ptr, slots_ptr, done_ptr, M, N, K,
+    sx_ptr, sw_ptr, bias_ptr, slots_ptr, done_ptr, M, N, K, group_m,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = x_ring.shape[1]
     BLOCK_N: gl.constexpr = w_ring.shape[1]
@@ -219,7 +219,7 @@ def _consume(
     parity = 1 - ME
     for i in range(0 if SHARED else ME, items, 1 if SHARED else 2):
         tile, k0, k1, first = _item(i, steps, total, parts, waves, STREAM_K)
-        row, col = tile_corner(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        row, col = tile_corner(tile, M, N, group_m, BLOCK_M, BLOCK_N)
         alone = i >= parts + waves
         if SHARED:
             row += gl.where(alone, gl.program_id(0) % 2, ME) * ROWS
@@ -258,7 +258,7 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit(do_not_specialize=["M", "group_m"])
 def _gemm_hopper(
     x_desc,
     w_desc,
@@ -271,8 +271,8 @@ def _gemm_hopper(
     M,
     N,
     K,
+    group_m,
     STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr,
     STREAM_K: gl.constexpr,
     SHARED: gl.constexpr,
     HAS_BIAS: gl.constexpr,
@@ -294,12 +294,12 @@ def _gemm_hopper(
         mbarrier.init(turn.index(i), count=1)
     # the constexprs apart: in a tuple they would become run-time values
     args = (out_desc, x_ring, w_ring, staging, vectors, full, empty, turn, sx_ptr, sw_ptr, bias_ptr, slots_ptr,
-            done_ptr, M, N, K)  # fmt: skip
+            done_ptr, M, N, K, group_m)  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume, (0, GROUP_M, STREAM_K, SHARED, HAS_BIAS, SUMS_ONLY, SWIGLU) + args),
-            (_consume, (1, GROUP_M, STREAM_K, SHARED, HAS_BIAS, SUMS_ONLY, SWIGLU) + args),
-            (_load, (x_desc, w_desc, x_ring, w_ring, full, empty, M, N, K, GROUP_M, STREAM_K)),
+            (_consume, (0, STREAM_K, SHARED, HAS_BIAS, SUMS_ONLY, SWIGLU) + args),
+            (_consume, (1, STREAM_K, SHARED, HAS_BIAS, SUMS_ONLY, SWIGLU) + args),
+            (_load, (x_desc, w_desc, x_ring, w_ring, full, empty, M, N, K, group_m, STREAM_K)),
         ],
         [4, 1],
         [240, 24],  # warps and registers of the last two; the first has num_warps and the registers that are left
@@ -331,7 +331,6 @@ def _constants(
     """The kernel's compile-time values, as the launcher and the offline compiler pass them."""
     return (
         ("STAGES", config.num_stages),
-        ("GROUP_M", config.group_m),
         ("STREAM_K", config.stream_k > 0),
         ("SHARED", config.block_m == 256),
         ("HAS_BIAS", has_bias),
@@ -372,7 +371,7 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
         for tensor, block in zip((o.xq, o.wq, o.out), _blocks(config, o.out.dtype), strict=True)
     )
     values = _constants(config, o.bias is not None, o.sums_only, o.swiglu)
-    args = (*descriptors, *o.vectors, slots, done, o.m, o.n, o.k)
+    args = (*descriptors, *o.vectors, slots, done, o.m, o.n, o.k, config.group_m)
     key = o.key and (config, *o.key)
     run(_gemm_hopper, programs, args, values, (("num_warps", 4), *options.items()), key)
 
@@ -389,5 +388,6 @@ def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> 
     signature = {"x_desc": descriptor("i8", torch.int8, x), "w_desc": descriptor("i8", torch.int8, w)}
     signature |= {"out_desc": descriptor("bf16", torch.bfloat16, out), "sx_ptr": "*fp32", "sw_ptr": "*fp32"}
     signature |= {"bias_ptr": "*bf16", "slots_ptr": "*i32", "done_ptr": "*i32", "M": "i32", "N": "i32", "K": "i32"}
+    signature |= {"group_m": "i32"}
     signature |= dict.fromkeys(values, "constexpr")
     return GluonASTSource(_gemm_hopper, signature, values, aligned(signature)), dict(COMPILE_OPTIONS, num_warps=4)

@@ -25,7 +25,7 @@ from int8kit.kernels.operands import COMPILE_OPTIONS, FREE, Operands, cdiv, run
 from int8kit.spec import TileConfig
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "group_m"])
 def _gemm(
     x_ptr,
     w_ptr,
@@ -39,10 +39,10 @@ def _gemm(
     stride_xm,
     stride_wn,
     stride_om,
+    group_m,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SUMS_ONLY: tl.constexpr,
@@ -51,9 +51,9 @@ def _gemm(
     pid = tl.program_id(0)
     tiles_m = (M + BLOCK_M - 1) // BLOCK_M
     tiles_n = (N + BLOCK_N - 1) // BLOCK_N
-    band = GROUP_M * tiles_n
-    first_m = pid // band * GROUP_M
-    height = tl.minimum(tiles_m - first_m, GROUP_M)
+    band = group_m * tiles_n
+    first_m = pid // band * group_m
+    height = tl.minimum(tiles_m - first_m, group_m)
     rows = (first_m + pid % band % height) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = pid % band // height * BLOCK_N
     cols = col + tl.arange(0, BLOCK_N)
@@ -106,7 +106,6 @@ def _constants(
         ("BLOCK_M", config.block_m),
         ("BLOCK_N", config.block_n),
         ("BLOCK_K", config.block_k),
-        ("GROUP_M", config.group_m),
         ("EVEN_K", even_k),
         ("HAS_BIAS", has_bias),
         ("SUMS_ONLY", sums_only),
@@ -124,7 +123,8 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
     o = operands
     values = _constants(config, o.k % config.block_k == 0, o.bias is not None, o.sums_only, o.swiglu)
     args = (
-        o.xq, o.wq, *o.vectors, o.out, o.m, o.n, o.k, o.xq.stride(0), o.wq.stride(0), o.out.stride(0)
+        o.xq, o.wq, *o.vectors, o.out, o.m, o.n, o.k, o.xq.stride(0), o.wq.stride(0), o.out.stride(0),
+        config.group_m,
     )  # fmt: skip
     compile_options = {"num_warps": config.num_warps, "num_stages": config.num_stages} | options
     grid = cdiv(o.m, config.block_m) * cdiv(o.n, config.block_n)
@@ -139,7 +139,7 @@ def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> 
     values = dict(_constants(config, even_k, True, swiglu=swiglu))
     pointers = {"x": "*i8", "w": "*i8", "sx": "*fp32", "sw": "*fp32", "bias": "*bf16", "out": "*bf16"}
     signature = {f"{name}_ptr": kind for name, kind in pointers.items()}
-    signature |= dict.fromkeys(("M", "N", "K", "stride_xm", "stride_wn", "stride_om"), "i32")
+    signature |= dict.fromkeys(("M", "N", "K", "stride_xm", "stride_wn", "stride_om", "group_m"), "i32")
     signature |= dict.fromkeys(values, "constexpr")
     options = dict(COMPILE_OPTIONS, num_warps=config.num_warps, num_stages=config.num_stages)
     return ASTSource(_gemm, signature, values, aligned(signature)), options

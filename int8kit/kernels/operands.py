@@ -152,7 +152,7 @@ def run(
 
 
 _COMPILED: dict[tuple[Any, ...], Any] = {}  # for the process, like Triton's own
-FREE = ("M", "workers")  # integers that no kernel is compiled for: a new prompt length compiles nothing
+FREE = ("M", "workers", "group_m")  # integers that no kernel is compiled for: a new prompt length compiles nothing
 
 
 def cdiv(a: int, b: int) -> int:

@@ -32,12 +32,12 @@ sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in
 
 
 @gluon.jit
-def tile_corner(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
-    """Row and column of a tile's corner: down the columns of bands of GROUP_M tile rows, which keeps operands in L2."""
+def tile_corner(tile, M, N, group_m, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Row and column of a tile's corner: down the columns of bands of group_m tile rows, which keeps operands in L2."""
     tiles_m = gl.cdiv(M, BLOCK_M)
-    band = GROUP_M * gl.cdiv(N, BLOCK_N)
-    first = tile // band * GROUP_M
-    height = gl.minimum(tiles_m - first, GROUP_M)
+    band = group_m * gl.cdiv(N, BLOCK_N)
+    first = tile // band * group_m
+    height = gl.minimum(tiles_m - first, group_m)
     return (first + tile % band % height) * BLOCK_M, tile % band // height * BLOCK_N
 
 
