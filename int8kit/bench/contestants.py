@@ -1,7 +1,7 @@
 """Who takes part: int8kit, and what plain torch offers for the same linear.
 
     name          gemm: operands as they are multiplied              linear: bf16 in, so quantization and GEMM
-    int8kit       fused epilogue, configuration of the database      `int8kit.linear`, as a model calls it
+    int8kit       fused epilogue, configuration of the database      `int8_linear`, as a model calls it
     int8kit-sm86  the code of an Ampere card, on this card           likewise
     bf16          torch.mm                                           torch.addmm with bias, nothing to quantize
     fp8-row       torch._scaled_mm, a scale a row and column         rows quantized by eager torch

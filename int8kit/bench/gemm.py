@@ -37,7 +37,7 @@ from int8kit.bench.sensors import Sensors
 from int8kit.bench.timing import Timed, one_line
 from int8kit.gpus import Gpu, present
 from int8kit.kernels import gemm
-from int8kit.spec import POLICIES, POLICY, CheckFailed, GemmShape, InputError
+from int8kit.spec import POLICIES, CheckFailed, GemmShape, InputError
 from int8kit.tune import measure
 
 FORMAT = "int8kit.bench/1"
@@ -293,7 +293,7 @@ def _conditions(card: Gpu, setting: Setting, sensors: Sensors | None, health: fl
         "triton": triton.__version__,
         "int8kit": __version__,
         "kernel": gemm.kernel_hash(),
-        "policy": POLICIES[POLICY],
+        "policy": POLICIES[1],
         "timed_by": "CUDA graphs where a contestant can be captured, else launches from the host, as each row says",
         "rounds": setting.rounds,
         "health_tflops": None if health is None else round(health, 1),

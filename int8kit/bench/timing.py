@@ -25,6 +25,7 @@ class Timed:
 
     def __init__(self, entrant: Entrant, *, graph: bool, least: int = 16) -> None:
         """least: launches in a graph, rounded up to whole turns of the copies; they share the gap between replays."""
+        self.entrant = entrant  # a graph keeps addresses, not tensors: its inputs must live as long
         for launch in entrant.launches:  # whatever compiles or tunes itself does so now
             self.result = launch()
         self.note = entrant.note
