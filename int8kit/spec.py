@@ -25,8 +25,8 @@ POLICIES = {
     1: "GEMM with epilogue and bias, bf16 out; operands quantized from normal data; weights rotated past twice the L2; "
     "contestants interleaved round by round in turning order; CUDA events; medians with p20 and p80",
     2: "GEMM with epilogue and bias, bf16 out; operands quantized from normal data; weights rotated past twice the L2; "
-    "contestants interleaved round by round in turning order, in samples of 20 ms, so that the card's power limit counts "
-    "as it does in a run of a model; CUDA events; medians with p20 and p80",
+    "contestants interleaved round by round in turning order, in samples of 20 ms, so that the card's power limit "
+    "counts as it does in a run of a model; CUDA events; medians with p20 and p80",
 }
 """How times are measured, by version. A database entry names the version; its file's header has the text."""
 

@@ -91,12 +91,12 @@ class Operands:
     def key(self) -> tuple[Any, ...] | None:
         """What Triton specializes a kernel for in these tensors, if all that can be a multiple of 16 is one; or None.
 
-        M is not among it. Under Triton's interpreter None.
+        M is not among it.
         """
         sx, sw, bias = self.vectors
         loose = self.n | self.k | self.xq.stride(0) | self.wq.stride(0) | self.out.stride(0) | self.out.data_ptr()
         loose |= self.xq.data_ptr() | self.wq.data_ptr() | sx.data_ptr() | sw.data_ptr() | bias.data_ptr()
-        if loose % 16 or interpreted():
+        if loose % 16:
             return None
         return self.out.dtype, bias.dtype, self.bias is not None, self.sums_only, self.swiglu
 
@@ -137,6 +137,8 @@ def run(
     it and launched past Triton's own look-up, which binds and hashes every argument anew, for longer than a small GEMM
     takes on the card. None: let Triton look.
     """
+    if interpreted():
+        key = None
     device = -1 if key is None else torch.cuda.current_device()
     kernel = _COMPILED.get((function, device, key, options))
     if kernel is None:

@@ -3,12 +3,9 @@
     s[m] = max|x[m, :]| / 127,  q[m, k] = clamp(rint(x[m, k] / s[m]), -127, 127)      x [M, K] bf16 | fp16 | fp32
 
 Zero rows, subnormal rows, and rows with a NaN or an infinity: see `int8kit.reference.quantize`, which this equals to
-the bit. One program makes one row, in one pass if it fits block_k and in two over the cached row otherwise.
-
-The maximum is taken over the bits of |x| as integers, whose order is that of the numbers and puts infinities and NaNs
-on top; a floating-point maximum drops NaN. Both divisions are IEEE (`div_rn`), never a product with a reciprocal.
-Adding 1.5 * 2**23 rounds to the nearest integer, ties to even, and leaves it in the low byte of the bits: that spares
-the slow float-to-integer conversion.
+the bit. One program makes one row: it holds it in registers and reads it once up to K = 16384, as the other kernels
+over rows do (`rows` says how, and how a quotient costs four instructions); a longer row, which only the text features
+of a model have, is read twice, the second time out of L2.
 """
 
 from __future__ import annotations
@@ -17,54 +14,78 @@ import torch
 import triton
 import triton.language as tl
 
-from int8kit.kernels.operands import interpreted, on_device
+from int8kit.kernels import rows
+from int8kit.kernels.operands import on_device, run
+from int8kit.kernels.rows import (
+    INTERPRETED,
+    ROUNDER,
+    S_ORDINARY,
+    larger,
+    load_row,
+    row_scale,
+    store_quantized,
+    widen,
+    widen_row,
+)
 from int8kit.spec import ShapeError
 
-IN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BLOCK_K_MAX = 16384
+LONG_CHUNK, LONG_WARPS = 4096, 16
 
 
 @triton.jit
-def _quantize(
-    x_ptr, q_ptr, s_ptr, K, stride_xm, stride_qm, BLOCK_K: tl.constexpr, ONE_PASS: tl.constexpr
-):  # fmt: skip
+def _quantize(x_ptr, q_ptr, s_ptr, stride_xm, stride_qm, K: tl.constexpr, CHUNK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    xs = widen_row(load_row(x_ptr + row * stride_xm, K, CHUNK))
+    top = tl.zeros([CHUNK], tl.float32)
+    for c in tl.static_range(len(xs)):
+        top = larger(top, xs[c])
+    s = row_scale(top)
+    tl.store(s_ptr + row, s)
+    store_quantized(q_ptr + row * stride_qm, xs, s, K, CHUNK)
+
+
+@triton.jit
+def _quantize_long(x_ptr, q_ptr, s_ptr, stride_xm, stride_qm, K: tl.constexpr, CHUNK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_xm
     q_ptr += row * stride_qm
-    ks = tl.arange(0, BLOCK_K)
-    x = tl.load(x_ptr + ks, mask=ks < K, other=0.0).to(tl.float32)
-    top = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    if not ONE_PASS:
-        for k in range(BLOCK_K, K, BLOCK_K):
-            x = tl.load(x_ptr + k + ks, mask=ks < K - k, other=0.0).to(tl.float32)
-            top = tl.maximum(top, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    amax_bits = tl.max(top, 0)
-    s = tl.where(amax_bits < 0x7F800000, tl.div_rn(amax_bits.to(tl.float32, bitcast=True), 127.0), float("nan"))
+    ks = tl.arange(0, CHUNK)
+    top = tl.zeros([CHUNK], tl.float32)
+    for k in range(0, K, CHUNK):
+        top = larger(top, widen(tl.load(x_ptr + k + ks, mask=ks < K - k, other=0.0)))
+    s = row_scale(top)
     tl.store(s_ptr + row, s)
-    divisor = tl.where(s > 0, s, 1.0)
-    for k in range(0, K, BLOCK_K):
-        if not ONE_PASS:
-            x = tl.load(x_ptr + k + ks, mask=ks < K - k, other=0.0).to(tl.float32)
-        v = tl.minimum(tl.maximum(tl.div_rn(x, divisor), -127.0), 127.0)
-        v = tl.where(s > 0, v, 0.0) + 12582912.0
-        tl.store(q_ptr + k + ks, v.to(tl.int32, bitcast=True).to(tl.int8), mask=ks < K - k)
+    ordinary = (s >= S_ORDINARY) | (s == 0)
+    if INTERPRETED:
+        ordinary = False
+    if ordinary:  # as rows.store_quantized
+        r = tl.where(s > 0, tl.div_rn(1.0, tl.where(s > 0, s, 1.0)), 0.0)
+        rest = tl.fma(-s, r, 1.0) * r
+        for k in range(0, K, CHUNK):
+            x = widen(tl.load(x_ptr + k + ks, mask=ks < K - k, other=0.0))
+            q = tl.fma(x, r, x * rest)
+            q = tl.fma(tl.fma(-s, q, x), r, q) + ROUNDER
+            tl.store(q_ptr + k + ks, q.to(tl.int32, bitcast=True).to(tl.int8), mask=ks < K - k)
+    else:
+        divisor = tl.where(s > 0, s, 1.0)
+        for k in range(0, K, CHUNK):
+            x = widen(tl.load(x_ptr + k + ks, mask=ks < K - k, other=0.0))
+            q = tl.minimum(tl.maximum(tl.div_rn(x, divisor), -127.0), 127.0)
+            q = tl.where(s > 0, q, 0.0) + ROUNDER
+            tl.store(q_ptr + k + ks, q.to(tl.int32, bitcast=True).to(tl.int8), mask=ks < K - k)
 
 
 def quantize(
-    x: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
+    x: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None, *, tile: rows.RowTile | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize the rows of x [M, K] (bf16, fp16 or fp32) -> q [M, K] int8, s [M] fp32.
 
-    out: (q, s) to write into, q contiguous along K; made if absent. Bit-equal to `int8kit.reference.quantize`. Raises
-    ShapeError for another dtype or shape, or if x is not contiguous along K.
+    out: (q, s) to write into, q contiguous along K; made if absent. tile: any gives the same bits; absent, one by K.
+    Bit-equal to `int8kit.reference.quantize`. Raises ShapeError for another dtype or shape, or if x is not contiguous
+    along K.
     """
-    if x.dim() != 2 or x.dtype not in IN_DTYPES:
-        raise ShapeError(f"x {x.dtype} {tuple(x.shape)}: legal is [M, K] of bf16, fp16 or fp32; reshape or cast first")
+    rows.check_matrix("x", x)
     m, k = x.shape
-    if k > 1 and x.stride(1) != 1:
-        raise ShapeError(f"x has strides {x.stride()}: the last must be 1; call .contiguous() first")
-    if interpreted():
-        x = x.float()  # exact; Triton's interpreter converts subnormal bf16 numbers wrongly
     if out is None:
         q = torch.empty(m, k, dtype=torch.int8, device=x.device)
         s = torch.empty(m, dtype=torch.float32, device=x.device)
@@ -74,11 +95,17 @@ def quantize(
             raise ShapeError(f"out {tuple(q.shape)}, {tuple(s.shape)}: legal are int8 [{m}, {k}] and float32 [{m}]")
         if k > 1 and q.stride(1) != 1:
             raise ShapeError(f"q has strides {q.stride()}: the last must be 1")
-    if m and k:
-        block = min(triton.next_power_of_2(k), BLOCK_K_MAX)
-        with on_device(x):
-            _quantize[(m,)](
-                x, q, s, k, x.stride(0), q.stride(0),
-                BLOCK_K=block, ONE_PASS=k <= block, num_warps=min(max(block // 512, 1), 16), enable_fp_fusion=False,
-            )  # fmt: skip
+    if not m or not k:
+        return q, s.zero_()
+    held = k <= rows.K_MAX_HELD
+    tile = tile or (rows.default_tile(k) if held else rows.RowTile(LONG_CHUNK, LONG_WARPS))
+    x = rows.exact(x)
+    args = x, q, s, x.stride(0), q.stride(0)
+    loose = x.data_ptr() | q.data_ptr() | s.data_ptr() | x.stride(0) | q.stride(0)
+    key = None if loose % 16 else (x.dtype, k, tile)
+    with on_device(x):
+        run(
+            _quantize if held else _quantize_long, m, args, (("K", k), ("CHUNK", tile.chunk)),
+            (("num_warps", tile.num_warps),), key,
+        )  # fmt: skip
     return q, s

@@ -4,9 +4,10 @@
     resources = compile_space(...)          (config, even K) -> registers, spills, shared memory
     choose(shape, gpu, resources, source)   -> one database entry
 
-Configurations that spill are left out. On a card the default is always a contestant, the first FINALISTS by the model
-are checked bit-exact and timed, and the best few again in more rounds; another than the default needs to win by more
-than MARGIN. Ties fall to the model's order, so that a second run gives the same file.
+Configurations that spill are left out. On a card the default is always a contestant; it, the model's first ones of the
+pointer kernel and all of the others are checked bit-exact and timed, then the leaders with other widths of a band, and
+the best few again in more and longer rounds. Another than the default needs to win by more than MARGIN. Ties fall to
+the model's order, so that a second run gives the same file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from int8kit.gpus import Gpu, present
 from int8kit.spec import POLICY, CheckFailed, GemmShape, Kernel, Source, TileConfig, default_config
 from int8kit.tune import offline, space, workers
 
-CONTESTANTS = 12  # of each shape and each kernel, by the model, timed in few rounds
+CONTESTANTS = 12  # of each shape and the pointer kernel, by the model, timed in few rounds
 FINALISTS = 4  # of those, timed again in ROUNDS longer ones
 ROUNDS = 9
 LEADERS = 2  # of those, tried with other widths of a band
@@ -122,9 +123,9 @@ def _measured(
     assert card is not None  # `how` found one
     bench = measure.Bench(shape, card, arch=f"sm{gpu.arch}" if source is Source.PROXY else None)
     default = default_config(shape)
-    entrants = dict.fromkeys([default])
-    for kernel in Kernel:  # the model is not good enough to compare one kernel with another
-        entrants |= dict.fromkeys([config for _, config, _ in ranked if config.kernel is kernel][:CONTESTANTS])
+    plain = [config for _, config, _ in ranked if config.kernel is Kernel.POINTER][:CONTESTANTS]
+    # the other kernels' few are all tried: the model has put the best of them 13th
+    entrants = dict.fromkeys([*(c for _, c, _ in ranked if c.kernel is not Kernel.POINTER), *plain, default])
     wrong = {config: reason for config in entrants if (reason := bench.why_not(config))}
     exact = [config for config in entrants if config not in wrong]
     if default in wrong or not exact:
