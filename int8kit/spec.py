@@ -21,12 +21,15 @@ from functools import lru_cache
 NUMERICS_VERSION = 1
 """Version of the arithmetic that `int8kit.reference` defines. A database of another version is refused."""
 
+_TIMED = (
+    "GEMM with epilogue and bias, bf16 out; operands quantized from normal data; weights rotated past twice the L2; "
+    "contestants interleaved round by round in {}; CUDA events; medians with p20 and p80"
+)
+_HOT = ", in samples of 20 ms, so that the card's power limit counts as it does in a run of a model"
 POLICIES = {
-    1: "GEMM with epilogue and bias, bf16 out; operands quantized from normal data; weights rotated past twice the L2; "
-    "contestants interleaved round by round in turning order; CUDA events; medians with p20 and p80",
-    2: "GEMM with epilogue and bias, bf16 out; operands quantized from normal data; weights rotated past twice the L2; "
-    "contestants interleaved round by round in turning order, in samples of 20 ms, so that the card's power limit "
-    "counts as it does in a run of a model; CUDA events; medians with p20 and p80",
+    1: _TIMED.format("turning order"),
+    2: _TIMED.format("turning order" + _HOT),
+    3: _TIMED.format("an order shuffled anew each time" + _HOT),  # a contestant inherits the clock of the one before
 }
 """How times are measured, by version. A database entry names the version; its file's header has the text."""
 

@@ -109,7 +109,8 @@ def test_each_adapter_calls_its_peer_as_released(tool, monkeypatch):
         monkeypatch.setitem(sys.modules, name, package)
     for name, module in stand_ins.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if not installed
+    for name in ("bitsandbytes", "bitsandbytes.functional"):  # as if not installed, whatever ran before
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(tool, "vllm_ops", vllm_stand_in)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
     listed = ours(CARD) + tool.peers(inductor=False, timer=tool.invented)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from int8kit import cli, db, files, trace
 from int8kit.bench import gemm
+from int8kit.spec import GemmShape, Kernel, default_config
 
 WITHOUT_A_CARD = pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here")
 TUNE = ("tune", "--gpu", "rtx3090", "--shapes", "s.json", "-o", "t.json")
@@ -68,12 +69,22 @@ def test_tune_says_where_it_stands(workshop):
 
 
 def test_verify_stamps_what_it_proved(workshop):
-    done = int8kit("verify", "--gpu", "rtx3090", "--db", "t.json", "--examples", "15", cwd=workshop)
+    """One entry of the plain kernel, which every machine executes, beside those that were tuned."""
+    base = db.load(workshop / "t.json")
+    plain = base.entries[0].model_copy(update={"m": 333, "config": default_config(GemmShape(333, 64, 64))})
+    (workshop / "p.json").write_text(base.merged([plain]).dumps())
+    done = int8kit("verify", "--gpu", "rtx3090", "--db", "p.json", "--examples", "15", cwd=workshop)
     assert "holds" in done.stdout
     assert "differs" not in done.stdout
-    assert all(e.verified for e in db.load(workshop / "t.json").entries)
-    done = int8kit("verify", "--gpu", "rtx3090", "--db", "t.json", "--examples", "15", "--json", cwd=workshop)
-    assert {r["name"] for r in json.loads(done.stdout)["results"]} == {"accumulator", "output", "quantize", "entries"}
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    proven = [bool(e.verified) for e in db.load(workshop / "p.json").entries]
+    executed = [here == "cuda" or e.config.kernel is Kernel.POINTER for e in db.load(workshop / "p.json").entries]
+    assert proven == executed
+    assert any(proven)
+    assert all(proven) or f"{proven.count(False)} " in re.search(r"holds; \d+ need a card", done.stdout)[0]
+    done = int8kit("verify", "--gpu", "rtx3090", "--db", "p.json", "--examples", "15", "--json", cwd=workshop)
+    names = {r["name"] for r in json.loads(done.stdout)["results"]}
+    assert names == {"accumulator", "output", "swiglu", "quantize", "entries"}
     assert "up to date" in done.stderr
 
 
@@ -83,7 +94,7 @@ def test_verify_fails_on_a_broken_kernel(tmp_path):
     for name in ("int8kit", "tuning_db", "shapes"):
         source = package / name if (package / name).is_dir() else package
         subprocess.run(["cp", "-r", source, tmp_path / name], check=True)
-    kernel = tmp_path / "int8kit" / "kernels" / "gemm.py"
+    kernel = tmp_path / "int8kit" / "kernels" / "gemm_pointer.py"
     text = kernel.read_text()
     assert text.count("mask=(ks < K - k)[:, None]") == 1
     kernel.write_text(text.replace("mask=(ks < K - k)[:, None]", "mask=(ks <= K - k)[:, None]"))

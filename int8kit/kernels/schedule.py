@@ -12,9 +12,10 @@ A worker that did not take all steps of a tile puts its int32 sums in a slot of 
 whose part completes the tile adds up the slots and stores the tile. Integer sums do not depend on the order, so the
 result is the same to the bit. Nobody waits for another, so nothing can deadlock.
 
-Atomic additions straight into one int32 tile were rejected: on an H200 they cost 37 us a launch and more under load
-(docs/kernel-notes.md). A slot holds BLOCK_M * BLOCK_N int32; worker c's part of its first tile is in slot 2c, of its
-second in slot 2c + 1. done[i] counts the steps of leftover tile i that have been put; the launcher zeroes it.
+Atomic additions straight into one int32 tile were rejected: on an H200 they are slower, and neither pays unless K is
+long and tiles are few (docs/kernel-notes.md). A slot holds BLOCK_M * BLOCK_N int32; worker c's part of its first tile
+is in slot 2c, of its second in slot 2c + 1. done[i] counts the steps of leftover tile i that have been put; the
+launcher zeroes it.
 """
 
 from __future__ import annotations
