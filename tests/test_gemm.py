@@ -1,6 +1,7 @@
 """kernels/gemm.py in whatever executes here: its launcher's refusals, and values against the reference."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,3 +106,24 @@ def test_another_kernel_serves_where_the_named_one_cannot():
         got = gemm.scaled_mm(x, w, sx, sw, config=config)
     assert torch.equal(got, reference.scaled_mm(x, w, sx, sw))
     gemm.scaled_mm(x, w, sx, sw, config=config)  # once, and a warning would be an error here
+
+
+def test_a_kernel_that_no_longer_compiles_is_served_by_the_plain_one(monkeypatch):
+    x, w, sx, sw = operands()
+    config = TileConfig(64, 64, 128, 4, 3, kernel=Kernel.HOPPER)
+    plain = gemm.module(Kernel.POINTER)
+
+    def launch(*_):
+        raise RuntimeError(message)
+
+    broken = SimpleNamespace(why_not=lambda _: None, launch=launch)
+    monkeypatch.setattr(gemm, "module", lambda kernel: plain if kernel is Kernel.POINTER else broken)
+    monkeypatch.setattr(gemm, "why_not", lambda *_: None)
+    gemm._notice.cache_clear()
+    message = "PassManager::run failed"
+    with pytest.warns(gemm.Fallback, match=r"does not compile hopper 64x64x128"):
+        got = gemm.scaled_mm(x, w, sx, sw, config=config)
+    assert torch.equal(got, reference.scaled_mm(x, w, sx, sw))
+    message = "Triton Error [CUDA]: an illegal memory access"  # no compiler's word: not to be hidden
+    with pytest.raises(RuntimeError, match="illegal"):
+        gemm.scaled_mm(x, w, sx, sw, config=config)

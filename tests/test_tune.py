@@ -13,6 +13,7 @@ from int8kit.spec import (
     CheckFailed,
     ConfigError,
     GemmShape,
+    Kernel,
     Source,
     TileConfig,
     default_config,
@@ -45,15 +46,28 @@ SAMPLE = [
 ]
 
 
+AMPERE = [
+    TileConfig(128, 128, 128, 4, 3, kernel=Kernel.AMPERE, stream_k=2),
+    TileConfig(128, 256, 64, 8, 4, kernel=Kernel.AMPERE),
+    TileConfig(16, 64, 128, 4, 4, kernel=Kernel.AMPERE, stream_k=4),
+]
+HOPPER = [
+    TileConfig(128, 128, 128, 8, 6, kernel=Kernel.HOPPER),
+    TileConfig(256, 128, 128, 8, 4, kernel=Kernel.HOPPER, stream_k=1),
+    TileConfig(64, 64, 128, 8, 10, kernel=Kernel.HOPPER),
+]
+
+
 @pytest.fixture(scope="module", params=[80, 86, 89, 90])
 def compiled(request):
     jobs = [(c, even) for c in SAMPLE for even in (True, False)]
+    jobs += [(c, True) for c in (HOPPER if request.param == 90 else AMPERE)]
     return request.param, dict(workers.compile_all(request.param, jobs))
 
 
 def test_compiles_for_absent_cards(compiled):
     arch, outcomes = compiled
-    assert len(outcomes) == 2 * len(SAMPLE)
+    assert len(outcomes) == 2 * len(SAMPLE) + 3
     for (config, _), resources in outcomes.items():
         assert isinstance(resources, Resources), resources
         assert 16 <= resources.registers <= 255
@@ -62,19 +76,28 @@ def test_compiles_for_absent_cards(compiled):
         assert resources.shared_bytes <= shared_memory_bound(config, arch=arch)
 
 
-def _instructions(arch):
+def _instructions(arch, config):
     from int8kit.verify.foreign import tensor_core_instructions
 
-    ptx = offline.assemble(arch, TileConfig(128, 128, 64, 8, 3)).asm["ptx"]
+    ptx = offline.assemble(arch, config).asm["ptx"]
     return tensor_core_instructions(ptx), "fma.rn.f32" in ptx, ".ftz" in ptx
 
 
-@pytest.mark.parametrize(("arch", "instruction"), [(86, "mma.sync"), (90, "wgmma.mma_async")])
-def test_runs_on_integer_tensor_cores_and_contracts_nothing(arch, instruction):
+@pytest.mark.parametrize(
+    ("arch", "config", "instruction"),
+    [
+        (86, TileConfig(128, 128, 64, 8, 3), "mma.sync"),
+        (90, TileConfig(128, 128, 64, 8, 3), "wgmma.mma_async"),
+        (86, AMPERE[0], "mma.sync"),
+        (90, HOPPER[1], "wgmma.mma_async"),
+    ],
+    ids=str,
+)
+def test_runs_on_integer_tensor_cores_and_contracts_nothing(arch, config, instruction):
     import multiprocessing
 
     with workers._no_interpreter(), multiprocessing.get_context("spawn").Pool(1) as pool:
-        found, fma, ftz = pool.apply(_instructions, (arch,))
+        found, fma, ftz = pool.apply(_instructions, (arch, config))
     assert found == {instruction}
     assert not fma
     assert not ftz

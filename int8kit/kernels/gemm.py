@@ -7,8 +7,8 @@
     out [M, N] bf16 | fp16 | fp32, or the int32 sums themselves, contiguous along N, any stride between rows
 
 `TileConfig.kernel` names the device code: `gemm_pointer`, `gemm_ampere` or `gemm_hopper`. All compute the same bits.
-Where the named one cannot serve, because Triton has no Gluon or the tensors' rows are not aligned, the pointer kernel
-does, with `spec.default_config` and a warning, once for each reason. Each of the modules has
+Where the named one cannot serve, because this Triton has no Gluon or another one, or the tensors' rows are not aligned,
+the pointer kernel does, with `spec.default_config` and a warning, once for each reason. Each of the modules has
 
     DEVICE_CODE                      what the kernel's hash is made of
     why_not(operands)                the reason why it cannot serve these tensors, or None
@@ -35,6 +35,7 @@ from int8kit.spec import ConfigError, GemmShape, Kernel, TileConfig, default_con
 
 __all__ = [
     "OUT_DTYPES",
+    "Fallback",
     "accumulate",
     "interpreted",
     "kernel_hash",
@@ -44,6 +45,10 @@ __all__ = [
     "toolchain",
     "why_not",
 ]
+
+
+class Fallback(UserWarning):
+    """The pointer kernel serves instead of the one that was named. The tuner and the verifier take it for an error."""
 
 
 @lru_cache(maxsize=len(Kernel))
@@ -66,10 +71,13 @@ def kernel_hash(kernel: Kernel = Kernel.POINTER) -> str:
 
     layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     digest = hashlib.sha256()
-    for part in module(kernel).DEVICE_CODE:  # functions, and the numbers they use
-        source = inspect.getsource(part.fn) if hasattr(part, "fn") else str(part.value)
-        tokens = [t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in layout]
-        digest.update(" ".join(tokens).encode())
+    for part in module(kernel).DEVICE_CODE:
+        if hasattr(part, "fn"):
+            source = io.StringIO(inspect.getsource(part.fn)).readline
+            text = " ".join(t.string for t in tokenize.generate_tokens(source) if t.type not in layout)
+        else:  # a number or a string that the functions use: no Python, which versions would take apart differently
+            text = str(part.value)
+        digest.update(text.encode())
     return digest.hexdigest()[:12]
 
 
@@ -173,19 +181,32 @@ def _rounded(operands: Operands, config: TileConfig, arch: str | None) -> torch.
 def _launch(operands: Operands, config: TileConfig, arch: str | None) -> None:
     if operands.m == 0:
         return
-    if (reason := why_not(operands, config.kernel)) is not None:
-        _notice(config.kernel, reason)
-        config = default_config(GemmShape(operands.m, operands.n, operands.k))
+    options = {} if arch is None else {"arch": arch}
+    reason = why_not(operands, config.kernel)
     try:
         with on_device(operands.xq):
-            module(config.kernel).launch(operands, config, {} if arch is None else {"arch": arch})
+            if reason is None:
+                try:
+                    module(config.kernel).launch(operands, config, options)
+                    return
+                except Exception as error:
+                    if config.kernel is Kernel.POINTER or not _is_compilers(error):
+                        raise
+                    reason = f"Triton {triton.__version__} does not compile {config}"
+            _notice(config.kernel, reason)
+            config = default_config(GemmShape(operands.m, operands.n, operands.k))
+            module(config.kernel).launch(operands, config, options)
     except triton.runtime.errors.OutOfResources as error:
         raise ConfigError(f"{config} does not fit this card: {error}; take a smaller tile or fewer stages") from None
+
+
+def _is_compilers(error: Exception) -> bool:
+    """Gluon changes between versions of Triton: what no longer compiles must not end a run."""
+    return isinstance(error, triton.compiler.errors.CompilationError) or "PassManager::run failed" in str(error)
 
 
 @lru_cache(maxsize=256)
 def _notice(kernel: Kernel, reason: str) -> None:
     """Warn, once for each reason."""
-    warnings.warn(
-        f"the pointer kernel serves instead of the {kernel} kernel, same bits but slower: {reason}", stacklevel=4
-    )
+    message = f"the pointer kernel serves instead of the {kernel} kernel, same bits but slower: {reason}"
+    warnings.warn(message, Fallback, stacklevel=4)

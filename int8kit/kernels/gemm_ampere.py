@@ -24,7 +24,8 @@ from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia import ampere
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from int8kit.kernels import activations, schedule
 from int8kit.kernels.activations import silu
@@ -33,6 +34,7 @@ from int8kit.kernels.operands import COMPILE_OPTIONS, Operands, cdiv, run
 from int8kit.kernels.schedule import combine, part, parts_of, tile_corner
 from int8kit.spec import TileConfig, warp_grid
 
+async_copy = schedule.with_names(ampere.async_copy, async_copy_global_to_shared="async_load")
 FRAGMENT_K = 32  # columns of K that one int8 mma.sync takes
 STRIDE_MAX = 2**23  # a tile has up to 256 rows, addressed in 31 bits
 PASS_K = 384  # columns of K in one pass of the unrolled loop, at least: shorter ones cost 4 %

@@ -36,7 +36,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from int8kit.kernels import activations, schedule
@@ -46,6 +46,9 @@ from int8kit.kernels.operands import COMPILE_OPTIONS, Operands, cdiv, run
 from int8kit.kernels.schedule import combine, part, parts_of, share, tile_corner
 from int8kit.spec import TileConfig
 
+tma = schedule.with_names(
+    hopper.tma, async_copy_global_to_shared="async_load", async_copy_shared_to_global="async_store"
+)
 # Steps that the second multiplier of a shared tile stays behind, so that one's epilogue meets the other's products.
 LAG: gl.constexpr = gl.constexpr(3)
 CHUNK_BYTES = 64  # of a row, in one TMA store

@@ -21,6 +21,7 @@ launcher zeroes it.
 from __future__ import annotations
 
 from functools import lru_cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from int8kit.spec import TileConfig
+
+
+def with_names(module: ModuleType, **new_names: str) -> ModuleType:
+    """`module` with functions under the names that Triton 3.6 and 3.7 have for them; new_names: what 3.9 calls each."""
+    view = ModuleType(module.__name__)
+    vars(view).update(vars(module))
+    for name, new in new_names.items():
+        setattr(view, name, getattr(module, new, None) or getattr(module, name))
+    return view
+
 
 sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,9 @@ class Bench:
         """None if `config` runs here, bit-equal to the truth; else the reason, opening with its class."""
         self.out.fill_(torch.nan)
         try:
-            self.call(config)()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", gemm.Fallback)
+                self.call(config)()
             torch.cuda.synchronize()
         except ConfigError as error:
             return f"resources: {error}"

@@ -14,6 +14,7 @@ Examples are drawn and shrunk by hypothesis; the smallest that fails is what a R
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -310,7 +311,9 @@ def run(
     Properties are tried over the database's configurations, the default and SMALL_TILES. on_example is told of each
     example before it is tried.
     """
-    with np.errstate(all="ignore"):  # the interpreter computes in numpy, which warns of the overflows drawn on purpose
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        # the interpreter computes in numpy, which warns of the overflows drawn on purpose
+        warnings.simplefilter("error", gemm.Fallback)  # else another kernel than the named one would be judged
         return _run(name, executor, database, examples, random_seed, on_example)
 
 
