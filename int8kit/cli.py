@@ -367,6 +367,7 @@ def bench_gemm(
     only: Annotated[list[str] | None, typer.Option(help="Only int8kit and this contestant; repeatable.")] = None,
     inductor: Annotated[bool, typer.Option(help="Also torch.compile's max-autotune: minutes a shape.")] = False,
     rounds: Annotated[int, typer.Option(help="Samples of each contestant.")] = 21,
+    sample_ms: Annotated[float, typer.Option(help="Length of a sample; from 20 on, power limits count.")] = 4.0,
     graph: Annotated[bool, typer.Option(help="Replay CUDA graphs, which takes the host out of small shapes.")] = True,
     output: Annotated[
         Path | None, typer.Option("--out", "-o", help="The JSON document, kept after each shape.")
@@ -387,7 +388,8 @@ def bench_gemm(
     listed = contestants.ours(gpus.present() or gpus.get("h200"), gpu=gpu, path=database, arch=arch)
     listed = contestants.only(listed + contestants.standard(inductor), only or ())
     todo = gemm.wanted(shape, shapes, limit)
-    outcome = gemm.session(todo, listed, gemm.Setting(rounds, graph), output=output, force=force, note=_note)
+    setting = gemm.Setting(rounds, graph, sample_us=round(sample_ms * 1000))
+    outcome = gemm.session(todo, listed, setting, output=output, force=force, note=_note)
     print(report.bench_tables(outcome.document()), file=sys.stderr if as_json else sys.stdout)
     print(json.dumps(outcome.document()))
     outcome.conclude()

@@ -312,3 +312,12 @@ def test_one_line():
 def test_throttling_has_names():
     assert sensors.throttling(0x1 | 0x2) == []  # idle, clocks that the user has set
     assert sensors.throttling(0x4 | 0x40) == ["power cap", "hardware thermal"]
+
+
+def test_the_length_of_a_sample_reaches_the_timer(monkeypatch):
+    seen = []
+    monkeypatch.setattr(gemm.measure, "interleave", lambda calls, rounds, sample_us: seen.append((rounds, sample_us)))
+    gemm.Setting(rounds=5, sample_us=80000).time([])
+    assert seen == [(5, 80000)]
+    with pytest.raises(InputError, match=r"samples of 0.05 ms: legal is 0.1 to 10000"):
+        gemm.session([SHAPE], [], gemm.Setting(sample_us=50))

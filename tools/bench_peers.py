@@ -258,6 +258,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="all but this one; repeatable")
     parser.add_argument("--inductor", action="store_true", help="also torch.compile's max-autotune")
     parser.add_argument("--rounds", type=int, default=gemm.ROUNDS)
+    parser.add_argument("--sample-ms", type=float, default=4.0, help="length of a sample; from 20, power limits count")
     parser.add_argument("--no-graph", dest="graph", action="store_false", help="launch everything from the host")
     parser.add_argument("--out", type=Path, help="the JSON document, kept after each shape")
     parser.add_argument("--json", action="store_true", help="only the JSON on stdout")
@@ -281,9 +282,8 @@ def bench(args: argparse.Namespace) -> gemm.Outcome:
         todo = gemm.wanted(args.shape or (None if args.shapes else DRY_SHAPES), args.shapes, args.limit)
         return gemm.run(todo, listed, card, setting, on_shape=gemm.keeper(args.out, note))
     todo = gemm.wanted(args.shape, args.shapes, args.limit)
-    return gemm.session(
-        todo, listed, gemm.Setting(args.rounds, args.graph), output=args.out, force=args.force, note=note
-    )
+    setting = gemm.Setting(args.rounds, args.graph, sample_us=round(args.sample_ms * 1000))
+    return gemm.session(todo, listed, setting, output=args.out, force=args.force, note=note)
 
 
 def main() -> None:

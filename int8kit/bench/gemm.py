@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from int8kit.tune import measure
 FORMAT = "int8kit.bench/1"
 POLICY = (
     "operands quantized from normal data; weights rotated past twice the L2; contestants interleaved round by round in "
-    "an order shuffled anew each time, in samples of some 4 ms; CUDA events; medians with p20 and p80"
+    "an order shuffled anew each time; CUDA events; medians with p20 and p80"
 )
 ROUNDS = 21
 GRAPH_US = 1000  # a graph is about so long or longer, unless it has so many launches:
@@ -55,13 +56,22 @@ Timer = Callable[[Sequence[Callable[[], Any]], int], list[measure.Times]]
 
 @dataclass(frozen=True)
 class Setting:
-    """How to measure. timer and device are for tests, which have no card."""
+    """How to measure. timer and device are for tests, which have no card.
+
+    sample_us: how long a contestant runs in each round. In a few milliseconds a card keeps a clock that its power limit
+    takes away in some 20: the two can rank kernels differently.
+    """
 
     rounds: int = ROUNDS
     graph: bool = True
     device: str = "cuda"
     copies: int | None = None  # of each weight; default: past twice the L2
-    timer: Timer = measure.interleave
+    sample_us: int = measure.SAMPLE_US
+    timer: Timer | None = None
+
+    def time(self, calls: Sequence[Callable[[], Any]]) -> list[measure.Times]:
+        """The quantiles of each call over the rounds."""
+        return (self.timer or partial(measure.interleave, sample_us=self.sample_us))(calls, self.rounds)
 
 
 @dataclass
@@ -158,6 +168,8 @@ def session(
     """
     if setting.rounds < 1:
         raise InputError(f"{setting.rounds} rounds: legal is 1 or more")
+    if not 100 <= setting.sample_us <= 10_000_000:
+        raise InputError(f"samples of {setting.sample_us / 1000:g} ms: legal is 0.1 to 10000")
     if output is not None:
         files.check_target(output, ours=lambda p: files.is_ours(p, FORMAT), force=force)
     card = present()
@@ -230,7 +242,7 @@ def measure_shape(
             rows.append({"name": c.name, "kind": c.kind, "timed_by": call.by, "differs": differs, "prepare_s": took,
                          "note": call.note})  # fmt: skip
             calls.append((c, call))
-        times = setting.timer([call for _, call in calls], setting.rounds) if calls else []
+        times = setting.time([call for _, call in calls]) if calls else []
         state = _under_load(sensors, calls[0][1], times[0].p50) if sensors and calls else None
         for row, (c, call), t in zip(rows, calls, times, strict=True):
             p20, p50, p80 = (us / call.launches for us in (t.p20, t.p50, t.p80))
@@ -296,10 +308,11 @@ def _conditions(card: Gpu, setting: Setting, sensors: Sensors | None, health: fl
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
         "int8kit": __version__,
-        "kernel": gemm.kernel_hash(),
+        "kernels": gemm.toolchain().kernels,
         "policy": POLICY,
         "timed_by": "CUDA graphs where a contestant can be captured, else launches from the host, as each row says",
         "rounds": setting.rounds,
+        "sample_us": setting.sample_us,
         "health_tflops": None if health is None else round(health, 1),
         "card_before": sensors.read() if sensors else None,
         "card_after": None,

@@ -97,7 +97,7 @@ def estimate(shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gp
     more stages are in flight: eff = 1 - loose / (warps / 4 * sqrt(stages in flight)), with LOOSE by kernel, a fit to no
     card. What cannot overlap is added: filling the pipeline and, shared by the resident blocks, storing the tile. A
     spilled byte costs a load and a store in every step. With stream-K the busiest multiprocessor makes tiles / sms of a
-    tile, and writes and reads the sums of two.
+    tile, and writes and reads the sums of two, at a quarter of L2's rate as measured on an H200.
     """
     resident = blocks_per_sm(config, resources, gpu)
     if resident == 0:
@@ -128,7 +128,7 @@ def estimate(shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gp
     sums = 0.0
     if config.stream_k and tiles % (config.stream_k * gpu.sms):
         busiest = tiles / gpu.sms
-        sums = 4 * bm * bn * 4 / l2_clock / clock_ghz / 1e3
+        sums = 4 * (2 * 2 * bm * bn * 4) / l2_clock / clock_ghz / 1e3
 
     dram = shape.m * shape.k + shape.n * shape.k + 2 * shape.m * shape.n
     return LAUNCH_US + sums + max(busiest * clocks / clock_ghz / 1e3, dram / gpu.dram_gb_s / 1e3)
