@@ -124,7 +124,7 @@ def _measured(
     bench = measure.Bench(shape, card, arch=f"sm{gpu.arch}" if source is Source.PROXY else None)
     default = default_config(shape)
     plain = [config for _, config, _ in ranked if config.kernel is Kernel.POINTER][:CONTESTANTS]
-    # the other kernels' few are all tried: the model has put the best of them 13th
+    # the other kernels' few are all tried: the model has put the best of them below its first twelve
     entrants = dict.fromkeys([*(c for _, c, _ in ranked if c.kernel is not Kernel.POINTER), *plain, default])
     wrong = {config: reason for config in entrants if (reason := bench.why_not(config))}
     exact = [config for config in entrants if config not in wrong]
