@@ -311,7 +311,7 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
     compile_options = {"num_warps": config.num_warps} | options
     run(
         _gemm_ampere,
-        tiles - leftover + workers,
+        (tiles - leftover + workers, 1),
         args,
         values,
         tuple(compile_options.items()),

@@ -376,7 +376,7 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
     values = _constants(config, o.bias is not None, o.sums_only, o.swiglu)
     args = (*descriptors, *o.vectors, slots, done, o.m, o.n, o.k, config.group_m)
     key = o.key and (config, *o.key)
-    run(_gemm_hopper, programs, args, values, (("num_warps", 4), *options.items()), key)
+    run(_gemm_hopper, (programs, 1), args, values, (("num_warps", 4), *options.items()), key)
 
 
 def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> tuple[Any, dict[str, Any]]:

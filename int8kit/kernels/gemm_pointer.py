@@ -129,7 +129,7 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
     compile_options = {"num_warps": config.num_warps, "num_stages": config.num_stages} | options
     grid = cdiv(o.m, config.block_m) * cdiv(o.n, config.block_n)
     key = o.key and (config, o.k % config.block_k == 0, *o.key)
-    run(_gemm, grid, args, values, tuple(compile_options.items()), key)
+    run(_gemm, (grid, 1), args, values, tuple(compile_options.items()), key)
 
 
 def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> tuple[Any, dict[str, Any]]:

@@ -7,9 +7,10 @@ out[m, n] = sum_k x[m, k] * w[n, k]                     sums: sx, sw and bias ab
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -87,20 +88,18 @@ class Operands:
         """True if out is the int32 sums."""
         return self.sx is None
 
-    @property
+    @cached_property
     def key(self) -> tuple[Any, ...] | None:
         """What Triton specializes a kernel for in these tensors, if all that can be a multiple of 16 is one; or None.
 
         M is not among it.
         """
-        sx, sw, bias = self.vectors
-        loose = self.n | self.k | self.xq.stride(0) | self.wq.stride(0) | self.out.stride(0) | self.out.data_ptr()
-        loose |= self.xq.data_ptr() | self.wq.data_ptr() | sx.data_ptr() | sw.data_ptr() | bias.data_ptr()
-        if loose % 16:
-            return None
-        return self.out.dtype, bias.dtype, self.bias is not None, self.sums_only, self.swiglu
+        matrices = self.xq, self.wq, self.out
+        integers = self.n, self.k, *(matrix.stride(0) for matrix in matrices)
+        dtypes = aligned_dtypes((*matrices, *self.vectors), integers)
+        return dtypes and (*dtypes, self.bias is not None, self.sums_only, self.swiglu)
 
-    @property
+    @cached_property
     def vectors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """sx, sw and bias for a launch. A kernel reads no vector that it has no use for: any tensor stands for one."""
         return tuple(self.xq if v is None else v for v in (self.sx, self.sw, self.bias))  # type: ignore[return-value]
@@ -123,9 +122,21 @@ def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device)
 
 
+def aligned_dtypes(tensors: Iterable[torch.Tensor], integers: Iterable[int]) -> tuple[torch.dtype, ...] | None:
+    """What Triton specializes a kernel on, if every address and integer is a multiple of 16; or None."""
+    loose = 0
+    dtypes = []
+    for tensor in tensors:
+        loose |= tensor.data_ptr()
+        dtypes.append(tensor.dtype)
+    for integer in integers:
+        loose |= integer
+    return None if loose % 16 else tuple(dtypes)
+
+
 def run(
     function: Any,
-    grid: int,
+    grid: tuple[int, int],
     args: tuple[Any, ...],
     constants: tuple[tuple[str, Any], ...],
     options: tuple[tuple[str, Any], ...],
@@ -133,16 +144,16 @@ def run(
 ) -> None:
     """Launch `function` on `grid` programs of the present device; args and constants in the order of its parameters.
 
-    key stands for the constants and for all that Triton specializes on (`Operands.key`): the compiled kernel is kept by
-    it and launched past Triton's own look-up, which binds and hashes every argument anew, for longer than a small GEMM
-    takes on the card. None: let Triton look.
+    key stands for the constants and for all that Triton specializes on (`aligned_dtypes`): the compiled kernel is kept
+    by it and launched past Triton's own look-up, which binds and hashes every argument anew, for longer than a small
+    GEMM takes on the card. None: let Triton look.
     """
     if interpreted():
         key = None
     device = -1 if key is None else torch.cuda.current_device()
     kernel = _COMPILED.get((function, device, key, options))
     if kernel is None:
-        kernel = function[(grid, 1, 1)](*args, **dict(constants), **COMPILE_OPTIONS, **dict(options))
+        kernel = function[grid](*args, **dict(constants), **COMPILE_OPTIONS, **dict(options))
         if key is not None:
             _COMPILED[function, device, key, options] = kernel
         return
@@ -150,7 +161,7 @@ def run(
     metadata = kernel.packed_metadata
     values = [value for _, value in constants]
     # what Triton's own launch ends in; no hooks and no metadata for them
-    kernel.run(grid, 1, 1, stream, kernel.function, metadata, None, None, None, *args, *values)
+    kernel.run(*grid, 1, stream, kernel.function, metadata, None, None, None, *args, *values)
 
 
 _COMPILED: dict[tuple[Any, ...], Any] = {}  # for the process, like Triton's own

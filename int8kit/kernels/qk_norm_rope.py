@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 
 from int8kit.kernels import rows
-from int8kit.kernels.operands import on_device
 from int8kit.kernels.rows import WARPS, reciprocal_root, sums_of_rows, widen
 from int8kit.spec import ConfigError, ShapeError
 
@@ -172,9 +171,9 @@ def qk_norm_rope(
     tensors = [rows.exact(t) for t in (qkv, q_weight, k_weight, cos, sin)]
     outs = [rows.exact(t) for t in (q, k)]  # on a card, q and k themselves
     grid = (m, -(-heads // (tile.heads * tile.tiles)))
-    with on_device(qkv):
-        _qk_norm_rope[grid](
-            *tensors, *outs, cos.shape[0], tensors[0].stride(0), tensors[3].stride(0), tensors[4].stride(0), eps,
-            H=heads, D=d, HEADS=tile.heads, TILES=tile.tiles, num_warps=tile.num_warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    rows.launch(
+        _qk_norm_rope, grid, (*tensors, *outs), tuple(tensors[i].stride(0) for i in (0, 3, 4)),
+        free=(cos.shape[0],), floats=(eps,), num_warps=tile.num_warps,
+        H=heads, D=d, HEADS=tile.heads, TILES=tile.tiles,
+    )  # fmt: skip
     return outs[0].to(q.dtype), outs[1].to(k.dtype)

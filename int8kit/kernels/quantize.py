@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from int8kit.kernels import rows
-from int8kit.kernels.operands import on_device, run
 from int8kit.kernels.rows import (
     INTERPRETED,
     ROUNDER,
@@ -100,12 +99,8 @@ def quantize(
     held = k <= rows.K_MAX_HELD
     tile = tile or (rows.default_tile(k) if held else rows.RowTile(LONG_CHUNK, LONG_WARPS))
     x = rows.exact(x)
-    args = x, q, s, x.stride(0), q.stride(0)
-    loose = x.data_ptr() | q.data_ptr() | s.data_ptr() | x.stride(0) | q.stride(0)
-    key = None if loose % 16 else (x.dtype, k, tile)
-    with on_device(x):
-        run(
-            _quantize if held else _quantize_long, m, args, (("K", k), ("CHUNK", tile.chunk)),
-            (("num_warps", tile.num_warps),), key,
-        )  # fmt: skip
+    rows.launch(
+        _quantize if held else _quantize_long, (m, 1), (x, q, s), (x.stride(0), q.stride(0)),
+        num_warps=tile.num_warps, K=k, CHUNK=tile.chunk,
+    )  # fmt: skip
     return q, s

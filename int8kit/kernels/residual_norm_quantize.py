@@ -15,14 +15,11 @@ Bit-equal to `int8kit.reference.residual_norm_quantize` under every tile: `rows`
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from int8kit.kernels import rows
-from int8kit.kernels.operands import on_device
 from int8kit.kernels.rms_norm_quantize import norm_and_quantize
 from int8kit.kernels.rows import (
     RowTile,
@@ -97,11 +94,10 @@ def residual_norm_quantize(
     if m == 0:
         return new, q, s
     matrices = [rows.exact(t) for t in (residual, branch, branch_weight, gate, weight, modulation)]
-    strides = [matrices[i].stride(0) for i in (0, 1, 3, 5)]
-    values: dict[str, Any] = {"K": k, "CHUNK": tile.chunk, "DTYPE": rows.FLOATS[residual.dtype]}
     out = rows.exact(new)  # on a card, new itself
-    with on_device(q):
-        _residual_norm_quantize[(m,)](
-            *matrices, out, q, s, image_rows, *strides, eps, **values, num_warps=tile.num_warps, enable_fp_fusion=False
-        )
+    rows.launch(
+        _residual_norm_quantize, (m, 1), (*matrices, out, q, s), tuple(matrices[i].stride(0) for i in (0, 1, 3, 5)),
+        free=(image_rows,), floats=(eps,), num_warps=tile.num_warps,
+        K=k, CHUNK=tile.chunk, DTYPE=rows.FLOATS[residual.dtype],
+    )  # fmt: skip
     return out.to(new.dtype), q, s

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 from int8kit.kernels import rows
-from int8kit.kernels.operands import on_device
 from int8kit.kernels.rows import (
     RowTile,
     larger,
@@ -91,11 +90,11 @@ def rms_norm_quantize(
     s = torch.empty(m, dtype=torch.float32, device=x.device)
     if m:
         x, weight, modulation = rows.exact(x), rows.exact(weight), rows.exact(modulation)
-        with on_device(q):
-            _rms_norm_quantize[(m,)](
-                x, x if weight is None else weight, x if modulation is None else modulation, q, s,
-                image_rows, x.stride(0), 0 if modulation is None else modulation.stride(0), eps,
-                K=k, CHUNK=tile.chunk, HAS_WEIGHT=weight is not None, HAS_MODULATION=modulation is not None,
-                num_warps=tile.num_warps, enable_fp_fusion=False,
-            )  # fmt: skip
+        rows.launch(
+            _rms_norm_quantize, (m, 1),
+            (x, x if weight is None else weight, x if modulation is None else modulation, q, s),
+            (x.stride(0), 0 if modulation is None else modulation.stride(0)),
+            free=(image_rows,), floats=(eps,), num_warps=tile.num_warps,
+            K=k, CHUNK=tile.chunk, HAS_WEIGHT=weight is not None, HAS_MODULATION=modulation is not None,
+        )  # fmt: skip
     return q, s

@@ -30,12 +30,13 @@ normal number, RN(y / s) <= 127 + 2**-17 needs no clamp.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import torch
 import triton
 import triton.language as tl
 
+from int8kit.kernels import operands
 from int8kit.spec import ConfigError, ShapeError
 
 FLOATS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -236,6 +237,27 @@ def store_quantized(q_ptr, ys, s, K: tl.constexpr, CHUNK: tl.constexpr):
             q = tl.minimum(tl.maximum(tl.div_rn(ys[c], divisor), -127.0), 127.0)
             q = tl.where(s > 0, q, 0.0) + ROUNDER
             store_chunk(q_ptr, q.to(tl.int32, bitcast=True).to(tl.int8), c, K, CHUNK)
+
+
+def launch(
+    function: Any,
+    grid: tuple[int, int],
+    tensors: tuple[torch.Tensor, ...],
+    strides: tuple[int, ...],
+    *,
+    free: tuple[int, ...] = (),
+    floats: tuple[float, ...] = (),
+    num_warps: int,
+    **constants: Any,
+) -> None:
+    """Launch a kernel whose parameters are tensors, free integers (not specialized on), strides, floats, constants."""
+    dtypes = operands.aligned_dtypes(tensors, strides)
+    values = tuple(constants.items())
+    with operands.on_device(tensors[0]):
+        operands.run(
+            function, grid, (*tensors, *free, *strides, *floats), values, (("num_warps", num_warps),),
+            dtypes and (*dtypes, values),
+        )  # fmt: skip
 
 
 def check_matrix(name: str, x: torch.Tensor, shape: tuple[int, int] | None = None) -> None:

@@ -19,7 +19,6 @@ import triton.language as tl
 
 from int8kit.kernels import rows
 from int8kit.kernels.activations import silu
-from int8kit.kernels.operands import on_device
 from int8kit.kernels.rows import RowTile, larger, load_row, row_scale, store_quantized, widen
 from int8kit.spec import ShapeError
 
@@ -62,8 +61,7 @@ def swiglu_quantize(gu: torch.Tensor, *, tile: RowTile | None = None) -> tuple[t
     s = torch.empty(m, dtype=torch.float32, device=gu.device)
     if m:
         gu = rows.exact(gu)
-        with on_device(q):
-            _swiglu_quantize[(m,)](
-                gu, q, s, gu.stride(0), F=f, CHUNK=tile.chunk, num_warps=tile.num_warps, enable_fp_fusion=False
-            )
+        rows.launch(
+            _swiglu_quantize, (m, 1), (gu, q, s), (gu.stride(0),), num_warps=tile.num_warps, F=f, CHUNK=tile.chunk
+        )
     return q, s
