@@ -191,7 +191,7 @@ def tune(
             bar.update(task, total=len(wanted))
             for shape in sorted(wanted):
                 entry = search.choose(shape, card, space, source)
-                kept += entry not in db.update(path, card, [entry], force=force).entries
+                kept += not db.update(path, card, [entry], force=force).holds(entry)
                 entries.append(entry)
                 bar.advance(task)
     except CheckFailed:

@@ -180,6 +180,10 @@ class Database:
                 entries[entry.key] = entry.model_copy(update={"verified": old.verified}) if same else entry
         return Database(self.gpu, tuple(sorted(entries.values(), key=lambda e: e.key)))
 
+    def holds(self, entry: Entry) -> bool:
+        """True if `entry` is in it, its verification aside."""
+        return any(e.model_copy(update={"verified": entry.verified}) == entry for e in self.entries)
+
     def stamped(self, stamps: dict[tuple[int, int, int, str], Sequence[Stamp]]) -> Database:
         """With verification stamps, by entry key. Stamps of another kernel source are void and dropped.
 

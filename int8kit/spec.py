@@ -29,7 +29,8 @@ _HOT = ", in samples of 20 ms, so that the card's power limit counts as it does 
 POLICIES = {
     1: _TIMED.format("turning order"),
     2: _TIMED.format("turning order" + _HOT),
-    3: _TIMED.format("an order shuffled anew each time" + _HOT),  # a contestant inherits the clock of the one before
+    # a contestant inherits the clock of the one before it; a launch from Python takes longer than a small GEMM
+    3: _TIMED.format("an order shuffled anew each time" + _HOT) + "; CUDA graphs of launches",
 }
 """How times are measured, by version. A database entry names the version; its file's header has the text."""
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import random
 import statistics
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,22 +71,40 @@ class Bench:
         self.x, self.w16 = x, [w] + [w.clone() for _ in range(copies - 1)]
         acc = torch._int_mm(self.xq, wq.t()) if m > 16 else reference.accumulate(self.xq, wq)
         self.truth = reference.dequantize(acc, self.sx, self.sw, self.bias, torch.bfloat16)
-        self._turn = 0
+        self._stream = torch.cuda.Stream()
 
-    def call(self, config: TileConfig) -> Callable[[], Any]:
-        """A function that launches the GEMM once under `config`, each time on the next copy of the weight."""
+    def call(self, config: TileConfig, copy: int = 0) -> None:
+        """Launch the GEMM under `config`, on that copy of the weight."""
+        w = self.weights[copy]
+        gemm.scaled_mm(self.xq, w, self.sx, self.sw, self.bias, config=config, out=self.out, arch=self.arch)
 
-        def launch() -> None:
-            self._turn += 1
-            w = self.weights[self._turn % len(self.weights)]
-            gemm.scaled_mm(self.xq, w, self.sx, self.sw, self.bias, config=config, out=self.out, arch=self.arch)
+    def bf16(self, copy: int) -> None:
+        """One bf16 product of the same shape by torch's library, on that copy of the weight."""
+        torch.mm(self.x, self.w16[copy].t(), out=self.out)
 
-        return launch
+    def times(self, configs: Iterable[TileConfig], rounds: int, sample_us: int, *, bf16: bool = False) -> list[Times]:
+        """Microseconds of a launch under each of `configs`, and of `bf16` last, if that is asked for.
 
-    def bf16(self) -> None:
-        """One bf16 product of the same shape by torch's library, on the next copy of the weight."""
-        self._turn += 1
-        torch.mm(self.x, self.w16[self._turn % len(self.w16)].t(), out=self.out)
+        Each was launched before (`why_not`), and is timed as a graph of launches over all copies of the weight: a
+        launch from Python takes longer than a small GEMM, and would hide it.
+        """
+        calls: list[Callable[[int], None]] = [partial(self.call, config) for config in configs]
+        graphs = [self._graph(call) for call in [*calls, *([self.bf16] if bf16 else [])]]
+        torch.cuda.synchronize()
+        return interleave([graph.replay for graph in graphs], rounds, sample_us, launches=len(self.weights))
+
+    def _graph(self, call: Callable[[int], None]) -> torch.cuda.CUDAGraph:
+        call(0)  # a library may set itself up
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(
+            self._stream
+        ):  # not torch.cuda.graph: it collects garbage, for longer than all else takes
+            graph.capture_begin()
+            for copy in range(len(self.weights)):
+                call(copy)
+            graph.capture_end()
+        return graph
 
     def why_not(self, config: TileConfig) -> str | None:
         """None if `config` runs here, bit-equal to the truth; else the reason, opening with its class."""
@@ -93,7 +112,7 @@ class Bench:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", gemm.Fallback)
-                self.call(config)()
+                self.call(config)
             torch.cuda.synchronize()
         except ConfigError as error:
             return f"resources: {error}"
@@ -102,20 +121,24 @@ class Bench:
         return None if torch.equal(self.out, self.truth) else f"wrong: {config} is not bit-equal to the reference"
 
 
-def interleave(calls: Sequence[Callable[[], Any]], rounds: int, sample_us: int = SAMPLE_US) -> list[Times]:
+def interleave(
+    calls: Sequence[Callable[[], Any]], rounds: int, sample_us: int = SAMPLE_US, *, launches: int = 1
+) -> list[Times]:
     """Time each of `calls` once a round, for about sample_us, in an order shuffled anew (but always alike) each round.
+
+    launches: how many one call makes; times are of one.
 
     Shuffled, because a contestant inherits the clock of the one before it: at the power limit some per cent.
     """
     repeats = []
     for call in calls:
-        _sample(call, 2)
-        repeats.append(max(1, round(sample_us / _sample(call, 2))))
+        _sample(call, 1)
+        repeats.append(max(1, round(sample_us / _sample(call, 1))))
     samples: list[list[float]] = [[] for _ in calls]
     order = random.Random(0)
     for _ in range(rounds):
         for i in order.sample(range(len(calls)), len(calls)):
-            samples[i].append(_sample(calls[i], repeats[i]))
+            samples[i].append(_sample(calls[i], repeats[i]) / launches)
     return [_quantiles(times) for times in samples]
 
 
