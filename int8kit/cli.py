@@ -9,17 +9,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from int8kit import __version__
+from int8kit import __version__, cli_db
 from int8kit.spec import CheckFailed, FileError, InputError, Int8kitError, Source
+from int8kit.terminal import Force, Json, note, progress, show, stage
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -27,12 +24,10 @@ app = typer.Typer(
 )  # fmt: skip
 bench = typer.Typer(rich_markup_mode=None, help="Time int8kit beside other kernels, in one run.")
 app.add_typer(bench, name="bench")
+app.add_typer(cli_db.app, name="db")
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 _EXTRAS = {"diffusers": "run", "transformers": "run", "PIL": "run", "bitsandbytes": "nf4", "hypothesis": "verify"}
-_stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite a file that int8kit did not write.")]
 SIZES = ("768x768", "1024x1024", "1536x1536", "2048x2048")  # of the shapes files that are committed
 STOCK_SLOTS = 2048
 
@@ -76,19 +71,7 @@ def _root(
         print(__version__)
         raise typer.Exit
     if context.invoked_subcommand is None:
-        raise InputError("no verb; legal are trace-shapes, tune, verify, run and bench; see `int8kit --help`")
-
-
-@contextmanager
-def _progress(description: str) -> Iterator[tuple[Progress, Any]]:
-    """A bar on stderr, silent where stderr is no terminal. The task has no total until somebody sets one."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as bar:
-        yield bar, bar.add_task(description, total=None)
-
-
-def _print(document: dict[str, Any], table: str, as_json: bool) -> None:
-    print(json.dumps(document, indent=1, default=str) if as_json else table)
+        raise InputError("no verb; legal are trace-shapes, tune, verify, run, bench and db; see `int8kit --help`")
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -134,16 +117,17 @@ def trace_shapes(
                 cases[models.Case(height, width, batch, text_tokens, padded, one)] = None
     path = output or Path("shapes") / f"{known.name}.json"
     files.check_target(path, ours=lambda p: files.is_ours(p, trace.FORMAT), force=force)
-    with _progress("tracing") as (bar, task):
+    with progress("tracing") as (bar, task):
         bar.update(task, total=len(cases))
         document = trace.trace(known, cases, on_case=lambda _: bar.advance(task))
     trace.write(document, path)
-    _print(document, f"{report.shapes_table(document)}\n\nwrote {path}", as_json)
+    show(document, f"{report.shapes_table(document)}\n\nwrote {path}", as_json)
 
 
 @app.command()
 def tune(
     gpu: Annotated[str | None, typer.Option(help="The card, such as rtx3090. Default: the one that is here.")] = None,
+    gpu_spec: Annotated[Path | None, typer.Option(help="A JSON file that describes another card.")] = None,
     shapes: Annotated[Path | None, typer.Option(help="A shapes file. Default: Ideogram 4's.")] = None,
     size: Size = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: tuning_db/<gpu>.json")] = None,
@@ -153,14 +137,16 @@ def tune(
     """The best tile configuration of each shape -> a tuning database.
 
     On the card itself it measures; on a newer NVIDIA card it measures that card's code and says so; without a GPU it
-    compiles for the card and ranks by a model. Ctrl-C keeps what is done.
+    compiles for the card and ranks by a model. Interrupted or killed, the same command goes on where it was.
 
     Example: int8kit tune --gpu rtx3090 --size 1024x1024
     """
     from int8kit import db, files, gpus, report, trace
-    from int8kit.tune import search
+    from int8kit.tune import search, session
 
-    card = gpus.get(gpu) if gpu else gpus.present()
+    if gpu and gpu_spec:
+        raise InputError(f"--gpu {gpu} and --gpu-spec {gpu_spec}: name one card")
+    card = gpus.read_spec(gpu_spec) if gpu_spec else gpus.get(gpu) if gpu else gpus.present()
     if card is None:
         raise InputError(f"no card here to tune for; name one with --gpu: {', '.join(sorted(gpus.GPUS))}")
     source_file = shapes or files.shipped("shapes") / "ideogram4.json"
@@ -179,34 +165,21 @@ def tune(
     source = search.how(card)
     if source is not Source.MODELLED:
         _health()
-    _note(_how(source, card.alias))
-
-    entries, kept = [], 0
-    with _progress(f"compiling for sm_{card.arch}") as (bar, task):
-        space = search.compile_space(
-            wanted, card, on_total=lambda n: bar.update(task, total=n), on_step=lambda: bar.advance(task)
-        )
-    try:
-        with _progress("choosing") as (bar, task):
-            bar.update(task, total=len(wanted))
-            for shape in sorted(wanted):
-                entry = search.choose(shape, card, space, source)
-                kept += not db.update(path, card, [entry], force=force).holds(entry)
-                entries.append(entry)
-                bar.advance(task)
-    except CheckFailed:
-        if not space.complete:
-            raise KeyboardInterrupt from None  # nothing compiled yet that this shape could use
-        raise
-    stronger = f"; {kept} kept their measured or proxy entry, which is stronger" if kept else ""
-    _print(
-        {"database": str(path), "gpu": card.alias, "source": source, "failed": len(space.failed), "kept": kept,
-         "entries": [e.model_dump(mode="json", exclude_none=True) for e in entries]},
-        f"{report.tuning_table(entries)}\n\nwrote {len(entries) - kept} entries to {path}{stronger}", as_json,
+    note(_how(source, card.alias))
+    outcome = session.run(wanted, card, path, source, force=force, stage=stage, note=note)
+    space = outcome.space
+    stronger = f"; {outcome.kept} kept their measured or proxy entry, which is stronger" if outcome.kept else ""
+    out = ", ".join(f"{count} {kind}" for kind, count in sorted(outcome.rejected.items()))
+    rows = [e.model_dump(mode="json", exclude_none=True) for e in outcome.entries]
+    show(
+        {"database": str(path), "gpu": card.alias, "source": source, "rejected": outcome.rejected,
+         "kept": outcome.kept, "resumed": outcome.resumed, "entries": rows},
+        f"{report.tuning_table(outcome.entries)}\n\nwrote {len(rows) - outcome.kept} entries to {path}{stronger}"
+        + (f"\nout, by class: {out}" if out else ""), as_json,
     )  # fmt: skip
     if not space.complete:
         done = len(space.resources) + len(space.failed)
-        _fail(f"interrupted after {done} of {space.total} kernels; {path} ranks those; run again for all", INTERRUPTED)
+        _fail(f"interrupted after {done} of {space.total} kernels; {path} ranks those; run again to go on", INTERRUPTED)
 
 
 def _how(source: str, alias: str) -> str:
@@ -217,22 +190,18 @@ def _how(source: str, alias: str) -> str:
     }[source]
 
 
-def _note(text: str) -> None:
-    _stderr.print(f"int8kit: {text}")
-
-
 def _health() -> None:
     from int8kit import gpus
     from int8kit.tune import measure
 
     card = gpus.present()
     assert card is not None
-    _note(f"{card.name}: {measure.check_health(card):.0f} bf16 TFLOP/s, healthy")
+    note(f"{card.name}: {measure.check_health(card):.0f} bf16 TFLOP/s, healthy")
 
 
 @app.command()
 def verify(
-    gpu: Annotated[str | None, typer.Option(help="The card. Default: the one that is here, else rtx3090.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="The card. Default: --db's, else the one here, else rtx3090.")] = None,
     database: Annotated[Path | None, typer.Option("--db", help="Default: ./tuning_db/<gpu>.json, or shipped.")] = None,
     shapes: Annotated[Path | None, typer.Option(help="Checked beside the database's. Default: Ideogram 4's.")] = None,
     examples: Annotated[
@@ -259,18 +228,21 @@ def verify(
     from int8kit import db, files, gpus, report, trace
     from int8kit.verify import checks, foreign, isolate
 
-    card = gpus.get(gpu) if gpu else gpus.present() or gpus.get("rtx3090")
-    path = db.find(card.alias, database)
-    base = db.Database(card) if path is None else db.load(path, card.alias)
+    if database is not None and gpu is None:
+        card = db.load(database).gpu
+    else:
+        card = gpus.get(gpu) if gpu else gpus.present() or gpus.get("rtx3090")
+    base, paths = db.gather(card, database)
     base = base.covering(trace.int8_shapes(trace.read(shapes or files.shipped("shapes") / "ideogram4.json")))
     executors = foreign.executors(card)
+    named = ", ".join(map(str, paths)) or "no database, so the defaults"
     for executor in executors:
         reduced = ", at reduced M, N and K" if executor.on == "interpreter" else ""
-        _note(f"executing on {executor}{reduced}; {len(base.entries)} shapes; {path or 'no database, so the defaults'}")
+        note(f"executing on {executor}{reduced}; {len(base.entries)} shapes; {named}")
     results: list[checks.Result] = []
-    stamps: dict[Any, list[db.Stamp]] = {}
+    stamps: dict[Any, list[Any]] = {}
     jobs = [isolate.Job(name, executor) for executor in executors for name in checks.names(executor, base)]
-    with _progress("verifying") as (bar, task):
+    with progress("verifying") as (bar, task):
         for result, passed in isolate.run_all(
             jobs, base, examples=examples, random_seed=seed, on_example=lambda: bar.advance(task)
         ):
@@ -280,25 +252,25 @@ def verify(
     failures = [r for r in results if r.failure]
     lines = [report.verify_table(results)]
     lines += [f"\n{r.name} differs on {r.on}, smallest example:\n  {r.failure}" for r in failures]
-    _print({"gpu": card.alias, "database": path, "results": [vars(r) for r in results]}, "\n".join(lines), as_json)
+    show({"gpu": card.alias, "databases": paths, "results": [vars(r) for r in results]}, "\n".join(lines), as_json)
     if failures:
         raise CheckFailed(f"{len(failures)} of {len(results)} properties differ: {', '.join(r.name for r in failures)}")
-    if stamp and path is not None and stamps:
-        _stamp(path, stamps)
+    for path in paths if stamp and stamps else ():
+        _stamp(path, stamps, base)
 
 
-def _stamp(path: Path, stamps: dict[Any, Any]) -> None:
+def _stamp(path: Path, stamps: dict[Any, Any], proven: Any) -> None:
     from int8kit import db, files
 
     if path.parent == files.shipped("tuning_db") and path.parent != Path("tuning_db").resolve():
-        _note(f"{path} came with the package: not stamped; copy it to ./tuning_db to keep stamps")
+        note(f"{path} came with the package: not stamped; copy it to ./tuning_db to keep stamps")
         return
     try:
-        changed = db.stamp(path, stamps)
+        changed = db.stamp(path, stamps, proven)
     except FileError as error:  # the proof holds, whether or not it can be written down
-        _note(f"stamps not written: {error}")
+        note(f"stamps not written: {error}")
     else:
-        _note(f"{'stamped' if changed else 'stamps are up to date in'} {path}")
+        note(f"{'stamped' if changed else 'stamps are up to date in'} {path}")
 
 
 @app.command()
@@ -346,8 +318,8 @@ def run(
          "verified": c.verified} for c, count in outcome.choices
     ]  # fmt: skip
     document = {"image": str(output), "device": outcome.device, "text_tokens": outcome.tokens, **took,
-                "database": outcome.database, "configurations": choices}  # fmt: skip
-    _print(document, f"{report.run_tables(outcome)}\n\nwrote {output}", as_json)
+                "databases": list(map(str, outcome.databases)), "configurations": choices}  # fmt: skip
+    show(document, f"{report.run_tables(outcome)}\n\nwrote {output}", as_json)
 
 
 @bench.callback(invoke_without_command=True)
@@ -389,7 +361,7 @@ def bench_gemm(
     listed = contestants.only(listed + contestants.standard(inductor), only or ())
     todo = gemm.wanted(shape, shapes, limit)
     setting = gemm.Setting(rounds, graph, sample_us=round(sample_ms * 1000))
-    outcome = gemm.session(todo, listed, setting, output=output, force=force, note=_note)
+    outcome = gemm.session(todo, listed, setting, output=output, force=force, note=note)
     print(report.bench_tables(outcome.document()), file=sys.stderr if as_json else sys.stdout)
     print(json.dumps(outcome.document()))
     outcome.conclude()

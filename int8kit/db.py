@@ -28,14 +28,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import filelock
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from int8kit import files, gpus
 from int8kit.gpus import Gpu
+from int8kit.schema import FORMAT, Card, Document, Entry, Resources, Stamp, generation
 from int8kit.spec import (
     NUMERICS_VERSION,
     POLICIES,
@@ -50,73 +51,8 @@ from int8kit.spec import (
     why_illegal,
 )
 
-FORMAT = "int8kit.tuning/1"
 RUNGS = ("exact", "nearest-m", "nearest", "default")
 _REMEDY = "make one with `int8kit tune`, or name another with --db"
-
-
-class _Row(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Resources(_Row):
-    """What the compiled kernel takes, read from the cubin."""
-
-    registers: int  # a thread
-    spill_bytes: int  # local memory a thread
-    shared_bytes: int  # a block
-
-
-class Stamp(_Row):
-    """A verification that passed: what executed the entry's configuration."""
-
-    on: Literal[
-        "native", "foreign", "interpreter"
-    ]  # the device's own code; the entry's card's code there; reduced size
-    device: str
-    kernel: str
-    triton: str
-
-
-class Entry(_Row):
-    """The chosen configuration of one shape, and why."""
-
-    m: int = Field(ge=1)
-    n: int = Field(ge=1)
-    k: int = Field(ge=1)
-    source: Source
-    config: TileConfig
-    triton: str = Field(pattern=r"^\d+\.\d+")
-    kernel: str
-    resources: Resources
-    tried: int = Field(ge=0)  # configurations ranked or timed for this shape
-    model_us: float | None = None  # the offline model's estimate, microseconds
-    time_us: float | None = None  # median, microseconds, GEMM with epilogue and no quantization
-    p20_us: float | None = None
-    p80_us: float | None = None
-    default_us: float | None = None  # default_config in the same rounds
-    bf16_us: float | None = None  # torch's bf16 matmul in the same rounds
-    measured_on: str | None = None  # the card that was timed
-    policy: int | None = None  # how: see the header
-    verified: tuple[Stamp, ...] | None = None
-
-    @property
-    def shape(self) -> GemmShape:
-        """(m, n, k) as a GemmShape."""
-        return GemmShape(self.m, self.n, self.k)
-
-    @property
-    def key(self) -> tuple[int, int, int, str]:
-        """What identifies the entry in its file; sorts entries of one weight together."""
-        return self.n, self.k, self.m, generation(self.triton)
-
-
-class _Card(_Row):
-    alias: str
-    name: str
-    arch: int = Field(ge=80, le=999)
-    sms: int = Field(ge=1)
-    shared_memory: int = Field(ge=1)
 
 
 @dataclass(frozen=True)
@@ -131,6 +67,11 @@ class Toolchain:
         mine = self.kernels.get(entry.config.kernel, entry.kernel)
         return bool(self.triton) and generation(entry.triton) != generation(self.triton), entry.kernel != mine
 
+    def proves(self, entry: Entry) -> bool:
+        """Whether `entry`'s configuration was verified with the present source of its kernel."""
+        present = self.kernels.get(entry.config.kernel, entry.kernel)
+        return any(stamp.kernel == present for stamp in entry.verified or ())
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -141,19 +82,6 @@ class Choice:
     rung: str
     why: str
     verified: bool = False  # the entry's configuration was proven exact with the present kernel
-
-
-_GENERATIONS = ((3, 6), (3, 8))
-
-
-def generation(version: str) -> str:
-    """3.7.1 -> 3.6: the first Triton that compiles these kernels to the code that `version` does.
-
-    3.8 is a border: from there on a prefetch pass doubles the registers of some int8 tiles on sm_80 to sm_89.
-    """
-    release = tuple(int(part) for part in version.split(".")[:2])
-    first = max((g for g in _GENERATIONS if g <= release), default=_GENERATIONS[0])
-    return ".".join(map(str, first))
 
 
 @dataclass(frozen=True)
@@ -184,6 +112,19 @@ class Database:
         """True if `entry` is in it, its verification aside."""
         return any(e.model_copy(update={"verified": entry.verified}) == entry for e in self.entries)
 
+    def complaints(self, toolchain: Toolchain) -> list[str]:
+        """What speaks against entries, a line each: not proven, of a changed kernel, slower than the default."""
+        found = []
+        for entry in self.entries:
+            name = f"{entry.shape} ({entry.config})"
+            if toolchain.ages(entry)[1]:
+                found.append(f"{name}: the {entry.config.kernel} kernel has changed since; tune and verify again")
+            elif not toolchain.proves(entry):
+                found.append(f"{name}: not proven with the present kernel; run `int8kit verify --gpu {self.gpu.alias}`")
+            if entry.time_us and entry.default_us and entry.time_us > entry.default_us:
+                found.append(f"{name}: slower than the default, {entry.time_us} and {entry.default_us} us")
+        return found
+
     def stamped(self, stamps: dict[tuple[int, int, int, str], Sequence[Stamp]]) -> Database:
         """With verification stamps, by entry key. Stamps of another kernel source are void and dropped.
 
@@ -197,29 +138,27 @@ class Database:
             kept = sorted({(s.on, s.device): s for s in (*old, *new)}.values(), key=lambda s: (s.on, s.device))
             if any(s.on != "interpreter" for s in kept):
                 kept = [s for s in kept if s.on != "interpreter"]
-            entries.append(entry.model_copy(update={"verified": tuple(kept)}))
+            entries.append(entry.model_copy(update={"verified": tuple(kept) or None}))
         return Database(self.gpu, tuple(entries))
 
     def resolve(self, shape: GemmShape, toolchain: Toolchain = Toolchain()) -> Choice:
         """The configuration for `shape` and the rung it was found on."""
+        for rung, entry in self.ladder(shape, toolchain):
+            if entry is not None:
+                return Choice(shape, entry.config, rung, remarks(entry, toolchain), toolchain.proves(entry))
+        return Choice(shape, default_config(shape), RUNGS[-1], f"no entry of {self.gpu.alias} is near")
+
+    def ladder(self, shape: GemmShape, toolchain: Toolchain = Toolchain()) -> list[tuple[str, Entry | None]]:
+        """Each rung but the default with the best entry on it, or None; the first entry is the one that serves."""
         legal = [e for e in self.entries if self._why_illegal(e.config) is None]
         near = [e for e in legal if all(map(is_near, (e.m, e.n, e.k), (shape.m, shape.n, shape.k)))]
         same_weight = [e for e in near if (e.n, e.k) == (shape.n, shape.k)]
-        for rung, found in (
-            ("exact", [e for e in same_weight if e.m == shape.m]),
-            ("nearest-m", same_weight),
-            ("nearest", near),
-        ):
-            if found:
-                entry = min(
-                    found,
-                    key=lambda e: (_distance(e, shape, self.gpu.sms), *toolchain.ages(e), -e.source.strength, e.key),
-                )
-                present = toolchain.kernels.get(entry.config.kernel, entry.kernel)
-                proven = any(s.kernel == present for s in entry.verified or ())
-                return Choice(shape, entry.config, rung, _why(entry, toolchain), proven)
-        config = default_config(shape)
-        return Choice(shape, config, "default", f"no entry of {self.gpu.alias} is near")
+        found = [e for e in same_weight if e.m == shape.m], same_weight, near
+
+        def far(e: Entry) -> tuple[Any, ...]:
+            return _distance(e, shape, self.gpu.sms), *toolchain.ages(e), -e.source.strength, e.key
+
+        return [(rung, min(entries, key=far, default=None)) for rung, entries in zip(RUNGS, found, strict=False)]
 
     def covering(self, shapes: Iterable[GemmShape]) -> Database:
         """With an entry for each of `shapes` that has none: what `resolve` gives it, to be checked, never written."""
@@ -244,7 +183,7 @@ class Database:
     def dumps(self) -> str:
         """The file's text: one entry a line, sorted by key."""
         gpu = self.gpu
-        card = _Card(alias=gpu.alias, name=gpu.name, arch=gpu.arch, sms=gpu.sms, shared_memory=gpu.shared_memory)
+        card = Card(alias=gpu.alias, name=gpu.name, arch=gpu.arch, sms=gpu.sms, shared_memory=gpu.shared_memory)
         rows = [entry.model_dump(mode="json", exclude_none=True) for entry in self.entries]
         document = {
             "format": FORMAT,
@@ -267,14 +206,15 @@ def _distance(entry: Entry, shape: GemmShape, sms: int) -> float:
     return round(sum(abs(math.log(a / b)) for a, b in pairs), 9)
 
 
-def _why(entry: Entry, toolchain: Toolchain) -> str:
-    remarks = [f"{entry.source} for {entry.shape}"]
+def remarks(entry: Entry, toolchain: Toolchain) -> str:
+    """Where an entry is from, and what of its identity is not this process's."""
+    found = [f"{entry.source} for {entry.shape}"]
     other_triton, other_kernel = toolchain.ages(entry)
     if other_triton:
-        remarks.append(f"tuned with Triton {entry.triton}, running {toolchain.triton}")
+        found.append(f"tuned with Triton {entry.triton}, running {toolchain.triton}")
     if other_kernel:
-        remarks.append("tuned with another kernel source")
-    return "; ".join(remarks)
+        found.append("tuned with another kernel source")
+    return "; ".join(found)
 
 
 def is_ours(path: Path) -> bool:
@@ -286,12 +226,8 @@ def load(path: Path, alias: str | None = None) -> Database:
     """The database in `path`. Raises FileError if it is damaged, not ours, of other numerics, or of another card."""
     document = files.read_json(path, FORMAT, remedy=_REMEDY)
     try:
-        card = _Card.model_validate(document["gpu"])
-        entries = tuple(Entry.model_validate(row) for row in document["entries"])
-        numerics = document["numerics"]
-        unknown = set(document) - {"format", "numerics", "policies", "gpu", "entries"}
-        if unknown:
-            raise TypeError(f"unknown field {min(unknown)!r}")
+        found = Document.model_validate(document)
+        card, entries = found.gpu, found.entries
         for entry in entries:
             shape = entry.shape  # raises ShapeError outside the kernels' domain
             reason = why_illegal(entry.config, arch=card.arch, shared_memory=card.shared_memory)
@@ -301,10 +237,10 @@ def load(path: Path, alias: str | None = None) -> Database:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise FileError(f"{str(path)!r} is damaged ({error.title}.{place}: {first['msg']}); {_REMEDY}") from None
-    except (KeyError, TypeError) as error:
-        raise FileError(f"{str(path)!r} is damaged ({files.lacks(error)}); {_REMEDY}") from None
-    if numerics != NUMERICS_VERSION:
-        raise FileError(f"{str(path)!r} has numerics {numerics}; legal is {NUMERICS_VERSION}; {_REMEDY}")
+    except TypeError as error:
+        raise FileError(f"{str(path)!r} is damaged ({error}); {_REMEDY}") from None
+    if found.numerics != NUMERICS_VERSION:
+        raise FileError(f"{str(path)!r} has numerics {found.numerics}; legal is {NUMERICS_VERSION}; {_REMEDY}")
     if alias is not None and card.alias != alias:
         raise FileError(f"{str(path)!r} is for the card {card.alias!r}; asked was {alias!r}; {_REMEDY}")
     gpu = gpus.GPUS.get(card.alias)
@@ -325,35 +261,76 @@ def find(alias: str, given: Path | None = None) -> Path | None:
     return None
 
 
+def user_path(alias: str) -> Path:
+    """The user's own database of a card, which lies over the shipped one."""
+    return Path(platformdirs.user_data_dir("int8kit")) / "tuning_db" / f"{alias}.json"
+
+
+def known() -> list[Path]:
+    """The files that serve some card: ./tuning_db's or the shipped ones, and the user's own."""
+    here = Path("tuning_db")
+    folder = here if here.is_dir() else files.shipped("tuning_db")
+    return [*sorted(folder.glob("*.json")), *sorted(user_path("x").parent.glob("*.json"))]
+
+
+def gather(
+    gpu: Gpu, given: Path | None = None, toolchain: Toolchain = Toolchain()
+) -> tuple[Database, tuple[Path, ...]]:
+    """What serves a card and the files that it is from: `given` alone, or what `find` finds with the user's on top.
+
+    On top as in a merge, but an entry of the user's for a kernel that has changed since covers none. Raises FileError.
+    """
+    base = find(gpu.alias, given)
+    own = user_path(gpu.alias) if given is None else None
+    paths = tuple(path for path in (base, own) if path is not None and (path == given or path.is_file()))
+    database = Database(gpu)
+    for path in paths:
+        loaded = load(path, gpu.alias)
+        known = {entry.key for entry in database.entries}
+        fresh = [e for e in loaded.entries if e.key not in known or not toolchain.ages(e)[1]]
+        database = replace(database.merged(fresh), gpu=loaded.gpu)
+    return database, paths
+
+
 def update(path: Path, gpu: Gpu, entries: Iterable[Entry], *, force: bool = False) -> Database:
     """Merge `entries` into the file, under a lock and in one step; returns what it now holds.
 
     A file that is not a tuning database is refused, or with `force` replaced. Raises FileError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with lock_of(path):
         fresh = not path.exists() or (force and not is_ours(path))
         database = (Database(gpu) if fresh else load(path, gpu.alias)).merged(entries)
         files.write_text(path, database.dumps())
     return database
 
 
-def stamp(path: Path, stamps: dict[tuple[int, int, int, str], Sequence[Stamp]]) -> bool:
-    """Write verification stamps into the file; False, with the file untouched, if they change nothing. FileError."""
-    with _locked(path):
+def stamp(path: Path, stamps: dict[tuple[int, int, int, str], Sequence[Stamp]], proven: Database | None = None) -> bool:
+    """Write verification stamps into the file; False, with the file untouched, if they change nothing. FileError.
+
+    proven: what was verified, where that is not this file: only entries of the same configuration are stamped.
+    """
+    with lock_of(path):
         before = load(path)
+        if proven is not None:
+            configs = {entry.key: entry.config for entry in proven.entries}
+            same = {entry.key for entry in before.entries if configs.get(entry.key) == entry.config}
+            stamps = {key: value for key, value in stamps.items() if key in same}
         after = before.stamped(stamps)
         if after != before:
             files.write_text(path, after.dumps())
     return after != before
 
 
-def _locked(path: Path) -> filelock.BaseFileLock:
-    """A lock of the database `path`, kept beside the user's caches: the folder that is reviewed stays clean."""
+def lock_of(path: Path, timeout: float = 60) -> filelock.BaseFileLock:
+    """A lock of the file `path`, kept beside the user's caches: the folder that is reviewed stays clean.
+
+    timeout: seconds that acquiring waits, before it raises filelock.Timeout. It ends with the process that holds it.
+    """
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     folder = Path(platformdirs.user_cache_dir("int8kit")) / "locks"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"cannot make the lock folder {str(folder)!r} ({error.strerror}); set XDG_CACHE_HOME") from None
-    return filelock.FileLock(folder / f"{name}.lock", timeout=60)
+    return filelock.FileLock(folder / f"{name}.lock", timeout=timeout)

@@ -10,9 +10,14 @@ anything is `present`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
 
-from int8kit.spec import UnknownName
+from int8kit import files
+from int8kit.spec import FileError, UnknownName
+
+SPEC_FORMAT = "int8kit.gpu/1"
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,37 @@ def get(alias: str) -> Gpu:
     try:
         return GPUS[alias]
     except KeyError:
-        raise UnknownName("card", alias, GPUS, "add a record to int8kit/gpus.py for another") from None
+        raise UnknownName("card", alias, GPUS, "describe another in a file for `tune --gpu-spec`") from None
+
+
+def read_spec(path: Path) -> Gpu:
+    """A card out of a JSON file: "format" and the fields of `Gpu`. Raises FileError.
+
+    {"format": "int8kit.gpu/1", "alias": "mycard", "name": "NVIDIA ...", "arch": 86, "sms": 46, ...}
+    """
+    row = files.read_json(path, SPEC_FORMAT, remedy=f"write {SPEC_FORMAT!r} and the fields of int8kit/gpus.py's Gpu")
+    wanted = {field.name: field.type for field in fields(Gpu)}
+    row.pop("format")
+    if missing := sorted(set(wanted) - set(row)):
+        raise FileError(f"{str(path)!r} lacks {', '.join(missing)}")
+    if unknown := sorted(set(row) - set(wanted)):
+        raise FileError(f"{str(path)!r} has the unknown field {unknown[0]!r}; legal are {', '.join(wanted)}")
+    for name, kind in wanted.items():
+        value = row[name]
+        legal = isinstance(value, str) and value if kind == "str" else _is_rate(value, whole=kind == "int")
+        if not legal:
+            what = {"str": "a name", "int": "a whole number above 0", "float": "a number above 0"}[str(kind)]
+            raise FileError(f"{str(path)!r}: {name} = {value!r}; legal is {what}")
+    gpu = Gpu(**row)
+    if not re.fullmatch("[a-z0-9][a-z0-9_-]*", gpu.alias):  # it names a file
+        raise FileError(f"{str(path)!r}: alias {gpu.alias!r}; legal are small letters, digits, - and _")
+    if gpu.arch < 80:
+        raise FileError(f"{str(path)!r}: arch {gpu.arch}; legal is 80 or more, 86 for sm_86")
+    return gpu
+
+
+def _is_rate(value: object, *, whole: bool) -> bool:
+    return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def present() -> Gpu | None:

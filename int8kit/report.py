@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from int8kit.db import Entry
+from int8kit.db import RUNGS, Choice, Database, Toolchain, remarks
+from int8kit.schema import Entry
+from int8kit.spec import GemmShape, default_config
 
 if TYPE_CHECKING:  # a verb needs the packages of its own stage, not those of all
     from int8kit.runtime.generate import Outcome
@@ -54,6 +56,36 @@ def tuning_table(entries: Iterable[Entry]) -> str:
         head.pop()
     table = tabulate([row[: len(head)] for row in rows], head, disable_numparse=True, stralign="right")
     return f"{table}\ntimes by {', '.join(sorted(cards))}"
+
+
+def database_table(database: Database, toolchain: Toolchain) -> str:
+    """Every entry of a database: where it is from, what it gained, and whether it is of the present kernels."""
+    rows = []
+    for e in database.entries:
+        us = e.time_us or e.model_us
+        rows.append(
+            (e.shape, e.config, e.source, f"{us:.0f}" if us else "", f"{e.shape.ops / us / 1e6:.0f}" if us else "",
+             f"{e.default_us / e.time_us:.2f}x" if e.default_us and e.time_us else "",
+             f"{e.bf16_us / e.time_us:.2f}x" if e.bf16_us and e.time_us else "",
+             e.triton, "yes" if toolchain.proves(e) else "no", "changed" if toolchain.ages(e)[1] else "")
+        )  # fmt: skip
+    head = ("M x N x K", "tile", "source", "us", "TOP/s", "vs default", "vs bf16", "Triton", "proven", "kernel")
+    return tabulate(rows, head, disable_numparse=True, stralign="right")
+
+
+def ladder_table(
+    shape: GemmShape, ladder: Iterable[tuple[str, Entry | None]], chosen: Choice, toolchain: Toolchain
+) -> str:
+    """How a configuration is found, rung by rung; an arrow marks the one that serves."""
+    rows = []
+    for rung, entry in ladder:
+        mark = "->" if rung == chosen.rung else ""
+        if entry is None:
+            rows.append((mark, rung, "", "no entry"))
+        else:
+            rows.append((mark, rung, str(entry.config), remarks(entry, toolchain)))
+    rows.append(("->" if chosen.rung == RUNGS[-1] else "", RUNGS[-1], str(default_config(shape)), "legal everywhere"))
+    return tabulate(rows, ("", "rung", "tile", "why"), disable_numparse=True)
 
 
 def verify_table(results: Iterable[Result]) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
+from typing import Any
 
 NUMERICS_VERSION = 1
 """Version of the arithmetic that `int8kit.reference` defines. A database of another version is refused."""
@@ -245,6 +246,11 @@ def why_illegal(config: TileConfig, *, arch: int, shared_memory: int) -> str | N
     if needed > shared_memory:
         return f"{needed} bytes of shared memory: a block has {shared_memory}; use fewer stages or a smaller tile"
     return None
+
+
+def config_from(row: dict[str, Any]) -> TileConfig:
+    """A TileConfig out of a JSON object of its fields. Raises TypeError or ValueError for another."""
+    return TileConfig(**{**row, "kernel": Kernel(row["kernel"])})
 
 
 def default_config(shape: GemmShape) -> TileConfig:

@@ -164,7 +164,7 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ((), ["no verb", "trace-shapes, tune, verify, run and bench"]),
+        ((), ["no verb", "trace-shapes, tune, verify, run, bench and db"]),
         (("paint",), ["paint", "int8kit --help"]),
         (("tune", "--gpus", "x"), ["--gpus"]),
         (("trace-shapes", "sdxl"), ["'sdxl'", "ideogram4, tiny", "local folder"]),
@@ -176,7 +176,10 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("trace-shapes", "tiny", "-o", "."), ["it is a folder"]),
         (("trace-shapes", "tiny", "-o", "mine.json"), ["was not written by int8kit", "--force"]),
         (("trace-shapes", "tiny", "-o", "/proc/x/s.json"), ["cannot write", "writable folder"]),
-        (("tune", "--gpu", "rtx9"), ["unknown card 'rtx9'", "rtx3090", "gpus.py"]),
+        (("tune", "--gpu", "rtx9"), ["unknown card 'rtx9'", "rtx3090", "--gpu-spec"]),
+        (("tune", "--gpu", "rtx3090", "--gpu-spec", "x.json"), ["name one card"]),
+        (("tune", "--gpu-spec", "x.json"), ["no file 'x.json'", "int8kit.gpu/1"]),
+        (("tune", "--gpu-spec", "mine.json"), ["has the format None", "int8kit.gpu/1"]),
         (("tune", "--gpu", "rtx3090", "--shapes", "no.json"), ["no file 'no.json'", "trace-shapes"]),
         (("tune", "--gpu", "rtx3090", "--shapes", "half.json"), ["damaged JSON", "half.json", "trace-shapes"]),
         (("tune", "--gpu", "rtx3090", "--shapes", "mine.json"), ["has the format None", "int8kit.shapes/1"]),
@@ -194,6 +197,14 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("run", "--preset", "best"), ["unknown preset 'best'", "quality"]),
         (("run", "--db", "mine.json"), ["has the format None"]),
         (("run", "--steps", "-3"), ["-3 steps"]),
+        (("db",), ["no command", "show, check, merge, explain"]),
+        (("db", "show", "--gpu", "rtx9"), ["unknown card 'rtx9'"]),
+        (("db", "show", "--db", "no.json"), ["no file 'no.json'", "int8kit tune"]),
+        (("db", "explain", "0", "64", "64"), ["M = 0", "at least 1"]),
+        (("db", "explain", "1", "64"), ["Missing argument 'k'"]),
+        (("db", "merge", "no.json", "-o", "x.json"), ["no file 'no.json'"]),
+        (("db", "merge", "mine.json", "--user"), ["has the format None"]),
+        (("db", "merge", "mine.json"), ["name one target", "--user"]),
         (("bench",), ["no command", "gemm"]),
         (("bench", "conv"), ["conv", "int8kit --help"]),
         (("bench", "gemm", "--shape", "big"), ["'big'", "MxNxK", "4352x12288x4608"]),
@@ -275,6 +286,16 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
 
 
 def test_verbs_show_an_example():
-    for verb in ("trace-shapes", "tune", "verify", "run", "bench gemm"):
+    for verb in (
+        "trace-shapes",
+        "tune",
+        "verify",
+        "run",
+        "bench gemm",
+        "db show",
+        "db check",
+        "db merge",
+        "db explain",
+    ):
         assert f"Example: int8kit {verb}" in int8kit(*verb.split(), "--help", cwd=".").stdout
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", int8kit("--version", cwd=".").stdout)

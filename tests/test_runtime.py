@@ -225,5 +225,5 @@ def test_no_database_for_a_card(monkeypatch, tmp_path):
     monkeypatch.setattr(db, "find", lambda alias, given=None: None)
     outcome = generate.generate(Request("x", height=64, width=64, steps=1, gpu="rtx3060"))
     assert {choice.rung for choice, _ in outcome.choices} == {"default"}
-    assert outcome.database is None
+    assert outcome.databases == ()
     assert gpus.get("rtx3060").alias == "rtx3060"

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from int8kit import gpus
-from int8kit.db import Resources
+from int8kit.schema import Resources
 from int8kit.spec import (
     CheckFailed,
     ConfigError,
@@ -204,12 +204,12 @@ def test_an_interrupt_keeps_what_is_compiled(monkeypatch):
     monkeypatch.setattr(workers, "_compile", _slow)
     steps = []
 
-    def step():
+    def step(job, outcome):
         steps.append(1)
         if len(steps) == 3:
             threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT)).start()
 
-    found = search.compile_space([SHAPE], RTX3090, on_total=lambda _: None, on_step=step)
+    found = search.compile_space([SHAPE], RTX3090, on_outcome=step)
     assert not found.complete
     assert 3 <= len(found.resources) < found.total
     entry = search.choose(SHAPE, RTX3090, found, Source.MODELLED)

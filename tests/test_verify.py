@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from int8kit import gpus, reference
-from int8kit.db import Database, Entry, Resources
+from int8kit.db import Database
 from int8kit.kernels import gemm, quantize
+from int8kit.schema import Entry, Resources
 from int8kit.spec import GemmShape, InputError, Source, TileConfig
 from int8kit.verify import checks, foreign, isolate, strategies
 

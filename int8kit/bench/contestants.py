@@ -84,8 +84,7 @@ def ours(card: Gpu, *, gpu: str | None = None, path: Path | None = None, arch: s
     def database(of: Gpu) -> Database:
         if given and given.gpu.arch == of.arch:
             return given
-        found = db.find(of.alias)
-        return Database(of) if found is None else db.load(found, of.alias)
+        return db.gather(of, toolchain=gemm.toolchain())[0]
 
     contestants = int8kit(database(named if named.arch == card.arch else card))
     if arch not in (None, f"sm{card.arch}"):

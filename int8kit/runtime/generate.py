@@ -60,7 +60,7 @@ class Request:
     guidance: float | None = None  # None: the preset's schedule
     seed: int = 0
     gpu: str | None = None  # None: the card that is here
-    database: Path | None = None  # None: see `db.find`
+    database: Path | None = None  # None: see `db.gather`
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Outcome:
     tokens: int
     steps: int
     choices: list[tuple[Choice, int]]
-    database: Path | None
+    databases: tuple[Path, ...]
     load_s: float
     prepare_s: float  # encoding the prompt, quantizing the weights
     denoise_s: float
@@ -93,10 +93,9 @@ def generate(request: Request) -> Outcome:
     Case(request.height, request.width)
     card = gpus.present()
     gpu = gpus.get(request.gpu) if request.gpu else card or gpus.get("rtx3090")
-    path = db.find(gpu.alias, request.database)
-    database = None if path is None else db.load(path, gpu.alias)
-    device = torch.device("cpu" if card is None else "cuda")
     toolchain = gemm.toolchain()
+    database, paths = db.gather(gpu, request.database, toolchain)
+    device = torch.device("cpu" if card is None else "cuda")
 
     start = time.perf_counter()
     stock = ideogram4.load(request.model)
@@ -137,7 +136,7 @@ def generate(request: Request) -> Outcome:
         tokens=tokens,
         steps=steps,
         choices=choices,
-        database=path,
+        databases=paths,
         load_s=loaded - start,
         prepare_s=prepared - loaded,
         denoise_s=ends[-1] - prepared,

@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from int8kit.db import Resources
 from int8kit.gpus import Gpu
+from int8kit.schema import Resources
 from int8kit.spec import ConfigError, GemmShape, Kernel, TileConfig, warp_grid
 
 REGISTERS_SM = 65536

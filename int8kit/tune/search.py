@@ -13,11 +13,12 @@ says little among the fastest, and cost up to a per cent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
-from int8kit.db import Entry, Resources
 from int8kit.gpus import Gpu, present
+from int8kit.schema import Entry, Resources
 from int8kit.spec import POLICY, CheckFailed, GemmShape, Kernel, Source, TileConfig, default_config
 from int8kit.tune import offline, space, workers
 
@@ -36,6 +37,13 @@ class Space:
     resources: dict[workers.Job, Resources] = field(default_factory=dict)
     failed: dict[workers.Job, str] = field(default_factory=dict)
     total: int = 0
+
+    def add(self, job: workers.Job, outcome: workers.Outcome) -> None:
+        """Sort one outcome in."""
+        if isinstance(outcome, Resources):
+            self.resources[job] = outcome
+        else:
+            self.failed[job] = outcome
 
     @property
     def complete(self) -> bool:
@@ -60,20 +68,26 @@ def jobs(shapes: Iterable[GemmShape], gpu: Gpu) -> list[workers.Job]:
 
 
 def compile_space(
-    shapes: Iterable[GemmShape], gpu: Gpu, *, on_total: Callable[[int], None], on_step: Callable[[], None]
+    shapes: Iterable[GemmShape],
+    gpu: Gpu,
+    *,
+    known: Mapping[workers.Job, workers.Outcome] = MappingProxyType({}),
+    on_outcome: Callable[[workers.Job, workers.Outcome], None] = lambda *_: None,
 ) -> Space:
-    """Compile the kernels of `shapes` for `gpu`. An interrupt returns what is done: see `Space.complete`."""
+    """Compile the kernels of `shapes` for `gpu`. An interrupt returns what is done: see `Space.complete`.
+
+    known: outcomes of an earlier run; on_outcome: told each of the others as it comes.
+    """
     todo = jobs(shapes, gpu)
     found = Space(total=len(todo))
-    on_total(len(todo))
-    results = workers.compile_all(gpu.arch, todo)
+    for job in todo:
+        if job in known:
+            found.add(job, known[job])
+    results = workers.compile_all(gpu.arch, [job for job in todo if job not in known])
     try:
         for job, outcome in results:
-            if isinstance(outcome, Resources):
-                found.resources[job] = outcome
-            else:
-                found.failed[job] = outcome
-            on_step()
+            found.add(job, outcome)
+            on_outcome(job, outcome)
     except KeyboardInterrupt:
         results.close()  # type: ignore[attr-defined]
     return found
@@ -89,8 +103,17 @@ def rank(shape: GemmShape, gpu: Gpu, found: Space) -> list[tuple[float, TileConf
     return sorted(rows, key=lambda row: row[:2])
 
 
-def choose(shape: GemmShape, gpu: Gpu, found: Space, source: Source) -> Entry:
-    """The entry of one shape. Raises CheckFailed if nothing compiled, or if no configuration is exact on the card."""
+def choose(
+    shape: GemmShape,
+    gpu: Gpu,
+    found: Space,
+    source: Source,
+    on_wrong: Callable[[GemmShape, TileConfig, str], None] = lambda *_: None,
+) -> Entry:
+    """The entry of one shape. Raises CheckFailed if nothing compiled, or if no configuration is exact on the card.
+
+    on_wrong: told each configuration that was launched and is out, and why, opening with the class.
+    """
     import triton
 
     from int8kit.kernels import gemm
@@ -113,12 +136,16 @@ def choose(shape: GemmShape, gpu: Gpu, found: Space, source: Source) -> Entry:
     )
     if source is Source.MODELLED:
         return modelled
-    return _measured(modelled, gpu, ranked, source)
+    return _measured(modelled, gpu, ranked, source, on_wrong)
 
 
 def _measured(
-    modelled: Entry, gpu: Gpu, ranked: list[tuple[float, TileConfig, Resources]], source: Source
-) -> Entry:  # fmt: skip
+    modelled: Entry,
+    gpu: Gpu,
+    ranked: list[tuple[float, TileConfig, Resources]],
+    source: Source,
+    on_wrong: Callable[[GemmShape, TileConfig, str], None],
+) -> Entry:
     from int8kit.kernels import gemm
     from int8kit.tune import measure
 
@@ -130,6 +157,8 @@ def _measured(
     # the other kernels' few are all tried: the model has put the best of them below its first twelve
     entrants = dict.fromkeys([*(c for _, c, _ in ranked if c.kernel is not Kernel.POINTER), *plain, default])
     wrong = {config: reason for config in entrants if (reason := bench.why_not(config))}
+    for config, reason in wrong.items():
+        on_wrong(shape, config, reason)
     exact = [config for config in entrants if config not in wrong]
     if default in wrong or not exact:
         raise CheckFailed(f"{shape} on {card.name}: {wrong.get(default, 'no configuration is exact')}")

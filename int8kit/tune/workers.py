@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
-from int8kit.db import Resources
+from int8kit.schema import Resources
 from int8kit.spec import ConfigError, TileConfig
 
 Job = tuple[TileConfig, bool]

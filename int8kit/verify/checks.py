@@ -25,8 +25,9 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from int8kit import reference
-from int8kit.db import Database, Entry, Stamp
+from int8kit.db import Database
 from int8kit.kernels import gemm, quantize
+from int8kit.schema import Entry, Stamp
 from int8kit.spec import DOMAINS, GemmShape, Kernel, TileConfig, default_config
 from int8kit.verify.foreign import Executor
 from int8kit.verify.strategies import Draw, Rows, draws, float_matrix, int8_matrix, rows, scales

@@ -1,0 +1,160 @@
+"""`int8kit db`: look into tuning databases, check them, put them together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from int8kit.spec import CheckFailed, FileError, InputError
+from int8kit.terminal import Force, Json, note, show
+
+app = typer.Typer(
+    rich_markup_mode=None, help="Tuning databases: what they hold, whether it holds, and why it is chosen."
+)
+
+Gpu = Annotated[str | None, typer.Option("--gpu", help="The card. Default: the one that is here, else rtx3090.")]
+Db = Annotated[Path | None, typer.Option("--db", help="Default: the one that serves the card, your own on top.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        raise InputError("db: no command; legal are show, check, merge, explain and schema; see `int8kit db --help`")
+
+
+def _gather(gpu: str | None, path: Path | None) -> tuple[Any, tuple[Path, ...], Any]:
+    """The database that serves a card, its files, and what compiles here."""
+    from int8kit import db, gpus
+    from int8kit.kernels import gemm
+
+    toolchain = gemm.toolchain()
+    if path is not None and gpu is None:
+        return db.load(path), (path,), toolchain
+    card = gpus.get(gpu) if gpu else gpus.present() or gpus.get("rtx3090")
+    return *db.gather(card, path, toolchain), toolchain
+
+
+@app.command("show")
+def show_(gpu: Gpu = None, database: Db = None, as_json: Json = False) -> None:
+    """Every entry that serves a card: tile, source, time, and whether it is proven with the present kernels.
+
+    Example: int8kit db show --gpu rtx3090
+    """
+    from int8kit import report
+
+    base, paths, toolchain = _gather(gpu, database)
+    where = ", ".join(map(str, paths)) or "no file"
+    table = f"{report.database_table(base, toolchain)}\n\n{len(base.entries)} entries of {base.gpu.name}, from {where}"
+    show({**json.loads(base.dumps()), "files": list(map(str, paths))}, table, as_json)
+
+
+@app.command()
+def check(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Database files. Default: the shipped and your own.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What a stranger should know of a database before trusting it. Exit status 1 if there is anything.
+
+    Damage, entries that no kernel is proven for or whose kernel has changed since, and entries slower than the default.
+
+    Example: int8kit db check
+    """
+    from int8kit import db
+    from int8kit.kernels import gemm
+
+    toolchain = gemm.toolchain()
+    found: dict[str, list[str]] = {}
+    for path in paths or db.known():
+        try:
+            base = db.load(path)
+        except FileError as error:
+            found[str(path)] = [str(error)]
+        else:
+            found[str(path)] = base.complaints(toolchain)
+    lines = [f"{path}: {line}" for path, complaints in found.items() for line in complaints or ["sound"]]
+    show({"databases": found}, "\n".join(lines) or "no database", as_json)
+    if count := sum(map(len, found.values())):
+        raise CheckFailed(f"{count} complaints about {sum(map(bool, found.values()))} of {len(found)} databases")
+
+
+@app.command()
+def merge(
+    sources: Annotated[list[Path], typer.Argument(help="Database files of one card.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Made, or merged into.")] = None,
+    user: Annotated[bool, typer.Option("--user", help="Into your own database, which lies over the shipped.")] = False,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Put databases of one card together: the stronger source stays, then the newer entry; stamps go with their tile.
+
+    Example: int8kit db merge tuning_db/rtx3090.json -o out/merged.json
+    """
+    from int8kit import db, files
+
+    if (output is None) is not user:
+        raise InputError("merge: name one target; legal are -o FILE and --user")
+    bases = [db.load(path) for path in sources]  # all are read before anything is written
+    card = bases[0].gpu
+    for path, base in zip(sources, bases, strict=True):
+        if base.gpu.alias != card.alias:
+            raise FileError(
+                f"{str(path)!r} is for the card {base.gpu.alias!r}, {str(sources[0])!r} for {card.alias!r}; "
+                "merge files of one card"
+            )
+    target = output or db.user_path(card.alias)
+    files.check_target(target, ours=db.is_ours, force=force)
+    merged = db.update(target, card, [entry for base in bases for entry in base.entries], force=force)
+    note(f"merged {', '.join(map(str, sources))}")
+    show({"database": str(target), "entries": len(merged.entries)}, f"{target}: {len(merged.entries)} entries", as_json)
+
+
+@app.command()
+def explain(
+    m: Annotated[int, typer.Argument(help="Rows of x.")],
+    n: Annotated[int, typer.Argument(help="Rows of w.")],
+    k: Annotated[int, typer.Argument(help="Columns of both.")],
+    gpu: Gpu = None,
+    database: Db = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit status 1 unless the very shape was tuned.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Which configuration serves a GEMM of M x N x K, from which rung, and why.
+
+    Example: int8kit db explain 4296 12288 4608 --gpu rtx3090
+    """
+    from int8kit import report
+    from int8kit.spec import GemmShape
+
+    shape = GemmShape(m, n, k)
+    base, paths, toolchain = _gather(gpu, database)
+    choice = base.resolve(shape, toolchain)
+    ladder = base.ladder(shape, toolchain)
+    document = {
+        "gpu": base.gpu.alias, "files": list(map(str, paths)), "m": m, "n": n, "k": k, "rung": choice.rung,
+        "config": vars(choice.config), "why": choice.why, "proven": choice.verified,
+        "ladder": {rung: entry and entry.model_dump(mode="json", exclude_none=True) for rung, entry in ladder},
+    }  # fmt: skip
+    proven = "proven" if choice.verified else "not proven"
+    title = f"{shape} on {base.gpu.name}: {choice.config}, {proven} with the present kernel"
+    show(document, f"{title}\n\n{report.ladder_table(shape, ladder, choice, toolchain)}", as_json)
+    if strict and choice.rung != "exact":
+        raise CheckFailed(
+            f"{shape} was not tuned for {base.gpu.alias}, {choice.rung} serves; tune it with "
+            f"`int8kit tune --gpu {base.gpu.alias} --shapes FILE`"
+        )
+
+
+@app.command()
+def schema() -> None:
+    """The JSON Schema of a database file.
+
+    Example: int8kit db schema
+    """
+    from int8kit.schema import json_schema
+
+    print(json.dumps(json_schema(), indent=1))

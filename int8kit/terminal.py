@@ -1,0 +1,42 @@
+"""What the verbs share: results on stdout, progress and notes on stderr, and options that several have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite a file that int8kit did not write.")]
+
+_stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(description: str) -> Iterator[tuple[Progress, Any]]:
+    """A bar on stderr, silent where stderr is no terminal. The task has no total until somebody sets one."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as bar:
+        yield bar, bar.add_task(description, total=None)
+
+
+@contextmanager
+def stage(description: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar of `total` steps; what it gives is called after each."""
+    with progress(description) as (bar, task):
+        bar.update(task, total=total)
+        yield lambda: bar.advance(task)
+
+
+def show(document: dict[str, Any], table: str, as_json: bool) -> None:
+    print(json.dumps(document, indent=1, default=str) if as_json else table)
+
+
+def note(text: str) -> None:
+    """One line on stderr."""
+    _stderr.print(f"int8kit: {text}")

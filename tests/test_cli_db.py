@@ -1,0 +1,131 @@
+"""`int8kit db`, and the user's own database over the shipped one."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from int8kit import cli, db, files, gpus
+from int8kit.kernels import gemm
+from int8kit.schema import Entry, Resources, Stamp, json_schema
+from int8kit.spec import GemmShape, Kernel, Source, TileConfig
+
+SHIPPED = files.shipped("tuning_db") / "rtx3090.json"
+RTX3090 = gpus.get("rtx3090")
+TILE = TileConfig(64, 128, 128, 4, 3, kernel=Kernel.AMPERE)
+SHAPE = GemmShape(4296, 12288, 4608)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """An empty folder to work in, and an empty home for the user's own databases."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(db, "user_path", lambda alias: tmp_path / "home" / f"{alias}.json")
+    return tmp_path
+
+
+def entry(kernel=None, **over):
+    resources = Resources(registers=128, spill_bytes=0, shared_bytes=49152)
+    values = {"source": Source.PROXY, "triton": "3.6.0", "tried": 1, "time_us": 9.0, "default_us": 10.0, **over}
+    kernel = kernel or gemm.kernel_hash(TILE.kernel)
+    return Entry(m=SHAPE.m, n=SHAPE.n, k=SHAPE.k, config=TILE, resources=resources, kernel=kernel, **values)
+
+
+def call(capfd, *args, status=0):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(map(str, args)))
+    out, err = capfd.readouterr()
+    assert ended.value.code == status, out + err
+    return out, err
+
+
+def test_the_users_entry_lies_over_the_shipped_one():
+    shipped, paths = db.gather(RTX3090)
+    assert paths == (SHIPPED,)
+    db.update(db.user_path("rtx3090"), RTX3090, [entry()])
+    both, paths = db.gather(RTX3090)
+    assert paths == (SHIPPED, db.user_path("rtx3090"))
+    assert both.resolve(SHAPE).config == TILE != shipped.resolve(SHAPE).config
+    assert len(both.entries) == len(shipped.entries)
+    assert db.gather(RTX3090, SHIPPED) == (shipped, (SHIPPED,))
+
+
+def test_a_weaker_or_outdated_entry_of_the_users_covers_nothing():
+    shipped, _ = db.gather(RTX3090)
+    for weak in (entry(source=Source.MODELLED), entry(kernel="another")):
+        db.user_path("rtx3090").unlink(missing_ok=True)
+        db.update(db.user_path("rtx3090"), RTX3090, [weak])
+        assert db.gather(RTX3090, toolchain=gemm.toolchain())[0] == shipped
+
+
+def test_stamps_go_to_entries_of_the_configuration_that_was_proven(home):
+    path = home / "a.json"
+    db.update(path, RTX3090, [entry()])
+    stamps = {entry().key: [Stamp(on="foreign", device="d", kernel="k", triton="3.6.0")]}
+    other = db.Database(RTX3090, (entry().model_copy(update={"config": replace(TILE, num_stages=4)}),))
+    assert not db.stamp(path, stamps, other)
+    assert db.stamp(path, stamps, db.Database(RTX3090, (entry(),)))
+
+
+def test_show(capfd):
+    out, _ = call(capfd, "db", "show", "--gpu", "rtx3090")
+    assert "4296x12288x4608" in out
+    assert str(SHIPPED) in out
+    document = json.loads(call(capfd, "db", "show", "--gpu", "h200", "--json")[0])
+    assert document["gpu"]["alias"] == "h200"
+    assert len(document["entries"]) == len(db.load(files.shipped("tuning_db") / "h200.json").entries)
+
+
+@pytest.mark.parametrize(
+    ("bad", "complaint"),
+    [
+        (entry(kernel="another"), "the ampere kernel has changed since; tune and verify again"),
+        (entry(), "not proven with the present kernel; run `int8kit verify --gpu rtx3090`"),
+        (entry(default_us=8.0), "slower than the default, 9.0 and 8.0 us"),
+    ],
+)
+def test_check(home, capfd, bad, complaint):
+    out, _ = call(capfd, "db", "check")
+    assert out.count("sound") == len(list(SHIPPED.parent.glob("*.json")))
+    db.update(home / "bad.json", RTX3090, [bad])
+    (home / "broken.json").write_text("{")
+    out, err = call(capfd, "db", "check", "bad.json", "broken.json", status=1)
+    assert f"bad.json: 4296x12288x4608 ({TILE}): {complaint}" in out
+    assert "broken.json: damaged JSON" in out
+    assert "complaints about 2 of 2 databases" in err
+
+
+def test_merge(home, capfd):
+    shutil.copy(SHIPPED, home / "a.json")
+    db.update(home / "b.json", RTX3090, [entry()])
+    call(capfd, "db", "merge", "a.json", "b.json", "-o", "c.json")
+    merged = db.load(home / "c.json")
+    assert merged.resolve(SHAPE).config == TILE
+    assert len(merged.entries) == len(db.load(SHIPPED).entries)
+    call(capfd, "db", "merge", "b.json", "--user")
+    assert db.load(db.user_path("rtx3090")).entries == (entry(),)
+    before = (home / "c.json").read_bytes()
+    shutil.copy(files.shipped("tuning_db") / "h200.json", home / "h.json")
+    _, err = call(capfd, "db", "merge", "a.json", "h.json", "-o", "c.json", status=2)
+    assert "'h.json' is for the card 'h200', 'a.json' for 'rtx3090'" in err
+    assert (home / "c.json").read_bytes() == before
+
+
+def test_explain(capfd):
+    out, _ = call(capfd, "db", "explain", 4296, 12288, 4608, "--gpu", "rtx3090", "--strict")
+    assert "->  exact" in out
+    assert "proven with the present kernel" in out
+    out, err = call(capfd, "db", "explain", 4000, 12288, 4608, "--gpu", "rtx3090", "--strict", status=1)
+    assert "->  nearest-m" in out
+    assert "was not tuned for rtx3090, nearest-m serves; tune it with `int8kit tune --gpu rtx3090" in err
+    document = json.loads(call(capfd, "db", "explain", 7, 100, 64, "--gpu", "h200", "--json")[0])
+    assert (document["rung"], document["proven"]) == ("default", False)
+    assert document["ladder"] == {"exact": None, "nearest-m": None, "nearest": None}
+
+
+def test_the_published_schema_is_the_models(capfd):
+    text = (Path(__file__).parent.parent / "docs" / "tuning_db.schema.json").read_text()
+    assert json.loads(text) == json_schema()
+    assert call(capfd, "db", "schema")[0] == text

@@ -1,0 +1,204 @@
+"""tune/journal.py and tune/session.py: what a killed run has done, and how the next one goes on."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from int8kit import db, gpus
+from int8kit.schema import Entry, Resources
+from int8kit.spec import FileError, GemmShape, Kernel, Source, TileConfig
+from int8kit.tune import search, session
+from int8kit.tune.journal import Journal
+
+RTX3090 = gpus.get("rtx3090")
+RUN = {"gpu": "rtx3090", "policy": 3}
+A, B = TileConfig(64, 64, 64, 4, 3), TileConfig(128, 128, 64, 4, 3, kernel=Kernel.AMPERE, stream_k=2)
+FREE = Resources(registers=128, spill_bytes=0, shared_bytes=49152)
+SHAPE = GemmShape(4296, 4608, 4608)
+ENTRY = Entry(
+    m=4296,
+    n=4608,
+    k=4608,
+    source=Source.PROXY,
+    config=B,
+    triton="3.6.0",
+    kernel="k",
+    resources=FREE,
+    tried=3,
+    time_us=9,
+)
+
+
+@pytest.fixture
+def database(tmp_path):
+    return tmp_path / "t.json"
+
+
+def write(database, run=RUN):
+    """The journal of a run that was killed."""
+    with Journal(database, run) as journal:
+        journal.add_compiled((A, True), FREE)
+        journal.add_compiled((B, False), "crash: the compiler ended its process")
+        journal.add_wrong(SHAPE, A, "wrong: is not bit-equal")
+        journal.add_chosen(ENTRY)
+    return journal.path
+
+
+def held(journal):
+    return journal.compiled, journal.wrong, journal.chosen
+
+
+ALL = (
+    {(A, True): FREE, (B, False): "crash: the compiler ended its process"},
+    {(SHAPE, A): "wrong: is not bit-equal"},
+    {SHAPE: ENTRY},
+)
+
+
+def test_what_was_done_is_there_again(database):
+    write(database)
+    with Journal(database, RUN) as journal:
+        assert held(journal) == ALL
+        journal.finish()
+    assert not journal.path.exists()
+    with Journal(database, RUN) as journal:
+        assert held(journal) == ({}, {}, {})
+
+
+@pytest.mark.parametrize("run", [{**RUN, "policy": 4}, {**RUN, "gpu": "h200"}, {}])
+def test_another_run_begins_anew(database, run):
+    write(database)
+    with Journal(database, run) as journal:
+        assert held(journal) == ({}, {}, {})
+    with Journal(database, run) as journal:  # and is itself a journal
+        assert held(journal) == ({}, {}, {})
+
+
+def test_cut_off_anywhere_it_loses_at_most_the_last_line(database):
+    path = write(database)
+    whole = path.read_bytes()
+    lines = whole.count(b"\n")
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        with Journal(database, RUN) as journal:
+            done = sum(map(len, held(journal)))
+            assert done == max(whole[:size].count(b"\n") - 1, 0)
+            journal.add_compiled((A, False), FREE)  # what is appended does not grow into the broken line
+        with Journal(database, RUN) as journal:
+            assert sum(map(len, held(journal))) == done + 1
+    assert lines == 5
+
+
+@pytest.mark.parametrize(
+    "line", [b"{", b"[]", b'{"compiled": {}}', b'{"chosen": {"m": 0}}', b'{"a": 1, "b": 2}', b"\xff"]
+)
+def test_damage_in_the_middle_is_one_clear_line(database, line):
+    path = write(database)
+    lines = path.read_bytes().split(b"\n")
+    lines[2] = line
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(FileError, match="is damaged in line 3; delete it to begin the run anew, the database stays"):
+        Journal(database, RUN)
+    path.unlink()
+    Journal(database, RUN).__exit__(None, None, None)  # the refused one does not keep its lock
+
+
+def test_a_second_tuner_is_refused_while_the_first_lives(database):
+    with Journal(database, RUN), pytest.raises(FileError, match=r"another tuner is writing .*t\.json'; wait for it"):
+        Journal(database, RUN)
+    with Journal(database, RUN):
+        pass
+
+
+def test_a_run_compiles_and_chooses_only_what_is_left(database, monkeypatch):
+    shapes = [GemmShape(m, 4608, 4608) for m in (1024, 2048, 4096)]
+    compiled, chosen = [], []
+
+    def compile_all(arch, jobs):
+        for job in jobs:
+            compiled.append(job)
+            yield job, FREE
+
+    choose = search.choose
+
+    def die_at_the_third(shape, *rest):
+        if len(chosen) == 2:
+            raise SystemExit("killed")
+        chosen.append(shape)
+        return choose(shape, *rest)
+
+    monkeypatch.setattr(search.workers, "compile_all", compile_all)
+    monkeypatch.setattr(search, "choose", die_at_the_third)
+    with pytest.raises(SystemExit):
+        session.run(shapes, RTX3090, database, Source.MODELLED)
+    assert len(db.load(database).entries) == 2
+    first = len(compiled)
+    monkeypatch.setattr(search, "choose", choose)
+    outcome = session.run(shapes, RTX3090, database, Source.MODELLED)
+    assert len(compiled) == first
+    assert (outcome.resumed, len(outcome.entries)) == (2, 3)
+    assert len(db.load(database).entries) == 3
+    again = session.run(shapes, RTX3090, database, Source.MODELLED)
+    assert again.resumed == 0  # asked for anew
+    assert again.entries == outcome.entries
+    assert len(compiled) == 2 * first
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from int8kit import gpus
+from int8kit.schema import Resources
+from int8kit.spec import GemmShape, Source
+from int8kit.tune import search, session
+
+def compile_all(arch, jobs):
+    for job in jobs:
+        time.sleep(0.004)
+        yield job, Resources(registers=128, spill_bytes=0, shared_bytes=49152)
+
+search.workers.compile_all = compile_all
+shapes = [GemmShape(m, 4608, 4608) for m in range(64, 1600, 64)]
+outcome = session.run(shapes, gpus.get("rtx3090"), Path(sys.argv[1]), Source.MODELLED, note=print)
+print("done", len(outcome.entries))
+"""
+
+
+def test_killed_at_random_moments_it_ends_as_if_it_never_was(tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+
+    def start(name):
+        return subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(tmp_path / name)], env=environment, text=True, stdout=subprocess.PIPE
+        )
+
+    out, _ = start("straight.json").communicate(timeout=120)
+    assert out == "done 24\n"
+    times = random.Random(0)
+    kills = 0
+    while kills < 40:
+        process = start("killed.json")
+        journal = tmp_path / "killed.json.journal"
+        size = journal.stat().st_size if journal.exists() else 0
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:  # let it do something, then kill it anywhere
+            time.sleep(times.uniform(0.05, 0.25))
+            if journal.exists() and journal.stat().st_size > size:
+                process.send_signal(signal.SIGKILL)
+        out, _ = process.communicate(timeout=120)
+        if process.returncode == 0:
+            break
+        kills += 1
+        if (tmp_path / "killed.json").exists():
+            db.load(tmp_path / "killed.json")  # whole at every moment
+    assert 2 <= kills < 40
+    assert "going on where a run was ended" in out
+    assert (tmp_path / "killed.json").read_text() == (tmp_path / "straight.json").read_text()
+    assert not journal.exists()
+    assert json.loads((tmp_path / "killed.json").read_text())["format"] == "int8kit.tuning/1"
