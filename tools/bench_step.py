@@ -47,8 +47,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = models.get(args.model)
     card = gpus.present() or gpus.get("rtx3090")
-    path = db.find(card.alias, args.db)
-    database = db.load(path) if path else db.Database(card)
+    database, _ = db.gather(card, args.db)
     with torch.device(device):
         transformer = model.build()
         stock = models.Case(height, width, text_tokens=args.text_tokens, slots=2048)
