@@ -26,7 +26,10 @@ bench = typer.Typer(rich_markup_mode=None, help="Time int8kit beside other kerne
 app.add_typer(bench, name="bench")
 app.add_typer(cli_db.app, name="db")
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
-_EXTRAS = {"diffusers": "run", "transformers": "run", "PIL": "run", "bitsandbytes": "nf4", "hypothesis": "verify"}
+_EXTRAS = {
+    "dask": "tune", "distributed": "tune", "diffusers": "run", "transformers": "run", "PIL": "run",
+    "bitsandbytes": "nf4", "hypothesis": "verify",
+}  # fmt: skip
 
 SIZES = ("768x768", "1024x1024", "1536x1536", "2048x2048")  # of the shapes files that are committed
 STOCK_SLOTS = 2048
@@ -128,6 +131,7 @@ def trace_shapes(
 def tune(
     gpu: Annotated[str | None, typer.Option(help="The card, such as rtx3090. Default: the one that is here.")] = None,
     gpu_spec: Annotated[Path | None, typer.Option(help="A JSON file that describes another card.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Of a dask cluster that compiles, tcp://host:8786.")] = None,
     shapes: Annotated[Path | None, typer.Option(help="A shapes file. Default: Ideogram 4's.")] = None,
     size: Size = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: tuning_db/<gpu>.json")] = None,
@@ -166,7 +170,7 @@ def tune(
     if source is not Source.MODELLED:
         _health()
     note(_how(source, card.alias))
-    outcome = session.run(wanted, card, path, source, force=force, stage=stage, note=note)
+    outcome = session.run(wanted, card, path, source, force=force, scheduler=scheduler, stage=stage, note=note)
     space = outcome.space
     stronger = f"; {outcome.kept} kept their measured or proxy entry, which is stronger" if outcome.kept else ""
     out = ", ".join(f"{count} {kind}" for kind, count in sorted(outcome.rejected.items()))

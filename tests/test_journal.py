@@ -13,7 +13,7 @@ import pytest
 from int8kit import db, gpus
 from int8kit.schema import Entry, Resources
 from int8kit.spec import FileError, GemmShape, Kernel, Source, TileConfig
-from int8kit.tune import search, session
+from int8kit.tune import search, session, workers
 from int8kit.tune.journal import Journal
 
 RTX3090 = gpus.get("rtx3090")
@@ -120,7 +120,7 @@ def test_a_run_compiles_and_chooses_only_what_is_left(database, monkeypatch):
     shapes = [GemmShape(m, 4608, 4608) for m in (1024, 2048, 4096)]
     compiled, chosen = [], []
 
-    def compile_all(arch, jobs):
+    def compile_all(self, arch, jobs):
         for job in jobs:
             compiled.append(job)
             yield job, FREE
@@ -133,7 +133,7 @@ def test_a_run_compiles_and_chooses_only_what_is_left(database, monkeypatch):
         chosen.append(shape)
         return choose(shape, *rest)
 
-    monkeypatch.setattr(search.workers, "compile_all", compile_all)
+    monkeypatch.setattr(workers.Workers, "compile_all", compile_all)
     monkeypatch.setattr(search, "choose", die_at_the_third)
     with pytest.raises(SystemExit):
         session.run(shapes, RTX3090, database, Source.MODELLED)
@@ -156,14 +156,14 @@ from pathlib import Path
 from int8kit import gpus
 from int8kit.schema import Resources
 from int8kit.spec import GemmShape, Source
-from int8kit.tune import search, session
+from int8kit.tune import search, session, workers
 
-def compile_all(arch, jobs):
+def compile_all(self, arch, jobs):
     for job in jobs:
         time.sleep(0.004)
         yield job, Resources(registers=128, spill_bytes=0, shared_bytes=49152)
 
-search.workers.compile_all = compile_all
+workers.Workers.compile_all = compile_all
 shapes = [GemmShape(m, 4608, 4608) for m in range(64, 1600, 64)]
 outcome = session.run(shapes, gpus.get("rtx3090"), Path(sys.argv[1]), Source.MODELLED, note=print)
 print("done", len(outcome.entries))

@@ -1,11 +1,13 @@
 """tune/: the space, a card that is absent, the model, the choice, and the processes that compile."""
 
+import multiprocessing
 import os
 import signal
 import threading
 import time
 
 import pytest
+from distributed import LocalCluster
 
 from int8kit import gpus
 from int8kit.schema import Resources
@@ -13,6 +15,7 @@ from int8kit.spec import (
     CheckFailed,
     ConfigError,
     GemmShape,
+    InputError,
     Kernel,
     Source,
     TileConfig,
@@ -62,7 +65,8 @@ HOPPER = [
 def compiled(request):
     jobs = [(c, even) for c in SAMPLE for even in (True, False)]
     jobs += [(c, True) for c in (HOPPER if request.param == 90 else AMPERE)]
-    return request.param, dict(workers.compile_all(request.param, jobs))
+    with workers.Workers() as pool:
+        return request.param, dict(pool.compile_all(request.param, jobs))
 
 
 def test_compiles_for_absent_cards(compiled):
@@ -93,10 +97,9 @@ def _instructions(arch, config):
     ],
     ids=str,
 )
-def test_runs_on_integer_tensor_cores_and_contracts_nothing(arch, config, instruction):
-    import multiprocessing
-
-    with workers._no_interpreter(), multiprocessing.get_context("spawn").Pool(1) as pool:
+def test_runs_on_integer_tensor_cores_and_contracts_nothing(monkeypatch, arch, config, instruction):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # for the child
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
         found, fma, ftz = pool.apply(_instructions, (arch, config))
     assert found == {instruction}
     assert not fma
@@ -180,19 +183,54 @@ def test_odd_k_is_compiled_apart():
 def _compile_or_die(arch, config, even_k):
     if config.block_k == 32:
         os.abort()
+    if config.num_stages == 6:
+        time.sleep(60)
     if config.block_k == 256:
         return "compile: no"
     return FREE
 
 
-def test_a_compiler_abort_costs_one_configuration(monkeypatch):
+def test_a_compiler_that_aborts_or_hangs_costs_one_configuration(monkeypatch):
     monkeypatch.setattr(workers, "_compile", _compile_or_die)
     good = [(TileConfig(64, 64, 64, 4, s), True) for s in (2, 3, 4)]
     jobs = [*good, (TileConfig(64, 64, 32, 4, 3), True), (TileConfig(64, 64, 256, 4, 3), True)]
-    outcomes = dict(workers.compile_all(86, jobs, processes=2))
+    jobs.append((TileConfig(64, 64, 64, 4, 6), True))
+    with workers.Workers(processes=2, limit_s=2) as pool:
+        outcomes = dict(pool.compile_all(86, jobs))
     assert [outcomes[job] for job in good] == [FREE] * 3
     assert outcomes[jobs[3]] == "crash: the compiler ended its process"
     assert outcomes[jobs[4]] == "compile: no"
+    assert outcomes[jobs[5]] == "timeout: not compiled in 2 s"
+
+
+def _version_of_the_parent():
+    return "parent" if multiprocessing.parent_process() is None else "worker"
+
+
+def test_a_cluster_of_somebody_elses_compiles_and_is_compared(monkeypatch):
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, dashboard_address=None, env={"TRITON_INTERPRET": "0"}
+    ) as other:
+        with workers.Workers(other.scheduler_address) as pool:
+            ((job, outcome),) = pool.compile_all(86, [(SAMPLE[0], True)])
+        assert job == (SAMPLE[0], True)
+        assert isinstance(outcome, Resources)
+        monkeypatch.setattr(workers, "toolchain", _version_of_the_parent)
+        with (
+            workers.Workers(other.scheduler_address) as pool,
+            pytest.raises(InputError, match="has worker; legal is what runs here, parent"),
+        ):
+            list(pool.compile_all(86, [(SAMPLE[0], True)]))
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense", "carrier://pigeon"])
+def test_no_scheduler_is_one_clear_error(monkeypatch, address):
+    monkeypatch.setattr(workers, "CONNECT_S", 1)
+    with (
+        workers.Workers(address) as pool,
+        pytest.raises(InputError, match=f"no scheduler with workers at '{address}'.*tcp://host:8786"),
+    ):
+        list(pool.compile_all(86, [(SAMPLE[0], True)]))
 
 
 def _slow(arch, config, even_k):
@@ -209,7 +247,8 @@ def test_an_interrupt_keeps_what_is_compiled(monkeypatch):
         if len(steps) == 3:
             threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT)).start()
 
-    found = search.compile_space([SHAPE], RTX3090, on_outcome=step)
+    with workers.Workers(processes=2) as pool:
+        found = search.compile_space([SHAPE], RTX3090, pool, on_outcome=step)
     assert not found.complete
     assert 3 <= len(found.resources) < found.total
     entry = search.choose(SHAPE, RTX3090, found, Source.MODELLED)

@@ -1,7 +1,7 @@
 """The choice: rank every legal configuration by the model, and on a card time the best of them.
 
     how(gpu)           what can be known of that card here: measured, proxy or modelled
-    resources = compile_space(...)          (config, even K) -> registers, spills, shared memory
+    found = compile_space(...)              (config, even K) -> registers, spills, shared memory
     choose(shape, gpu, resources, source)   -> one database entry
 
 Configurations that spill are left out. On a card the default is always a contestant; it, the model's first ones of the
@@ -70,6 +70,7 @@ def jobs(shapes: Iterable[GemmShape], gpu: Gpu) -> list[workers.Job]:
 def compile_space(
     shapes: Iterable[GemmShape],
     gpu: Gpu,
+    pool: workers.Workers,
     *,
     known: Mapping[workers.Job, workers.Outcome] = MappingProxyType({}),
     on_outcome: Callable[[workers.Job, workers.Outcome], None] = lambda *_: None,
@@ -83,7 +84,7 @@ def compile_space(
     for job in todo:
         if job in known:
             found.add(job, known[job])
-    results = workers.compile_all(gpu.arch, [job for job in todo if job not in known])
+    results = pool.compile_all(gpu.arch, [job for job in todo if job not in known])
     try:
         for job, outcome in results:
             found.add(job, outcome)

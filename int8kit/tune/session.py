@@ -60,11 +60,13 @@ def run(
     source: Source,
     *,
     force: bool = False,
+    scheduler: str | None = None,
     stage: Stage = lambda *_: nullcontext(lambda: None),
     note: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
     """Tune `shapes` for `gpu` into the database `path`.
 
+    scheduler: the address of a dask cluster whose workers compile; None: a process a core of this machine.
     After an interrupt while compiling, what is compiled is ranked, and `Outcome.space.complete` is False. Raises
     FileError if another tuner writes `path`, CheckFailed if a shape has no configuration, KeyboardInterrupt if none of
     the kernels of a shape was compiled before the interrupt.
@@ -75,7 +77,8 @@ def run(
         if journal.compiled or journal.chosen:
             before = f"{len(journal.compiled)} kernels compiled, {resumed} of {len(wanted)} shapes chosen"
             note(f"going on where a run was ended: {before}")
-        space = _compile(wanted, gpu, journal, stage)
+        with workers.Workers(scheduler) as pool:
+            space = _compile(wanted, gpu, pool, journal, stage)
         entries, kept = [], 0
         with stage("choosing", len(wanted)) as step:
             for shape in wanted:
@@ -91,7 +94,7 @@ def run(
     return Outcome(entries, kept, space, dict(classes), resumed)
 
 
-def _compile(wanted: list[GemmShape], gpu: Gpu, journal: Journal, stage: Stage) -> search.Space:
+def _compile(wanted: list[GemmShape], gpu: Gpu, pool: workers.Workers, journal: Journal, stage: Stage) -> search.Space:
     left = [job for job in search.jobs(wanted, gpu) if job not in journal.compiled]
     with stage(f"compiling for sm_{gpu.arch}", len(left)) as step:
 
@@ -99,7 +102,7 @@ def _compile(wanted: list[GemmShape], gpu: Gpu, journal: Journal, stage: Stage) 
             journal.add_compiled(job, result)
             step()
 
-        return search.compile_space(wanted, gpu, known=dict(journal.compiled), on_outcome=on_outcome)
+        return search.compile_space(wanted, gpu, pool, known=dict(journal.compiled), on_outcome=on_outcome)
 
 
 def _choose(shape: GemmShape, gpu: Gpu, space: search.Space, source: Source, journal: Journal) -> Entry:
