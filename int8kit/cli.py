@@ -173,13 +173,14 @@ def tune(
     outcome = session.run(wanted, card, path, source, force=force, scheduler=scheduler, stage=stage, note=note)
     space = outcome.space
     stronger = f"; {outcome.kept} kept their measured or proxy entry, which is stronger" if outcome.kept else ""
+    fewer = "{} kernels, {} after shapes within 1 % share one".format(*outcome.kernels)
     out = ", ".join(f"{count} {kind}" for kind, count in sorted(outcome.rejected.items()))
     rows = [e.model_dump(mode="json", exclude_none=True) for e in outcome.entries]
     show(
         {"database": str(path), "gpu": card.alias, "source": source, "rejected": outcome.rejected,
-         "kept": outcome.kept, "resumed": outcome.resumed, "entries": rows},
+         "kept": outcome.kept, "resumed": outcome.resumed, "kernels": outcome.kernels, "entries": rows},
         f"{report.tuning_table(outcome.entries)}\n\nwrote {len(rows) - outcome.kept} entries to {path}{stronger}"
-        + (f"\nout, by class: {out}" if out else ""), as_json,
+        + f"\n{fewer}" + (f"\nout, by class: {out}" if out else ""), as_json,
     )  # fmt: skip
     if not space.complete:
         done = len(space.resources) + len(space.failed)

@@ -37,6 +37,18 @@ class Stamp(_Row):
     triton: str
 
 
+class RunnerUp(_Row):
+    """A finalist that did not win, in the same rounds as the winner."""
+
+    config: TileConfig
+    kernel: str
+    resources: Resources
+    model_us: float | None = None
+    time_us: float
+    p20_us: float | None = None
+    p80_us: float | None = None
+
+
 class Entry(_Row):
     """The chosen configuration of one shape, and why."""
 
@@ -57,6 +69,7 @@ class Entry(_Row):
     bf16_us: float | None = None  # torch's bf16 matmul in the same rounds
     measured_on: str | None = None  # the card that was timed
     policy: int | None = None  # how: see the header
+    runners_up: tuple[RunnerUp, ...] | None = None  # fastest first
     verified: tuple[Stamp, ...] | None = None
 
     @property

@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
 from int8kit.gpus import Gpu, present
-from int8kit.schema import Entry, Resources
+from int8kit.schema import Entry, Resources, RunnerUp
 from int8kit.spec import POLICY, CheckFailed, GemmShape, Kernel, Source, TileConfig, default_config
 from int8kit.tune import offline, space, workers
 
@@ -27,6 +28,7 @@ FINALISTS = 4  # of those, timed again in ROUNDS longer ones
 ROUNDS = 9
 SIFTING_ROUNDS = 3
 LEADERS = 3  # of those, tried with other widths of a band
+RUNNERS_UP = 3  # finalists that an entry keeps beside the winner
 MARGIN = 0.01  # a tie within 1 % keeps the default
 
 
@@ -177,22 +179,30 @@ def _measured(
     winner = min(finalists, key=lambda config: final[config].p50)
     if final[default].p50 <= final[winner].p50 * (1 + MARGIN):
         winner = default
-    estimates = {config: (us, resources) for us, config, resources in ranked}
-    us, resources = estimates.get(replace(winner, group_m=space.GROUP_M), (None, modelled.resources))
-    return modelled.model_copy(
-        update={
-            "source": source,
-            "config": winner,
-            "kernel": gemm.kernel_hash(winner.kernel),
+    estimates = {replace(config, group_m=space.GROUP_M): (us, resources) for us, config, resources in ranked}
+
+    def result(config: TileConfig) -> dict[str, Any]:
+        us, resources = estimates.get(replace(config, group_m=space.GROUP_M), (None, modelled.resources))
+        return {
+            "config": config,
+            "kernel": gemm.kernel_hash(config.kernel),
             "resources": resources,
-            "tried": len(entrants) + len(wider),
             "model_us": None if us is None else round(us, 2),
-            "time_us": round(final[winner].p50, 2),
-            "p20_us": round(final[winner].p20, 2),
-            "p80_us": round(final[winner].p80, 2),
+            "time_us": round(final[config].p50, 2),
+            "p20_us": round(final[config].p20, 2),
+            "p80_us": round(final[config].p80, 2),
+        }
+
+    others = sorted((config for config in finalists if config != winner), key=lambda config: final[config].p50)
+    return modelled.model_copy(
+        update=result(winner)
+        | {
+            "source": source,
+            "tried": len(entrants) + len(wider),
             "default_us": round(final[default].p50, 2),
             "bf16_us": round(bf16.p50, 2),
             "measured_on": card.name,
             "policy": POLICY,
+            "runners_up": tuple(RunnerUp(**result(config)) for config in others[:RUNNERS_UP]),
         }
     )

@@ -3,7 +3,8 @@
     Outcome(entries=[Entry, ...], kept=2, space=Space(...), rejected={"compile": 3, "crash": 1}, resumed=17)
 
 Every step is in the journal before the next one begins (`journal`), and every entry in the database as soon as it is
-known: a run that is killed goes on by the same command.
+known: a run that is killed goes on by the same command. At the end shapes share kernels where that costs next to
+nothing (`portfolio`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from int8kit import db
 from int8kit.gpus import Gpu, present
 from int8kit.schema import Entry
 from int8kit.spec import POLICY, CheckFailed, GemmShape, Source
-from int8kit.tune import search, workers
+from int8kit.tune import portfolio, search, workers
 from int8kit.tune.journal import Journal
 
 Stage = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
@@ -35,6 +36,7 @@ class Outcome:
     space: search.Space
     rejected: dict[str, int]  # configurations that did not compile, run or agree, by class
     resumed: int  # shapes that an earlier, killed run had done
+    kernels: tuple[int, int]  # distinct ones, before and after `portfolio.reduce`
 
 
 def identity(gpu: Gpu, source: Source) -> dict[str, Any]:
@@ -88,10 +90,13 @@ def run(
                     journal.add_chosen(entry)
                 entries.append(entry)
                 step()
+        reduced = portfolio.reduce(entries)
+        counts = len(portfolio.kernels(entries)), len(portfolio.kernels(reduced))
+        db.update(path, gpu, [new for new, old in zip(reduced, entries, strict=True) if new != old], force=force)
         classes = Counter(reason.partition(":")[0] for reason in (*space.failed.values(), *journal.wrong.values()))
         if space.complete:
             journal.finish()
-    return Outcome(entries, kept, space, dict(classes), resumed)
+    return Outcome(reduced, kept, space, dict(classes), resumed, counts)
 
 
 def _compile(wanted: list[GemmShape], gpu: Gpu, pool: workers.Workers, journal: Journal, stage: Stage) -> search.Space:
