@@ -173,7 +173,8 @@ def tune(
     outcome = session.run(wanted, card, path, source, force=force, scheduler=scheduler, stage=stage, note=note)
     space = outcome.space
     stronger = f"; {outcome.kept} kept their measured or proxy entry, which is stronger" if outcome.kept else ""
-    fewer = "{} kernels, {} after shapes within 1 % share one".format(*outcome.kernels)
+    before, after = outcome.kernels
+    fewer = f"{after} kernels" + (f", {before} before shapes within 1 % shared one" if before > after else "")
     out = ", ".join(f"{count} {kind}" for kind, count in sorted(outcome.rejected.items()))
     rows = [e.model_dump(mode="json", exclude_none=True) for e in outcome.entries]
     show(

@@ -1,6 +1,7 @@
 """The scripts in tools/ that can prove themselves without a card."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,3 +20,18 @@ def test_bench_prologues_runs_dry(tmp_path):
     }  # fmt: skip
     assert all(run["us"] > 0 and {"tb_s", "of_copy", "bytes"} <= set(run) for run in runs)
     assert json.loads(done.stdout.splitlines()[-1])["dry_run"]
+
+
+def test_exhaustive_runs_dry(tmp_path):
+    out = tmp_path / "exhaustive.json"
+    shape = ("--gpu", "rtx3090", "--shape", "4096x256x1024")
+    command = [sys.executable, ROOT / "tools" / "exhaustive.py", "--dry-run", *shape, "--out", out]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["shapes"]
+    assert row["configurations"] == len(row["times"]) > 60
+    assert row["best_us"] == min(t["us"] for t in row["times"])
+    assert row["eight_regret"] <= row["first_regret"]
+    assert 0.5 < row["spearman"] <= 1
+    assert row["times"] == sorted(row["times"], key=lambda t: t["model_us"])
