@@ -35,3 +35,24 @@ def test_exhaustive_runs_dry(tmp_path):
     assert row["eight_regret"] <= row["first_regret"]
     assert 0.5 < row["spearman"] <= 1
     assert row["times"] == sorted(row["times"], key=lambda t: t["model_us"])
+
+
+def test_resources_of_the_shipped_kernels_and_beside_another_version(tmp_path):
+    out = tmp_path / "r.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, ROOT / "tools" / "resources.py", "--gpu", "rtx3090"]
+    subprocess.run([*command, "--out", out], cwd=ROOT, check=True, timeout=300, env=environment, capture_output=True)
+    document = json.loads(out.read_text())
+    for name, row in document["kernels"].items():
+        registers, spills, kib = row
+        assert 16 <= registers <= 255, name
+        assert spills == 0, name
+        assert 0 < kib <= 99, name
+    out.write_text(json.dumps({**document, "triton": "1.2.3"}))
+    done = subprocess.run(
+        [*command, "--beside", out], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
+    )
+    head, _, *rows = done.stdout.splitlines()
+    assert "Triton 1.2.3" in head
+    assert len(rows) == len(document["kernels"])
+    assert all(row.split("|")[2].strip() == row.split("|")[3].strip() for row in rows)
