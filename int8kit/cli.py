@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from int8kit import __version__, cli_db
-from int8kit.spec import CheckFailed, FileError, InputError, Int8kitError, Source
-from int8kit.terminal import Force, Json, note, progress, show, stage
+from int8kit.spec import CheckFailed, FileError, InputError, Int8kitError
+from int8kit.terminal import Force, Json, note, progress, show, stages
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -129,9 +129,13 @@ def trace_shapes(
 
 @app.command()
 def tune(
-    gpu: Annotated[str | None, typer.Option(help="The card, such as rtx3090. Default: the one that is here.")] = None,
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="The card, such as rtx3090; repeatable. Default: every kind that is here.")
+    ] = None,
     gpu_spec: Annotated[Path | None, typer.Option(help="A JSON file that describes another card.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="Of a dask cluster that compiles, tcp://host:8786.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Of a dask cluster that compiles and times, tcp://host:8786.")
+    ] = None,
     shapes: Annotated[Path | None, typer.Option(help="A shapes file. Default: Ideogram 4's.")] = None,
     size: Size = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: tuning_db/<gpu>.json")] = None,
@@ -145,64 +149,91 @@ def tune(
 
     Example: int8kit tune --gpu rtx3090 --size 1024x1024
     """
-    from int8kit import db, files, gpus, report, trace
-    from int8kit.tune import search, session
+    from int8kit import db, files, gpus
+    from int8kit.tune import session, workers
 
     if gpu and gpu_spec:
-        raise InputError(f"--gpu {gpu} and --gpu-spec {gpu_spec}: name one card")
-    card = gpus.read_spec(gpu_spec) if gpu_spec else gpus.get(gpu) if gpu else gpus.present()
-    if card is None:
-        raise InputError(f"no card here to tune for; name one with --gpu: {', '.join(sorted(gpus.GPUS))}")
-    source_file = shapes or files.shipped("shapes") / "ideogram4.json"
-    document = trace.read(source_file)
+        raise InputError(f"--gpu {', '.join(gpu)} and --gpu-spec {gpu_spec}: name one card")
+    named = [gpus.read_spec(gpu_spec)] if gpu_spec else [gpus.get(alias) for alias in dict.fromkeys(gpu or ())]
+    wanted = _wanted(shapes, size)
+    for one in named:  # a damaged or foreign database is refused before the work, not after
+        path = output or Path("tuning_db") / f"{one.alias}.json"
+        files.check_target(path, ours=db.is_ours, force=force)
+        if path.exists() and db.is_ours(path):
+            db.load(path, one.alias)
+    with workers.Workers(scheduler) as pool:
+        cards = pool.cards()
+        listed = named or list(dict.fromkeys(cards))
+        if not listed:
+            raise InputError(f"no card here to tune for; name one with --gpu: {', '.join(sorted(gpus.GPUS))}")
+        if output and len(listed) > 1:
+            raise InputError(f"--output {output} and {len(listed)} cards: each feeds its own file; leave it out")
+        targets = session.plan(listed, cards, output)
+        for target in targets:
+            note(_how(target.source, target.gpu.alias))
+        if any(target.card for target in targets):
+            session.check_health(pool, note)
+        try:
+            with stages() as stage:
+                outcomes = session.run(wanted, targets, pool, force=force, stage=stage, note=note)
+        except KeyboardInterrupt:
+            note("run the same command again to go on from here")
+            raise
+    documents = [_tuned(outcome) for outcome in outcomes]
+    if as_json:
+        print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1, default=str))
+    failed = [f"{shape}: {reason}" for outcome in outcomes for shape, reason in outcome.failed.items()]
+    if not as_json:
+        print("\n\n".join(_tuned_table(outcome) for outcome in outcomes))
+    if failed:
+        raise CheckFailed(f"{len(failed)} shapes have no entry; the others are written; first {failed[0]}")
+
+
+def _wanted(shapes: Path | None, size: list[str] | None) -> set[Any]:
+    """The shapes to tune for. Raises InputError if there are none of one of the sizes."""
+    from int8kit import files, trace
+
+    source = shapes or files.shipped("shapes") / "ideogram4.json"
+    document = trace.read(source)
     wanted: set[Any] = set()
     for one in [_size(text) for text in size] if size else [None]:
         found = trace.int8_shapes(document, one)
         if not found:
             where = f"of {one[1]}x{one[0]} px " if one else ""
-            raise InputError(f"no shape {where}to tune in {str(source_file)!r}; trace it with `int8kit trace-shapes`")
+            raise InputError(f"no shape {where}to tune in {str(source)!r}; trace it with `int8kit trace-shapes`")
         wanted |= set(found)
-    path = output or Path("tuning_db") / f"{card.alias}.json"
-    files.check_target(path, ours=db.is_ours, force=force)
-    if path.exists() and db.is_ours(path):
-        db.load(path, card.alias)  # a damaged or foreign database is refused before the work, not after
-    source = search.how(card)
-    if source is not Source.MODELLED:
-        _health()
-    note(_how(source, card.alias))
-    outcome = session.run(wanted, card, path, source, force=force, scheduler=scheduler, stage=stage, note=note)
-    space = outcome.space
+    return wanted
+
+
+def _tuned(outcome: Any) -> dict[str, Any]:
+    rows = [e.model_dump(mode="json", exclude_none=True) for e in outcome.entries]
+    return {
+        "database": str(outcome.target.path), "gpu": outcome.target.gpu.alias, "source": outcome.target.source,
+        "rejected": outcome.rejected, "failed": {str(shape): why for shape, why in outcome.failed.items()},
+        "kept": outcome.kept, "resumed": outcome.resumed, "kernels": outcome.kernels, "entries": rows,
+    }  # fmt: skip
+
+
+def _tuned_table(outcome: Any) -> str:
+    from int8kit import report
+
+    written = len(outcome.entries) - outcome.kept
     stronger = f"; {outcome.kept} kept their measured or proxy entry, which is stronger" if outcome.kept else ""
     before, after = outcome.kernels
     fewer = f"{after} kernels" + (f", {before} before shapes within 1 % shared one" if before > after else "")
     out = ", ".join(f"{count} {kind}" for kind, count in sorted(outcome.rejected.items()))
-    rows = [e.model_dump(mode="json", exclude_none=True) for e in outcome.entries]
-    show(
-        {"database": str(path), "gpu": card.alias, "source": source, "rejected": outcome.rejected,
-         "kept": outcome.kept, "resumed": outcome.resumed, "kernels": outcome.kernels, "entries": rows},
-        f"{report.tuning_table(outcome.entries)}\n\nwrote {len(rows) - outcome.kept} entries to {path}{stronger}"
-        + f"\n{fewer}" + (f"\nout, by class: {out}" if out else ""), as_json,
-    )  # fmt: skip
-    if not space.complete:
-        done = len(space.resources) + len(space.failed)
-        _fail(f"interrupted after {done} of {space.total} kernels; {path} ranks those; run again to go on", INTERRUPTED)
+    table = (
+        f"{report.tuning_table(outcome.entries)}\n\nwrote {written} entries to {outcome.target.path}{stronger}\n{fewer}"
+    )
+    return table + (f"\nout, by class: {out}" if out else "")
 
 
 def _how(source: str, alias: str) -> str:
     return {
         "measured": f"{alias} is here: measuring",
-        "proxy": f"no {alias} here: timing its code on this card; entries are marked proxy",
+        "proxy": f"no {alias} here: timing its code on a newer card; entries are marked proxy",
         "modelled": f"no {alias} here: compiling for it and ranking by a model; entries are marked modelled",
     }[source]
-
-
-def _health() -> None:
-    from int8kit import gpus
-    from int8kit.tune import measure
-
-    card = gpus.present()
-    assert card is not None
-    note(f"{card.name}: {measure.check_health(card):.0f} bf16 TFLOP/s, healthy")
 
 
 @app.command()

@@ -37,6 +37,16 @@ class Stamp(_Row):
     triton: str
 
 
+class CardState(_Row):
+    """The card while it ran an entry's kernel, as NVML tells; what cannot be had is absent."""
+
+    sm_mhz: int | None = None
+    memory_mhz: int | None = None
+    power_w: int | None = None
+    temperature_c: int | None = None
+    throttle: tuple[str, ...] | None = None  # what holds the clock back: "power cap" and so on
+
+
 class RunnerUp(_Row):
     """A finalist that did not win, in the same rounds as the winner."""
 
@@ -68,6 +78,7 @@ class Entry(_Row):
     default_us: float | None = None  # default_config in the same rounds
     bf16_us: float | None = None  # torch's bf16 matmul in the same rounds
     measured_on: str | None = None  # the card that was timed
+    card_state: CardState | None = None
     policy: int | None = None  # how: see the header
     runners_up: tuple[RunnerUp, ...] | None = None  # fastest first
     verified: tuple[Stamp, ...] | None = None

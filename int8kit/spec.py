@@ -203,7 +203,8 @@ def shared_memory_bound(config: TileConfig, *, arch: int, out_bytes: int = 2) ->
         return config.num_stages * step + 4 * rows * 64 + 16 * config.block_n + 1024
     if config.kernel is Kernel.AMPERE:
         return config.num_stages * step + 16 * (config.stream_k > 0)
-    steps = config.num_stages if arch in (90, 100) else config.num_stages - 1
+    warpgroups = arch in (90, 100) and config.num_warps >= 4 and config.block_m >= 64  # else mma.sync there too
+    steps = config.num_stages if warpgroups else config.num_stages - 1
     return max(steps * step, config.block_m * config.block_n * out_bytes)
 
 

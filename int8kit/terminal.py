@@ -26,11 +26,23 @@ def progress(description: str) -> Iterator[tuple[Progress, Any]]:
 
 
 @contextmanager
-def stage(description: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar of `total` steps; what it gives is called after each."""
-    with progress(description) as (bar, task):
-        bar.update(task, total=total)
-        yield lambda: bar.advance(task)
+def stages() -> Iterator[Callable[[str, int], Callable[[], None]]]:
+    """Bars on stderr, one below the other: told a description and a total, it gives what is called after each step."""
+    with progress("") as (bar, task):
+        bar.remove_task(task)
+
+        def stage(description: str, total: int) -> Callable[[], None]:
+            one = bar.add_task(description, total=total)
+            left = iter(range(total, 0, -1))
+
+            def step() -> None:
+                bar.advance(one)
+                if next(left, 1) == 1:
+                    bar.remove_task(one)
+
+            return step
+
+        yield stage
 
 
 def show(document: dict[str, Any], table: str, as_json: bool) -> None:

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from int8kit import gpus, report, trace
-from int8kit.bench import contestants, gemm, sensors, timing
+from int8kit import gpus, report, sensors, trace
+from int8kit.bench import contestants, gemm, timing
 from int8kit.bench.contestants import Contestant, Entrant
 from int8kit.bench.operands import Operands, differing, poison, poisoned
 from int8kit.spec import CheckFailed, FileError, GemmShape, InputError, UnknownName

@@ -277,12 +277,14 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in out + err
-    assert "interrupted after" in err
-    assert "run again" in err
-    kept = db.load(tmp_path / "t.json").entries
-    assert len(kept) == len(trace.int8_shapes(trace.read(tmp_path / "s.json")))
+    assert "interrupted; what was finished is kept" in err
+    assert "run the same command again" in err
+    compiled = (tmp_path / "t.json.journal").read_text().count('"compiled"')
+    assert compiled > 0
     done = int8kit(*TUNE, cwd=tmp_path, TRITON_CACHE_DIR=str(tmp_path / "cache"))
     assert "wrote" in done.stdout
+    assert f"going on where a run was ended: {compiled} kernels compiled" in done.stderr
+    assert len(db.load(tmp_path / "t.json").entries) == len(trace.int8_shapes(trace.read(tmp_path / "s.json")))
 
 
 def test_verbs_show_an_example():

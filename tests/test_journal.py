@@ -13,8 +13,9 @@ import pytest
 from int8kit import db, gpus
 from int8kit.schema import Entry, Resources
 from int8kit.spec import FileError, GemmShape, Kernel, Source, TileConfig
-from int8kit.tune import search, session, workers
 from int8kit.tune.journal import Journal
+from int8kit.tune.measure import Times
+from int8kit.tune.search import Trail
 
 RTX3090 = gpus.get("rtx3090")
 RUN = {"gpu": "rtx3090", "policy": 3}
@@ -46,19 +47,34 @@ def write(database, run=RUN):
         journal.add_compiled((A, True), FREE)
         journal.add_compiled((B, False), "crash: the compiler ended its process")
         journal.add_wrong(SHAPE, A, "wrong: is not bit-equal")
+        journal.add_timed(SHAPE, 0, {B: Times(1.5, 2.0, 2.5), A: Times(3, 4, 5)})
+        journal.add_timed(SHAPE, None, {B: Times(1.5, 2.0, 2.5)})
         journal.add_chosen(ENTRY)
     return journal.path
 
 
 def held(journal):
-    return journal.compiled, journal.wrong, journal.chosen
+    return journal.compiled, journal.wrong, journal.trails, journal.chosen
 
 
 ALL = (
     {(A, True): FREE, (B, False): "crash: the compiler ended its process"},
     {(SHAPE, A): "wrong: is not bit-equal"},
+    {
+        SHAPE: Trail(
+            SHAPE,
+            [{B: Times(1.5, 2.0, 2.5), A: Times(3, 4, 5)}],
+            {B: Times(1.5, 2.0, 2.5)},
+            {A: "wrong: is not bit-equal"},
+        )
+    },
     {SHAPE: ENTRY},
 )
+
+
+def lines_of(journal):
+    rounds = sum(len(t.rounds) + (t.hot is not None) for t in journal.trails.values())
+    return len(journal.compiled) + len(journal.wrong) + len(journal.chosen) + rounds
 
 
 def test_what_was_done_is_there_again(database):
@@ -68,16 +84,16 @@ def test_what_was_done_is_there_again(database):
         journal.finish()
     assert not journal.path.exists()
     with Journal(database, RUN) as journal:
-        assert held(journal) == ({}, {}, {})
+        assert held(journal) == ({}, {}, {}, {})
 
 
 @pytest.mark.parametrize("run", [{**RUN, "policy": 4}, {**RUN, "gpu": "h200"}, {}])
 def test_another_run_begins_anew(database, run):
     write(database)
     with Journal(database, run) as journal:
-        assert held(journal) == ({}, {}, {})
+        assert held(journal) == ({}, {}, {}, {})
     with Journal(database, run) as journal:  # and is itself a journal
-        assert held(journal) == ({}, {}, {})
+        assert held(journal) == ({}, {}, {}, {})
 
 
 def test_cut_off_anywhere_it_loses_at_most_the_last_line(database):
@@ -87,16 +103,25 @@ def test_cut_off_anywhere_it_loses_at_most_the_last_line(database):
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])
         with Journal(database, RUN) as journal:
-            done = sum(map(len, held(journal)))
+            done = lines_of(journal)
             assert done == max(whole[:size].count(b"\n") - 1, 0)
             journal.add_compiled((A, False), FREE)  # what is appended does not grow into the broken line
         with Journal(database, RUN) as journal:
-            assert sum(map(len, held(journal))) == done + 1
-    assert lines == 5
+            assert lines_of(journal) == done + 1
+    assert lines == 7
 
 
 @pytest.mark.parametrize(
-    "line", [b"{", b"[]", b'{"compiled": {}}', b'{"chosen": {"m": 0}}', b'{"a": 1, "b": 2}', b"\xff"]
+    "line",
+    [
+        b"{",
+        b"[]",
+        b'{"compiled": {}}',
+        b'{"chosen": {"m": 0}}',
+        b'{"a": 1, "b": 2}',
+        b"\xff",
+        b'{"timed": {"m": 1, "n": 1, "k": 1, "round": 3, "times": []}}',
+    ],
 )
 def test_damage_in_the_middle_is_one_clear_line(database, line):
     path = write(database)
@@ -116,56 +141,30 @@ def test_a_second_tuner_is_refused_while_the_first_lives(database):
         pass
 
 
-def test_a_run_compiles_and_chooses_only_what_is_left(database, monkeypatch):
-    shapes = [GemmShape(m, 4608, 4608) for m in (1024, 2048, 4096)]
-    compiled, chosen = [], []
-
-    def compile_all(self, arch, jobs):
-        for job in jobs:
-            compiled.append(job)
-            yield job, FREE
-
-    choose = search.choose
-
-    def die_at_the_third(shape, *rest):
-        if len(chosen) == 2:
-            raise SystemExit("killed")
-        chosen.append(shape)
-        return choose(shape, *rest)
-
-    monkeypatch.setattr(workers.Workers, "compile_all", compile_all)
-    monkeypatch.setattr(search, "choose", die_at_the_third)
-    with pytest.raises(SystemExit):
-        session.run(shapes, RTX3090, database, Source.MODELLED)
-    assert len(db.load(database).entries) == 2
-    first = len(compiled)
-    monkeypatch.setattr(search, "choose", choose)
-    outcome = session.run(shapes, RTX3090, database, Source.MODELLED)
-    assert len(compiled) == first
-    assert (outcome.resumed, len(outcome.entries)) == (2, 3)
-    assert len(db.load(database).entries) == 3
-    again = session.run(shapes, RTX3090, database, Source.MODELLED)
-    assert again.resumed == 0  # asked for anew
-    assert again.entries == outcome.entries
-    assert len(compiled) == 2 * first
-
-
 CHILD = """
 import sys, time
 from pathlib import Path
 from int8kit import gpus
 from int8kit.schema import Resources
-from int8kit.spec import GemmShape, Source
-from int8kit.tune import search, session, workers
+from int8kit.spec import GemmShape
+from int8kit.tune import session
 
-def compile_all(self, arch, jobs):
-    for job in jobs:
-        time.sleep(0.004)
-        yield job, Resources(registers=128, spill_bytes=0, shared_bytes=49152)
+class Pool:
+    def drive(self, programs):
+        (program,) = programs
+        results = None
+        while True:
+            try:
+                batch = program.send(results)
+            except StopIteration as end:
+                return [end.value]
+            results = {}
+            for call in batch.calls:
+                time.sleep(0.004)
+                batch.on_result(call, Resources(registers=128, spill_bytes=0, shared_bytes=49152))
 
-workers.Workers.compile_all = compile_all
 shapes = [GemmShape(m, 4608, 4608) for m in range(64, 1600, 64)]
-outcome = session.run(shapes, gpus.get("rtx3090"), Path(sys.argv[1]), Source.MODELLED, note=print)
+(outcome,) = session.run(shapes, session.plan([gpus.get("rtx3090")], [], Path(sys.argv[1])), Pool(), note=print)
 print("done", len(outcome.entries))
 """
 

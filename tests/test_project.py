@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "int8kit"
 # A module may import those of the layers before its own, and of its own.
 LAYERS = [
-    {"spec"}, {"files", "gpus", "reference", "models", "schema"}, {"db"}, {"kernels"}, {"ops", "ops_prologue"},
+    {"spec"}, {"files", "gpus", "reference", "models", "schema", "sensors"}, {"db"}, {"kernels"},
+    {"ops", "ops_prologue"},
     {"trace", "tune", "verify", "runtime"}, {"bench"}, {"report"}, {"terminal"}, {"cli_db"}, {"cli"},
 ]  # fmt: skip
 

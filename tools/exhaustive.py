@@ -1,67 +1,93 @@
-"""Every configuration of a few shapes, timed: what the tuner's model and its search are worth.
+"""Every legal configuration of a few shapes, timed: what the tuner's model and its search are worth.
 
     python tools/exhaustive.py --gpu rtx3090 --shape 4296x4608x12288 --shape 4096x12288x3072 --out exhaustive.json
-    python tools/exhaustive.py --dry-run             # on a CPU; the times are the model's with noise
+    python tools/exhaustive.py --gpu rtx3090 --seeds --dry-run       # on a CPU; the times are the model's with noise
 
-For each shape: the rank correlation (Spearman) of the model with the measurement, by how much the model's first choice
-and the best of its first eight miss the fastest, and what `int8kit tune` chooses, with its time and how many it timed.
-Bands of tile rows are left at 8 throughout, but for the tuner's own choice.
-The last line is one JSON object.
+For each shape: all configurations in short samples; then the fastest of them, the model's first ones and what
+`int8kit tune` chooses for it, with their bands, again in samples that the power limit shapes. Of the latter come the
+best one and by how much the others miss it; of the former the rank correlation (Spearman) with the model. The tuner
+starts without a database, and sees only the shapes named. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import random
 import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from int8kit import files, gpus
+from int8kit import db, files, gpus
 from int8kit.bench.gemm import wanted
-from int8kit.spec import GemmShape, InputError, Int8kitError, Source, TileConfig
-from int8kit.tune import search, workers
+from int8kit.spec import GemmShape, InputError, Int8kitError, TileConfig, default_config
+from int8kit.tune import measure, search, session, space, tasks, workers
+from int8kit.tune.measure import Times
 
-ROUNDS = 5
+ROUNDS, HOT_ROUNDS = 3, 9
 FIRST = 8  # of the model's order
+FASTEST = 12  # of the short samples, timed again
+LIMIT_S = 550.0
 SHAPES = ("4296x4608x4608", "4296x12288x4608", "4296x4608x12288", "4096x9728x2432", "4608x3072x15360")
 
-
-def warm(jobs: list[tuple[TileConfig, GemmShape, str | None]], processes: int) -> None:
-    """Compile for the card that is here, in parallel, into Triton's cache: alone each takes over a second."""
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        pool.map(_launch, jobs, chunksize=1)
+Timer = Callable[[GemmShape, list[TileConfig], int, int], dict[TileConfig, Times]]
 
 
-def _launch(job: tuple[TileConfig, GemmShape, str | None]) -> None:
-    from int8kit.tune import measure
+def timer(pool: workers.Workers, target: session.Target) -> Timer:
+    """Times of those configurations that are exact on the target's card, in one set of interleaved rounds."""
+    assert target.card is not None
+    card, arch = target.card.alias, target.arch
 
-    config, shape, arch = job
-    card = gpus.present()
-    assert card is not None
-    measure.Bench(GemmShape(16, 256, shape.k % 1024 + 1024), card, arch=arch).why_not(config)
+    def once(shape: GemmShape, configs: list[TileConfig], rounds: int, sample_us: int) -> Any:
+        call = (shape, arch, tuple(configs), rounds, sample_us, False)
+
+        def program() -> Any:
+            results = yield workers.Batch(tasks.time_configs, [call], card=card, limit_s=LIMIT_S)
+            if isinstance(results[call], workers.Ended):  # one of them ends its process: leave out those that do
+                alone = [(shape, arch, config) for config in configs]
+                fates = yield workers.Batch(tasks.launch, alone, card=card)
+                left = [c for c in configs if not isinstance(fates[shape, arch, c], workers.Ended)]
+                again = (shape, arch, tuple(left), rounds, sample_us, False)
+                results = {call: (yield workers.Batch(tasks.time_configs, [again], card=card, limit_s=LIMIT_S))[again]}
+            return results[call].times
+
+        return pool.drive([program()])[0]
+
+    return once
 
 
-def measured(shape: GemmShape, gpu: gpus.Gpu, ranked: list[Any], source: Source) -> tuple[dict[TileConfig, float], int]:
-    """Microseconds of every configuration that is exact here, and how many are not."""
-    from int8kit.tune import measure
+def invented(gpu: gpus.Gpu, found: search.Space) -> Timer:
+    """The dry run's stand-in for `timer`."""
 
-    card = gpus.present()
-    assert card is not None
-    bench = measure.Bench(shape, card, arch=f"sm{gpu.arch}" if source is Source.PROXY else None)
-    exact = [config for _, config, _ in ranked if bench.why_not(config) is None]
-    times = bench.times(exact, ROUNDS, measure.SAMPLE_US)
-    return {config: t.p50 for config, t in zip(exact, times, strict=True)}, len(ranked) - len(exact)
+    def once(shape: GemmShape, configs: list[TileConfig], rounds: int, sample_us: int) -> dict[TileConfig, Times]:
+        times = {}
+        for us, config, _ in search.rank(configs, shape, gpu, found):
+            us *= random.Random(f"{shape} {config}").uniform(0.9, 1.2)
+            times[config] = Times(us, us, us)
+        return times
+
+    return once
 
 
-def invented(shape: GemmShape, gpu: gpus.Gpu, ranked: list[Any], source: Source) -> tuple[dict[TileConfig, float], int]:
-    """The dry run's stand-in for `measured`."""
-    noise = random.Random(str(shape))
-    return {config: us * noise.uniform(0.9, 1.2) for us, config, _ in ranked}, 0
+def compiled(pool: workers.Workers, target: session.Target, jobs: list[workers.Job]) -> search.Space:
+    """Every job, for the model and, where there is a card, for its launches."""
+    found = search.Space()
+    code = tasks.Code(target.card.arch, target.arch) if target.card else None
+
+    def keep(call: tuple[Any, ...], result: Any) -> None:
+        found.add(call[1:3], workers.outcome(result))  # type: ignore[arg-type]
+
+    def program() -> Any:
+        yield workers.Batch(tasks.compile_kernel, [(target.gpu.arch, *job, code) for job in jobs], keep)
+
+    pool.drive([program()])
+    return found
 
 
 def spearman(a: list[float], b: list[float]) -> float:
@@ -72,52 +98,76 @@ def spearman(a: list[float], b: list[float]) -> float:
 
 
 def judge(
-    shape: GemmShape, ranked: list[Any], times: dict[TileConfig, float], wrong: int, entry: Any
+    shape: GemmShape, gpu: gpus.Gpu, configs: list[TileConfig], found: search.Space, once: Timer, tuned: Any
 ) -> dict[str, Any]:
     """One shape's row."""
-    order = [(us, config) for us, config, _ in ranked if config in times]
-    best = min(times, key=times.__getitem__)
+    order = search.rank([c for c in configs if space.suits(c, shape)], shape, gpu, found)
+    short = once(shape, [config for _, config, _ in order], ROUNDS, measure.SAMPLE_US)
+    seeds = [c for _, c, _ in order if c in space.candidates(shape, gpu) and c in short][:FIRST]
+    fastest = sorted(short, key=lambda c: short[c].p50)[:FASTEST]
+    banded = [replace(c, group_m=width) for c in fastest[: FASTEST // 2] for width in space.BANDS]
+    again = [*fastest, *banded, *seeds, default_config(shape), *([tuned.config] if tuned else [])]
+    hot = once(shape, list(dict.fromkeys(again)), HOT_ROUNDS, measure.HOT_US)
+    best = min(hot, key=lambda c: hot[c].p50)
+    kept = [(us, config, resources) for us, config, resources in order if config in short]
+
+    def regret(config: TileConfig) -> float:
+        return round(hot[config].p50 / hot[best].p50 - 1, 4)
+
     row = {
-        "m": shape.m, "n": shape.n, "k": shape.k, "configurations": len(times), "wrong": wrong, "best": str(best),
-        "best_us": round(times[best], 2),
-        "spearman": round(spearman([u for u, _ in order], [times[c] for _, c in order]), 3),
-        "first": str(order[0][1]), "first_regret": round(times[order[0][1]] / times[best] - 1, 4),
-        "eight_regret": round(min(times[c] for _, c in order[:FIRST]) / times[best] - 1, 4),
-        "best_rank": [c for _, c in order].index(best) + 1,
+        "m": shape.m, "n": shape.n, "k": shape.k, "configurations": len(kept), "wrong": len(order) - len(kept),
+        "best": str(best), "best_us": round(hot[best].p50, 2), "default_regret": regret(default_config(shape)),
+        "spearman": round(spearman([us for us, *_ in kept], [short[c].p50 for _, c, _ in kept]), 3),
+        "first": str(seeds[0]), "first_regret": regret(seeds[0]), "eight_regret": min(map(regret, seeds)),
     }  # fmt: skip
-    if entry is not None:
-        row |= {"tuned": str(entry.config), "tuned_us": entry.time_us, "tuned_tried": entry.tried}
-    return row | {"times": [{"config": str(c), "model_us": round(u, 2), "us": round(times[c], 2)} for u, c in order]}
+    if tuned:
+        evaluations = len(kept) * len(space.BANDS)
+        row |= {"tuned": str(tuned.config), "tuned_regret": regret(tuned.config), "tuned_tried": tuned.tried,
+                "tuned_share": round(tuned.tried / evaluations, 4)}  # fmt: skip
+    row["hot"] = [[str(c), round(t.p20, 2), round(t.p50, 2), round(t.p80, 2)] for c, t in hot.items()]
+    row["times"] = [
+        [str(c), round(us, 2), round(short[c].p50, 2), r.registers, r.shared_bytes] for us, c, r in kept
+    ]  # fmt: skip
+    return row
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The document of all shapes."""
-    gpu = gpus.get(args.gpu) if args.gpu else gpus.present() or gpus.get("rtx3090")
     shapes = wanted(args.shape or (None if args.shapes else SHAPES), args.shapes, args.limit)
-    source = search.how(gpu)
-    if source is Source.MODELLED and not args.dry_run:
-        raise InputError(f"no card here that runs {gpu.alias}'s code; see --dry-run")
-    with workers.Workers() as pool:
-        found = search.compile_space(shapes, gpu, pool)
-    arch = f"sm{gpu.arch}" if source is Source.PROXY else None
-    if not args.dry_run:
-        warm([(c, s, arch) for s in shapes[:1] for _, c, _ in search.rank(s, gpu, found)], args.processes)
-    rows = []
-    for shape in shapes:
-        ranked = search.rank(shape, gpu, found)
-        times, wrong = (invented if args.dry_run else measured)(shape, gpu, ranked, source)
-        entry = None if args.dry_run or args.no_tune else search.choose(shape, gpu, found, source)
-        rows.append(judge(shape, ranked, times, wrong, entry))
-        print(
-            f"exhaustive: {shape}: {rows[-1]['best']}, model's rank {rows[-1]['best_rank']}",
-            file=sys.stderr,
-            flush=True,
-        )
-        document = {"format": "int8kit.exhaustive/1", "gpu": gpu.alias, "source": source.value, "rounds": ROUNDS,
-                    "invented": args.dry_run, "shapes": rows}  # fmt: skip
-        if args.out:
-            files.write_text(args.out, files.dump_rows(document, "shapes"))
+    rows: list[dict[str, Any]] = []
+    with workers.Workers() as pool, tempfile.TemporaryDirectory() as folder:
+        cards = pool.cards()
+        gpu = gpus.get(args.gpu) if args.gpu else (cards or [gpus.get("rtx3090")])[0]
+        (target,) = session.plan([gpu], cards, Path(folder) / "t.json")
+        if target.card is None and not args.dry_run:
+            raise InputError(f"no card here that runs {gpu.alias}'s code; see --dry-run")
+        configs = list(space.seeds(gpu) if args.seeds else space.legal(gpu))
+        start = time.monotonic()
+        jobs = sorted({search.job(c, s) for s in shapes for c in (*configs, default_config(s)) if space.suits(c, s)})
+        found = compiled(pool, target, jobs)
+        note(f"{len(jobs)} kernels compiled in {time.monotonic() - start:.0f} s, {len(found.failed)} failed")
+        entries = {}
+        if not args.no_tune and not args.dry_run:
+            db.gather = lambda gpu: (db.Database(gpu), ())  # type: ignore[assignment]  # what is known would be known
+            start = time.monotonic()
+            (outcome,) = session.run(shapes, [target], pool, note=note)
+            entries = {entry.shape: entry for entry in outcome.entries}
+            note(f"tuned {len(shapes)} shapes in {time.monotonic() - start:.0f} s, kernels being compiled")
+        once = invented(gpu, found) if args.dry_run else timer(pool, target)
+        for shape in shapes:
+            start = time.monotonic()
+            rows.append(judge(shape, gpu, [*configs, default_config(shape)], found, once, entries.get(shape)))
+            note(f"{shape}: {rows[-1]['best']} in {time.monotonic() - start:.0f} s")
+            document = {"format": "int8kit.exhaustive/1", "gpu": gpu.alias, "source": target.source.value,
+                        "card": target.card and target.card.name, "triton": tasks.toolchain().split()[-1],
+                        "invented": args.dry_run, "shapes": rows}  # fmt: skip
+            if args.out:
+                files.write_text(args.out, files.dump_rows(document, "shapes"))
     return document
+
+
+def note(text: str) -> None:
+    print(f"exhaustive: {text}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -126,7 +176,7 @@ def main() -> None:
     parser.add_argument("--shape", action="append", metavar="MxNxK", help="repeatable")
     parser.add_argument("--shapes", type=Path, help="a shapes file")
     parser.add_argument("--limit", type=int, help="so many of the file's shapes")
-    parser.add_argument("--processes", type=int, default=16, help="that compile for the card here")
+    parser.add_argument("--seeds", action="store_true", help="only what every run of the tuner compiles")
     parser.add_argument("--no-tune", action="store_true", help="leave out what `int8kit tune` chooses")
     parser.add_argument("--out", type=Path, help="the JSON document, kept after each shape")
     parser.add_argument("--dry-run", action="store_true")
@@ -135,9 +185,11 @@ def main() -> None:
     except Int8kitError as error:
         print(f"exhaustive: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    names = ("m", "n", "k", "configurations", "best", "best_rank", "spearman", "first_regret", "eight_regret")
-    print(tabulate([[row[name] for name in names] for row in document["shapes"]], names))
-    print(json.dumps(document))
+    names = ("m", "n", "k", "configurations", "best", "best_us", "spearman", "default_regret", "first_regret",
+             "eight_regret", "tuned", "tuned_regret", "tuned_share")  # fmt: skip
+    print(tabulate([[row.get(name) for name in names] for row in document["shapes"]], names))
+    print(json.dumps({**document, "shapes": [{k: v for k, v in row.items() if k not in ("times", "hot")}
+                                             for row in document["shapes"]]}))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def compiled(alias: str) -> dict[str, Any]:
     configs = {default_config(GemmShape(m, 4608, 4608)) for m in (16, 64, 4096)} | {e.config for e in base.entries}
     jobs = sorted({(replace(config, group_m=8), True) for config in configs})
     with workers.Workers() as pool:
-        found = dict(pool.compile_all(gpu.arch, jobs))
+        found = pool.compile_all(gpu.arch, jobs)
     rows = {str(config): _row(found[config, even_k]) for config, even_k in jobs}
     return {"format": FORMAT, "gpu": alias, "arch": gpu.arch, "triton": triton.__version__, "kernels": rows}
 

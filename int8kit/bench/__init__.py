@@ -1,2 +1,2 @@
 """Benchmarks beside other kernels: one shape's tensors (`operands`), who takes part (`contestants`), one call to repeat
-(`timing`), the card while it runs (`sensors`), and the run from shapes to one JSON document (`gemm`)."""
+(`timing`), and the run from shapes to one JSON document (`gemm`)."""

@@ -34,10 +34,10 @@ import torch
 from int8kit import __version__, files, trace
 from int8kit.bench.contestants import Contestant
 from int8kit.bench.operands import Operands, differing
-from int8kit.bench.sensors import Sensors
 from int8kit.bench.timing import Timed, one_line
 from int8kit.gpus import Gpu, present
 from int8kit.kernels import gemm
+from int8kit.sensors import Sensors
 from int8kit.spec import CheckFailed, GemmShape, InputError
 from int8kit.tune import measure
 
@@ -49,7 +49,6 @@ POLICY = (
 ROUNDS = 21
 GRAPH_US = 1000  # a graph is about so long or longer, unless it has so many launches:
 MOST_IN_GRAPH = 16
-LOAD_US = 30_000  # so much work is queued before the card is asked for its clock: idle cards clock down at once
 
 Timer = Callable[[Sequence[Callable[[], Any]], int], list[measure.Times]]
 
@@ -243,7 +242,7 @@ def measure_shape(
                          "note": call.note})  # fmt: skip
             calls.append((c, call))
         times = setting.time([call for _, call in calls]) if calls else []
-        state = _under_load(sensors, calls[0][1], times[0].p50) if sensors and calls else None
+        state = measure.under_load(calls[0][1], times[0].p50) if sensors and calls else None
         for row, (c, call), t in zip(rows, calls, times, strict=True):
             p20, p50, p80 = (us / call.launches for us in (t.p20, t.p50, t.p80))
             tops = shape.ops / p50 / 1e6
@@ -285,15 +284,6 @@ def _synchronize(setting: Setting) -> None:
     if setting.device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-
-
-def _under_load(sensors: Sensors, call: Timed, us: float) -> dict[str, Any] | None:
-    """The card's state while `call`, of `us` microseconds, is running."""
-    for _ in range(max(1, round(LOAD_US / us))):
-        call()
-    state = sensors.read()
-    torch.cuda.synchronize()
-    return state
 
 
 def _conditions(card: Gpu, setting: Setting, sensors: Sensors | None, health: float | None) -> dict[str, Any]:

@@ -325,7 +325,8 @@ def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> 
 
     values = dict(_constants(config, True, swiglu=swiglu))
     pointers = {"x": "*i8", "w": "*i8", "sx": "*fp32", "sw": "*fp32", "bias": "*bf16", "out": "*bf16"}
-    signature = {f"{name}_ptr": kind for name, kind in (pointers | {"slots": "*i32", "done": "*i32"}).items()}
+    sums = "*i32" if config.stream_k else "*i8"  # without stream-K x stands for them
+    signature = {f"{name}_ptr": kind for name, kind in (pointers | {"slots": sums, "done": sums}).items()}
     signature |= dict.fromkeys(("M", "N", "K", "stride_xm", "stride_wn", "stride_om", "workers", "group_m"), "i32")
     signature |= dict.fromkeys(values, "constexpr")
     options = dict(COMPILE_OPTIONS, num_warps=config.num_warps)

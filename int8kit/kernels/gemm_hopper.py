@@ -390,7 +390,8 @@ def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> 
     x, w, out = _blocks(config, torch.bfloat16)
     signature = {"x_desc": descriptor("i8", torch.int8, x), "w_desc": descriptor("i8", torch.int8, w)}
     signature |= {"out_desc": descriptor("bf16", torch.bfloat16, out), "sx_ptr": "*fp32", "sw_ptr": "*fp32"}
-    signature |= {"bias_ptr": "*bf16", "slots_ptr": "*i32", "done_ptr": "*i32", "M": "i32", "N": "i32", "K": "i32"}
+    sums = "*i32" if config.stream_k else "*i8"  # without stream-K x stands for them
+    signature |= {"bias_ptr": "*bf16", "slots_ptr": sums, "done_ptr": sums, "M": "i32", "N": "i32", "K": "i32"}
     signature |= {"group_m": "i32"}
     signature |= dict.fromkeys(values, "constexpr")
     return GluonASTSource(_gemm_hopper, signature, values, aligned(signature)), dict(COMPILE_OPTIONS, num_warps=4)

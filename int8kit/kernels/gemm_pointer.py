@@ -146,9 +146,15 @@ def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> 
 
 
 def aligned(signature: dict[str, str]) -> dict[tuple[int], list[list[Any]]]:
-    """Attributes for the offline compiler: what the launcher finds at run time for aligned pointers and extents."""
-    return {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(signature.items())
-        if not kind.startswith(("constexpr", "tensordesc")) and name not in FREE
-    }
+    """Attributes for the offline compiler: what the launcher finds at run time for aligned pointers and extents.
+
+    Spelt as the launcher does, so that what is compiled offline is in Triton's cache when a launch looks for it: from
+    3.7 on, with an empty list for a constant.
+    """
+    found: dict[tuple[int], list[list[Any]]] = {}
+    for i, (name, kind) in enumerate(signature.items()):
+        if kind == "constexpr":
+            found |= {} if triton.__version__.startswith("3.6.") else {(i,): []}
+        elif name not in FREE and not kind.startswith("tensordesc"):
+            found[i,] = [["tt.divisibility", 16]]
+    return found

@@ -4,12 +4,14 @@
     {"compiled": {"config": {"block_m": 128, ...}, "even_k": true, "resources": {"registers": 168, ...}}}
     {"compiled": {"config": {"block_m": 256, ...}, "even_k": true, "failed": "crash: the compiler ended its process"}}
     {"wrong": {"m": 4096, "n": 4608, "k": 4608, "config": {...}, "reason": "compile: ..."}}
+    {"timed": {"m": 4096, "n": 4608, "k": 4608, "round": 0, "times": [[{...}, 198.1, 198.4, 199.0], ...]}}   null: hot
     {"chosen": {"m": 4096, "n": 4608, "k": 4608, ...}}                                          a database's entry
 
 The file lies beside the database, `<name>.journal`. A line is on the disk before the next thing is begun, so that a
-kill costs what was under way; a last line that was cut off is dropped. The journal of another run (another card,
-Triton, kernel or policy) is begun anew, and that of a finished one removed. One tuner at a time writes a database: a
-second is refused while the first one lives, by a lock that dies with its process.
+kill costs what was under way, of timings one shape's round, which compare only within it; a last line that was cut off
+is dropped. The journal of another run (another card, Triton, kernel or policy) is begun anew, and that of a finished
+one removed. One tuner at a time writes a database: a second is refused while the first one lives, by a lock that dies
+with its process.
 
 Rejected: the database itself as the journal. It holds what was chosen, not what was tried, and a run that was asked
 for anew must not take yesterday's entries for its own.
@@ -29,7 +31,9 @@ from pydantic import ValidationError
 
 from int8kit import db
 from int8kit.schema import Entry, Resources
-from int8kit.spec import FileError, GemmShape, TileConfig, config_from
+from int8kit.spec import FileError, GemmShape, InputError, TileConfig, config_from
+from int8kit.tune.measure import Times
+from int8kit.tune.search import Trail
 from int8kit.tune.workers import Job, Outcome
 
 FORMAT = "int8kit.journal/1"
@@ -43,6 +47,7 @@ class Journal:
         self.path = database.with_name(f"{database.name}.journal")
         self.compiled: dict[Job, Outcome] = {}
         self.wrong: dict[tuple[GemmShape, TileConfig], str] = {}
+        self.trails: dict[GemmShape, Trail] = {}
         self.chosen: dict[GemmShape, Entry] = {}
         self._lock = db.lock_of(self.path, timeout=0)
         try:
@@ -70,8 +75,30 @@ class Journal:
 
     def add_wrong(self, shape: GemmShape, config: TileConfig, reason: str) -> None:
         """A configuration that was launched and is out, with its class and reason."""
-        self.wrong[shape, config] = reason
+        self._wrong(shape, config, reason)
         self._write({"wrong": {**asdict(shape), "config": asdict(config), "reason": reason}})
+
+    def add_timed(self, shape: GemmShape, number: int | None, times: dict[TileConfig, Times]) -> None:
+        """One shape's round, the next one, or with None the hot one."""
+        self._timed(shape, number, times)
+        rows = [[asdict(config), t.p20, t.p50, t.p80] for config, t in times.items()]
+        self._write({"timed": {**asdict(shape), "round": number, "times": rows}})
+
+    def trail(self, shape: GemmShape) -> Trail:
+        """What is known of a shape."""
+        return self.trails.setdefault(shape, Trail(shape))
+
+    def _wrong(self, shape: GemmShape, config: TileConfig, reason: str) -> None:
+        self.wrong[shape, config] = self.trail(shape).wrong[config] = reason
+
+    def _timed(self, shape: GemmShape, number: int | None, times: dict[TileConfig, Times]) -> None:
+        trail = self.trail(shape)
+        if number is None:
+            trail.hot = times
+        elif number != len(trail.rounds):
+            raise ValueError(f"round {number} of {shape} after {len(trail.rounds)}")
+        else:
+            trail.rounds.append(times)
 
     def add_chosen(self, entry: Entry) -> None:
         """The end of one shape."""
@@ -93,6 +120,7 @@ class Journal:
     def _open(self, head: dict[str, Any]) -> TextIO:
         """The file, open at its end: the old one if it is of this run, else a new one."""
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
             if len(lines) > 1 and _json(lines[0]) == head:
                 whole = lines[:-1]  # what follows the last line break was cut off, or is nothing
@@ -116,11 +144,14 @@ class Journal:
                 outcome = row["failed"] if "failed" in row else Resources.model_validate(row["resources"])
                 self.compiled[config_from(row["config"]), bool(row["even_k"])] = outcome
             elif kind == "wrong":
-                self.wrong[GemmShape(row["m"], row["n"], row["k"]), config_from(row["config"])] = row["reason"]
+                self._wrong(GemmShape(row["m"], row["n"], row["k"]), config_from(row["config"]), row["reason"])
+            elif kind == "timed":
+                times = {config_from(config): Times(*map(float, us)) for config, *us in row["times"]}
+                self._timed(GemmShape(row["m"], row["n"], row["k"]), row["round"], times)
             else:
                 entry = Entry.model_validate(document["chosen"])
                 self.chosen[entry.shape] = entry
-        except (ValueError, KeyError, TypeError, AttributeError, ValidationError):
+        except (ValueError, KeyError, TypeError, AttributeError, ValidationError, InputError):
             raise FileError(
                 f"{str(self.path)!r} is damaged in line {number}; delete it to begin the run anew, the database stays"
             ) from None

@@ -22,10 +22,13 @@ import torch
 from int8kit import reference
 from int8kit.gpus import Gpu
 from int8kit.kernels import gemm, quantize
+from int8kit.sensors import Sensors
 from int8kit.spec import CheckFailed, ConfigError, GemmShape, TileConfig
 
 HEALTHY_SHARE = 0.5  # of the data sheet's dense bf16 rate; healthy cards reach 0.75 to 0.92 of it
 SAMPLE_US = 4000  # launches are repeated to fill about this long, so that events' resolution does not matter
+LOAD_US = 30000  # so much work is queued before the card is asked for its clock: idle cards clock down at once
+HARMFUL = {"hardware slowdown", "software thermal", "hardware thermal", "power brake"}  # a power cap is everyday life
 HOT_US = 20000  # of finalists: long enough that the card's power limit counts, as it does in a run of a model
 
 
@@ -39,18 +42,31 @@ class Times:
 
 
 def check_health(gpu: Gpu) -> float:
-    """TFLOP/s of a 4096^3 bf16 product on this card. Raises CheckFailed if the card is far under its rate."""
+    """TFLOP/s of a 4096^3 bf16 product on this card.
+
+    Raises CheckFailed if the card is far under its rate, or slowed by heat or its power supply.
+    """
     a, b = torch.randn(2, 4096, 4096, device="cuda", dtype=torch.bfloat16)
     for _ in range(20):
         a @ b
     us = _sample(lambda: a @ b, 20)
     tflops = 2 * 4096**3 / us / 1e6
+    state = under_load(lambda: a @ b, us) or {}
+    if held := HARMFUL & set(state.get("throttle") or ()):
+        raise CheckFailed(
+            f"{gpu.name} is held back by {', '.join(sorted(held))} at {state['temperature_c']} C and "
+            f"{state['sm_mhz']} MHz; nothing was stored: let it cool, see `nvidia-smi -q -d PERFORMANCE`, try again"
+        )
     if tflops < HEALTHY_SHARE * gpu.bf16_tflops:
         raise CheckFailed(
             f"{gpu.name} makes {tflops:.0f} bf16 TFLOP/s; healthy is {HEALTHY_SHARE * gpu.bf16_tflops:.0f} or more; "
             "nothing was stored: close other programs, let it cool, and see `nvidia-smi -q -d PERFORMANCE`"
         )
     return tflops
+
+
+class ContextLost(Exception):
+    """A kernel has broken this process's CUDA context: whatever is launched from now on fails."""
 
 
 class Bench:
@@ -107,7 +123,10 @@ class Bench:
         return graph
 
     def why_not(self, config: TileConfig) -> str | None:
-        """None if `config` runs here, bit-equal to the truth; else the reason, opening with its class."""
+        """None if `config` runs here, bit-equal to the truth; else the reason, opening with its class.
+
+        Raises ContextLost after a fault that ends this process's use of the card, such as an illegal address.
+        """
         self.out.fill_(torch.nan)
         try:
             with warnings.catch_warnings():
@@ -117,6 +136,10 @@ class Bench:
         except ConfigError as error:
             return f"resources: {error}"
         except Exception as error:  # the compiler's own errors have no common root
+            try:
+                torch.cuda.synchronize()
+            except Exception:
+                raise ContextLost(f"{config}: {error}") from None
             return f"compile: {config}: {type(error).__name__}: {error}"
         return None if torch.equal(self.out, self.truth) else f"wrong: {config} is not bit-equal to the reference"
 
@@ -140,6 +163,15 @@ def interleave(
         for i in order.sample(range(len(calls)), len(calls)):
             samples[i].append(_sample(calls[i], repeats[i]) / launches)
     return [_quantiles(times) for times in samples]
+
+
+def under_load(call: Callable[[], Any], us: float) -> dict[str, Any] | None:
+    """The card's state (`sensors`) while `call`, of `us` microseconds, is running."""
+    for _ in range(max(1, round(LOAD_US / us))):
+        call()
+    state = Sensors().read()
+    torch.cuda.synchronize()
+    return state
 
 
 def _quantiles(times: list[float]) -> Times:

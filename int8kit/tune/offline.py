@@ -35,11 +35,11 @@ def compile_for(arch: int, config: TileConfig, *, even_k: bool = True) -> Resour
     return Resources(registers=registers, spill_bytes=spill, shared_bytes=int(compiled.metadata.shared))
 
 
-def assemble(arch: int, config: TileConfig, *, even_k: bool = True) -> Any:
+def assemble(arch: int, config: TileConfig, *, even_k: bool = True, code: str | None = None) -> Any:
     """Triton's compiled kernel for `arch`, with `asm` ("ptx", "cubin", ...) and `metadata`.
 
-    even_k: K is a multiple of block_k. Raises ConfigError with the compiler's words if it does not compile, or under
-    Triton's interpreter, which hides the compiler.
+    even_k: K is a multiple of block_k. code: an older card's, such as "sm86", to run on `arch`. Raises ConfigError with
+    the compiler's words if it does not compile, or under Triton's interpreter, which hides the compiler.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -49,6 +49,8 @@ def assemble(arch: int, config: TileConfig, *, even_k: bool = True) -> Any:
     if gemm.interpreted():
         raise ConfigError("TRITON_INTERPRET is set: compile in a process without it")
     source, options = gemm.module(config.kernel).source(config, even_k=even_k)
+    if code is not None:
+        options["arch"] = code
     try:
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # whatever the compiler raises is this configuration's fault, and recorded as such
@@ -94,10 +96,10 @@ def estimate(shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gp
 
     A tile's clocks are the most of three, each for all of K: its products on the tensor cores, its operands out of
     the card's share of L2, its fragments out of shared memory. They overlap better the more warps are resident and the
-    more stages are in flight: eff = 1 - loose / (warps / 4 * sqrt(stages in flight)), with LOOSE by kernel, a fit to no
-    card. What cannot overlap is added: filling the pipeline and, shared by the resident blocks, storing the tile. A
-    spilled byte costs a load and a store in every step. With stream-K the busiest multiprocessor makes tiles / sms of a
-    tile, and writes and reads the sums of two, at a quarter of L2's rate as measured on an H200.
+    more stages are in flight: they take 1 + loose / (warps / 4 * sqrt(stages in flight)) as long, with LOOSE by kernel,
+    a fit to no card. What cannot overlap is added: filling the pipeline and, shared by the resident blocks, storing the
+    tile. A spilled byte costs a load and a store in every step. With stream-K the busiest multiprocessor makes
+    tiles / sms of a tile, and writes and reads the sums of two, at a quarter of L2's rate as measured on an H200.
     """
     resident = blocks_per_sm(config, resources, gpu)
     if resident == 0:
@@ -117,8 +119,8 @@ def estimate(shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gp
     spill = 2 * resources.spill_bytes * 32 * config.num_warps / SHARED_BYTES_CLOCK
     warps = resident * config.num_warps
     flying = config.num_stages - (config.kernel is Kernel.POINTER)
-    overlap = 1 - LOOSE[config.kernel] / (warps / 4 * math.sqrt(flying))
-    per_step = max(tensor, l2, shared) / overlap + spill
+    waits = 1 + LOOSE[config.kernel] / (warps / 4 * math.sqrt(flying))
+    per_step = max(tensor, l2, shared) * waits + spill
     fill = 800 + (config.num_stages - 1) * l2  # one trip to DRAM, then the ring
     store = 2 * bm * bn / l2_clock
     hidden = resident

@@ -1,35 +1,51 @@
-"""The choice: rank every legal configuration by the model, and on a card time the best of them.
+"""The choice: which configurations of a shape are timed next, and which one its entry takes. Decides; runs nothing.
 
-    how(gpu)           what can be known of that card here: measured, proxy or modelled
-    found = compile_space(...)              (config, even K) -> registers, spills, shared memory
-    choose(shape, gpu, resources, source)   -> one database entry
+    how(gpu, cards)                  what can be known of that card here: measured, proxy or modelled
+    modelled(shape, gpu, found)      the model's choice, where no card can time the code
 
-Configurations that spill are left out. On a card the default is always a contestant; it, the model's first ones of the
-pointer kernel and all of the others are checked bit-exact and timed, then the leaders with other widths of a band, and
-the best few again in more rounds; samples are long from the leaders on. Another than the default needs to win by more
-than MARGIN. Two runs need not agree where times are nearly equal: breaking ties by the model's order was given up. It
-says little among the fastest, and cost up to a per cent.
+On a card, a shape goes through rounds (`Trail`), and `session` through the shapes of a round side by side:
+
+    0      `first`: the default, what the database has for near shapes, the model's first ones of the pointer kernel and
+           all seeds of the others that the model does not rule out
+    1, 2   `ahead`, `worthwhile`: the fastest so far, with their untried neighbours in the space of all legal
+           configurations and the fastest of near shapes; a shape is `settled` once a round has found nothing faster
+           by more than the noise
+    hot    `fastest`: those that are left, in samples so long that the card's power limit counts
+    final  the best few of these and the default again, in more rounds: `entry`
+
+What spills is left out. Configurations of one round are timed interleaved, so that their times compare; those of
+different rounds are not compared. Another than the default needs to win by more than MARGIN. Two runs need not agree
+where times are nearly equal: breaking ties by the model's order was given up. It says little among the fastest, and
+cost up to a per cent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
-from int8kit.gpus import Gpu, present
+from int8kit.db import Database
+from int8kit.gpus import Gpu
 from int8kit.schema import Entry, Resources, RunnerUp
-from int8kit.spec import POLICY, CheckFailed, GemmShape, Kernel, Source, TileConfig, default_config
+from int8kit.spec import POLICY, CheckFailed, GemmShape, Kernel, Source, TileConfig, default_config, is_near
 from int8kit.tune import offline, space, workers
+from int8kit.tune.measure import Times
+from int8kit.tune.tasks import Timed
 
 CONTESTANTS = 4  # of each shape and the pointer kernel, by the model; of 69 shapes on two cards only its default won
-FINALISTS = 4  # of those, timed again in ROUNDS longer ones
-ROUNDS = 9
-SIFTING_ROUNDS = 3
-LEADERS = 3  # of those, tried with other widths of a band
+RULED_OUT = 1.6  # times the model's best: seeds beyond it are not timed
+WORTHWHILE = 1.25  # times the leader, by the model: neighbours beyond it are not timed
+NEAR = 3  # shapes whose fastest are tried too
+ROUNDS_MAX = 3  # with the first
+LEADERS = 3  # whose neighbours are tried
+NOISE = 0.005  # a round that gains less, or less than its own spread, is the last
+HOTTEST = 6  # that are timed hot
+FINALISTS = 4  # of those, timed again
 RUNNERS_UP = 3  # finalists that an entry keeps beside the winner
 MARGIN = 0.01  # a tie within 1 % keeps the default
+SIFTING_SAMPLES, FINAL_SAMPLES = 3, 9
 
 
 @dataclass
@@ -38,7 +54,6 @@ class Space:
 
     resources: dict[workers.Job, Resources] = field(default_factory=dict)
     failed: dict[workers.Job, str] = field(default_factory=dict)
-    total: int = 0
 
     def add(self, job: workers.Job, outcome: workers.Outcome) -> None:
         """Sort one outcome in."""
@@ -47,162 +62,185 @@ class Space:
         else:
             self.failed[job] = outcome
 
+    def lacks(self, jobs: Iterable[workers.Job]) -> list[workers.Job]:
+        """Those of `jobs` that are yet to be compiled, sorted, each once."""
+        return sorted({job for job in jobs if job not in self.resources and job not in self.failed})
+
+    def of(self, config: TileConfig, shape: GemmShape) -> Resources | None:
+        """What the kernel that `config` needs for `shape` takes; None if it did not compile."""
+        return self.resources.get(job(config, shape))
+
+
+@dataclass
+class Trail:
+    """What is known of one shape."""
+
+    shape: GemmShape
+    rounds: list[dict[TileConfig, Times]] = field(default_factory=list)
+    hot: dict[TileConfig, Times] | None = None
+    wrong: dict[TileConfig, str] = field(default_factory=dict)  # out, and why, opening with the class
+
     @property
-    def complete(self) -> bool:
-        """False after an interrupt."""
-        return len(self.resources) + len(self.failed) == self.total
+    def tried(self) -> set[TileConfig]:
+        """Every configuration that was launched."""
+        return set(self.wrong).union(*self.rounds, self.hot or ())
+
+    def fastest(self, count: int) -> list[TileConfig]:
+        """Of the last round, the first first."""
+        last = self.rounds[-1] if self.rounds else {}
+        return sorted(last, key=lambda config: (last[config].p50, config))[:count]
+
+    @property
+    def settled(self) -> bool:
+        """True if another round of neighbours is not worth it."""
+        if len(self.rounds) < 2:
+            return False
+        *before, last = self.rounds
+        new = [times.p50 for config, times in last.items() if not any(config in one for one in before)]
+        old = [times for config, times in last.items() if any(config in one for one in before)]
+        if len(self.rounds) >= ROUNDS_MAX or not new or not old:
+            return True
+        best = min(old, key=lambda times: times.p50)
+        noise = max(NOISE, (best.p80 - best.p20) / 2 / best.p50)
+        return min(new) > best.p50 * (1 - noise)
 
 
-def how(gpu: Gpu) -> Source:
-    """What can be said of `gpu` on this machine: measured on itself, proxy on a newer card, else modelled."""
-    card = present()
-    if card is None:
-        return Source.MODELLED
-    if card.alias == gpu.alias:
-        return Source.MEASURED
-    # mma.sync code of sm_80 to sm_89 assembles for and runs on every newer card; wgmma code does not
-    return Source.PROXY if gpu.arch in (80, 86, 89) and card.arch >= gpu.arch else Source.MODELLED
+def how(gpu: Gpu, cards: Iterable[Gpu]) -> tuple[Source, Gpu | None]:
+    """What can be said of `gpu` where there are `cards`, and which of them times it.
 
-
-def jobs(shapes: Iterable[GemmShape], gpu: Gpu) -> list[workers.Job]:
-    """Every kernel that a run over `shapes` has to compile, each once."""
-    return sorted({(c, s.k % c.block_k == 0) for s in shapes for c in space.candidates(s, gpu)})
-
-
-def compile_space(
-    shapes: Iterable[GemmShape],
-    gpu: Gpu,
-    pool: workers.Workers,
-    *,
-    known: Mapping[workers.Job, workers.Outcome] = MappingProxyType({}),
-    on_outcome: Callable[[workers.Job, workers.Outcome], None] = lambda *_: None,
-) -> Space:
-    """Compile the kernels of `shapes` for `gpu`. An interrupt returns what is done: see `Space.complete`.
-
-    known: outcomes of an earlier run; on_outcome: told each of the others as it comes.
+    Measured on itself, proxy on the newer card that is next to it, else modelled.
     """
-    todo = jobs(shapes, gpu)
-    found = Space(total=len(todo))
-    for job in todo:
-        if job in known:
-            found.add(job, known[job])
-    results = pool.compile_all(gpu.arch, [job for job in todo if job not in known])
-    try:
-        for job, outcome in results:
-            found.add(job, outcome)
-            on_outcome(job, outcome)
-    except KeyboardInterrupt:
-        results.close()  # type: ignore[attr-defined]
-    return found
+    cards = list(cards)
+    for card in cards:
+        if card.alias == gpu.alias:
+            return Source.MEASURED, card
+    # mma.sync code of sm_80 to sm_89 assembles for and runs on every newer card; wgmma code does not
+    newer = [card for card in cards if gpu.arch in (80, 86, 89) and card.arch >= gpu.arch]
+    if newer:
+        return Source.PROXY, min(newer, key=lambda card: (card.arch, card.alias))
+    return Source.MODELLED, None
 
 
-def rank(shape: GemmShape, gpu: Gpu, found: Space) -> list[tuple[float, TileConfig, Resources]]:
-    """(estimated microseconds, configuration, resources) of each candidate without spills, best first."""
+def job(config: TileConfig, shape: GemmShape) -> workers.Job:
+    """The kernel that `config` needs for `shape`: a band's width is an argument of it."""
+    return replace(config, group_m=space.GROUP_M), shape.k % config.block_k == 0
+
+
+def rank(
+    configs: Iterable[TileConfig], shape: GemmShape, gpu: Gpu, found: Space
+) -> list[tuple[float, TileConfig, Resources]]:
+    """(estimated microseconds, configuration, resources) of those that compiled without spills, best first."""
     rows = []
-    for config in space.candidates(shape, gpu):
-        resources = found.resources.get((config, shape.k % config.block_k == 0))
+    for config in configs:
+        resources = found.of(config, shape)
         if resources is not None and resources.spill_bytes == 0:
             rows.append((offline.estimate(shape, config, resources, gpu), config, resources))
     return sorted(rows, key=lambda row: row[:2])
 
 
-def choose(
-    shape: GemmShape,
-    gpu: Gpu,
-    found: Space,
-    source: Source,
-    on_wrong: Callable[[GemmShape, TileConfig, str], None] = lambda *_: None,
-) -> Entry:
-    """The entry of one shape. Raises CheckFailed if nothing compiled, or if no configuration is exact on the card.
+def modelled(shape: GemmShape, gpu: Gpu, found: Space) -> Entry:
+    """The model's first choice of the seeds. Raises CheckFailed if none of them compiled.
 
-    on_wrong: told each configuration that was launched and is out, and why, opening with the class.
+    Of the seeds alone: over a thousand more, the choice would be the one that the model flatters most.
     """
     import triton
 
     from int8kit.kernels import gemm
 
-    ranked = rank(shape, gpu, found)
+    candidates = space.candidates(shape, gpu)
+    ranked = rank(candidates, shape, gpu, found)
     if not ranked:
-        reason = next(iter(found.failed.values()), "all spill")
+        reason = next((found.failed[j] for c in candidates if (j := job(c, shape)) in found.failed), "all spill")
         raise CheckFailed(f"no configuration for {shape} on {gpu.alias}: {reason}")
-    modelled = Entry(
-        m=shape.m,
-        n=shape.n,
-        k=shape.k,
-        source=Source.MODELLED,
-        config=ranked[0][1],
-        triton=triton.__version__,
-        kernel=gemm.kernel_hash(ranked[0][1].kernel),
-        resources=ranked[0][2],
-        tried=len(ranked),
-        model_us=round(ranked[0][0], 2),
-    )
-    if source is Source.MODELLED:
-        return modelled
-    return _measured(modelled, gpu, ranked, source, on_wrong)
+    us, config, resources = ranked[0]
+    return Entry(
+        m=shape.m, n=shape.n, k=shape.k, source=Source.MODELLED, config=config, triton=triton.__version__,
+        kernel=gemm.kernel_hash(config.kernel), resources=resources, tried=len(ranked), model_us=round(us, 2),
+    )  # fmt: skip
 
 
-def _measured(
-    modelled: Entry,
-    gpu: Gpu,
-    ranked: list[tuple[float, TileConfig, Resources]],
-    source: Source,
-    on_wrong: Callable[[GemmShape, TileConfig, str], None],
-) -> Entry:
-    from int8kit.kernels import gemm
-    from int8kit.tune import measure
-
-    shape, card = modelled.shape, present()
-    assert card is not None  # `how` found one
-    bench = measure.Bench(shape, card, arch=f"sm{gpu.arch}" if source is Source.PROXY else None)
-    default = default_config(shape)
+def first(shape: GemmShape, gpu: Gpu, found: Space, known: Database) -> list[TileConfig]:
+    """What round 0 times. known: entries whose configurations for near shapes are tried too."""
+    ranked = rank(space.candidates(shape, gpu), shape, gpu, found)
+    bound = ranked[0][0] * RULED_OUT if ranked else 0.0
     plain = [config for _, config, _ in ranked if config.kernel is Kernel.POINTER][:CONTESTANTS]
-    # the other kernels' few are all tried: the model has put the best of them below its first twelve
-    entrants = dict.fromkeys([*(c for _, c, _ in ranked if c.kernel is not Kernel.POINTER), *plain, default])
-    wrong = {config: reason for config in entrants if (reason := bench.why_not(config))}
-    for config, reason in wrong.items():
-        on_wrong(shape, config, reason)
-    exact = [config for config in entrants if config not in wrong]
-    if default in wrong or not exact:
-        raise CheckFailed(f"{shape} on {card.name}: {wrong.get(default, 'no configuration is exact')}")
+    others = [config for us, config, _ in ranked if config.kernel is not Kernel.POINTER and us <= bound]
+    theirs = [c for c in of_near(shape, gpu, known) if (r := found.of(c, shape)) and not r.spill_bytes]
+    return list(dict.fromkeys([default_config(shape), *plain, *others, *theirs]))
 
-    def fastest(configs: list[TileConfig], sample_us: int) -> list[TileConfig]:
-        times = dict(zip(configs, bench.times(configs, SIFTING_ROUNDS, sample_us), strict=True))
-        return sorted(configs, key=lambda config: times[config].p50)[:FINALISTS]
 
-    leaders = fastest(exact, measure.SAMPLE_US)
-    wider = [c for leader in leaders[:LEADERS] for c in space.bands(leader) if bench.why_not(c) is None]
-    finalists = list(dict.fromkeys([*fastest([*leaders, *wider], measure.HOT_US), default]))
-    *times, bf16 = bench.times(finalists, ROUNDS, measure.HOT_US, bf16=True)
-    final = dict(zip(finalists, times, strict=True))
+def of_near(shape: GemmShape, gpu: Gpu, known: Database) -> list[TileConfig]:
+    """What the database has for the nearest shapes."""
+    entries = sorted(known.entries, key=lambda entry: (_far(entry.shape, shape), entry.key))[:NEAR]
+    near = [entry.config for entry in entries if all(map(is_near, _extents(entry.shape), _extents(shape)))]
+    return [config for config in near if space.suits(config, shape) and config.kernel in space.kernels(gpu)]
 
-    winner = min(finalists, key=lambda config: final[config].p50)
+
+def ahead(trail: Trail, gpu: Gpu, trails: Iterable[Trail]) -> list[TileConfig]:
+    """What is yet to be tried: the neighbours of the fastest, and the fastest of the nearest shapes."""
+    if trail.settled or not trail.rounds:
+        return []
+    near = sorted((t for t in trails if t is not trail and t.rounds), key=lambda t: _far(t.shape, trail.shape))[:NEAR]
+    found = {config for t in near for config in t.fastest(2)}
+    found |= {other for config in trail.fastest(LEADERS) for other in space.neighbours(config, gpu)}
+    return sorted(config for config in found - trail.tried if space.suits(config, trail.shape))
+
+
+def worthwhile(trail: Trail, configs: Iterable[TileConfig], gpu: Gpu, found: Space) -> list[TileConfig]:
+    """What the next round times: of `configs` those that the model does not rule out, with the fastest so far."""
+    leaders = trail.fastest(LEADERS)
+    bound = min((us for us, *_ in rank(leaders, trail.shape, gpu, found)), default=math.inf) * WORTHWHILE
+    new = [config for us, config, _ in rank(configs, trail.shape, gpu, found) if us <= bound]
+    return [*leaders, *new] if new else []
+
+
+def finalists(trail: Trail) -> list[TileConfig]:
+    """The best of the hot round, and the default."""
+    hot = trail.hot or {}
+    best = sorted(hot, key=lambda config: (hot[config].p50, config))[:FINALISTS]
+    return list(dict.fromkeys([*best, default_config(trail.shape)]))
+
+
+def entry(trail: Trail, timed: Timed, gpu: Gpu, found: Space, source: Source, card: Gpu) -> Entry:
+    """The entry of a shape whose finalists were timed. Raises CheckFailed if the default is not exact on the card."""
+    import triton
+
+    from int8kit.kernels import gemm
+
+    shape, default, final = trail.shape, default_config(trail.shape), timed.times
+    if default not in final:
+        reason = timed.wrong.get(default) or trail.wrong.get(default) or "it was not timed"
+        raise CheckFailed(f"{shape} on {card.name}: the default is out: {reason}")
+    winner = min(final, key=lambda config: (final[config].p50, config))
     if final[default].p50 <= final[winner].p50 * (1 + MARGIN):
         winner = default
-    estimates = {replace(config, group_m=space.GROUP_M): (us, resources) for us, config, resources in ranked}
 
     def result(config: TileConfig) -> dict[str, Any]:
-        us, resources = estimates.get(replace(config, group_m=space.GROUP_M), (None, modelled.resources))
+        resources = found.of(config, shape)
+        assert resources is not None  # else it would not have been timed
         return {
             "config": config,
             "kernel": gemm.kernel_hash(config.kernel),
             "resources": resources,
-            "model_us": None if us is None else round(us, 2),
+            "model_us": round(offline.estimate(shape, config, resources, gpu), 2),
             "time_us": round(final[config].p50, 2),
             "p20_us": round(final[config].p20, 2),
             "p80_us": round(final[config].p80, 2),
         }
 
-    others = sorted((config for config in finalists if config != winner), key=lambda config: final[config].p50)
-    return modelled.model_copy(
-        update=result(winner)
-        | {
-            "source": source,
-            "tried": len(entrants) + len(wider),
-            "default_us": round(final[default].p50, 2),
-            "bf16_us": round(bf16.p50, 2),
-            "measured_on": card.name,
-            "policy": POLICY,
-            "runners_up": tuple(RunnerUp(**result(config)) for config in others[:RUNNERS_UP]),
-        }
-    )
+    others = sorted((config for config in final if config != winner), key=lambda config: final[config].p50)
+    return Entry(
+        m=shape.m, n=shape.n, k=shape.k, source=source, triton=triton.__version__, tried=len(trail.tried),
+        default_us=round(final[default].p50, 2), bf16_us=round(timed.bf16.p50, 2) if timed.bf16 else None,
+        measured_on=card.name, card_state=timed.state, policy=POLICY,
+        runners_up=tuple(RunnerUp(**result(config)) for config in others[:RUNNERS_UP]), **result(winner),
+    )  # fmt: skip
+
+
+def _extents(shape: GemmShape) -> Sequence[int]:
+    return shape.m, shape.n, shape.k
+
+
+def _far(a: GemmShape, b: GemmShape) -> float:
+    """How far two shapes are from each other: log distances of m, n and k."""
+    return sum(abs(math.log(x / y)) for x, y in zip(_extents(a), _extents(b), strict=True))

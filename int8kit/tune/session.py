@@ -1,119 +1,276 @@
-"""One run of the tuner over a set of shapes: compile, choose, and write each entry as it is found.
+"""A run of the tuner over a set of shapes, for one card or several: compile, time, choose, and write what is found.
 
-    Outcome(entries=[Entry, ...], kept=2, space=Space(...), rejected={"compile": 3, "crash": 1}, resumed=17)
+    targets = plan(["rtx3090"], cards, path=None)       [Target(gpu, path, source, card)]
+    run(shapes, targets, pool)                          [Outcome(entries=[Entry, ...], kept=2, rejected={...}, ...)]
 
-Every step is in the journal before the next one begins (`journal`), and every entry in the database as soon as it is
-known: a run that is killed goes on by the same command. At the end shapes share kernels where that costs next to
-nothing (`portfolio`).
+Each target is a program of `workers`, so that cards of several kinds are busy at once, and each feeds its own file;
+this process is the only one that writes. A program goes in rounds over all its shapes, as `search` says: what a round
+needs is compiled on every core, then timed, a shape at a time on each card. Every kernel, every shape's round and every
+entry is in the journal (`journal`) before the next one begins: a run that is killed goes on by the same command. At the
+end shapes share kernels where that costs next to nothing (`portfolio`).
+
+A configuration that ends its process while it is timed takes its shape's round with it. Then all of the round are
+launched one by one, in processes that may end, and the round is timed again without those that do.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from int8kit import db
-from int8kit.gpus import Gpu, present
+from int8kit.db import Database
+from int8kit.gpus import Gpu
 from int8kit.schema import Entry
-from int8kit.spec import POLICY, CheckFailed, GemmShape, Source
-from int8kit.tune import portfolio, search, workers
+from int8kit.spec import POLICY, CheckFailed, GemmShape, Source, TileConfig
+from int8kit.tune import measure, portfolio, search, space, tasks, workers
 from int8kit.tune.journal import Journal
+from int8kit.tune.workers import Batch, Ended, Program, Workers
 
-Stage = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+ROUND_S = 300.0  # of one shape's round, which takes seconds; longer where kernels are compiled at their launch
+
+Stage = Callable[[str, int], Callable[[], None]]
 """What shows progress: told a description and a total, it gives what is called after each step."""
 
 
 @dataclass(frozen=True)
+class Target:
+    """A card to tune for, the file that it feeds, and the card that times it, if any."""
+
+    gpu: Gpu
+    path: Path
+    source: Source
+    card: Gpu | None
+
+    @property
+    def arch(self) -> str | None:
+        """The older card's code that is timed, if so: "sm86"."""
+        return f"sm{self.gpu.arch}" if self.source is Source.PROXY else None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes results of two runs comparable, as plain JSON."""
+        from int8kit.kernels import gemm
+
+        chain = gemm.toolchain()
+        return {
+            "gpu": self.gpu.alias,
+            "source": self.source.value,
+            "card": self.card and self.card.name,
+            "triton": chain.triton,
+            "kernels": {kernel.value: digest for kernel, digest in chain.kernels.items()},
+            "policy": POLICY,
+        }
+
+
+@dataclass
 class Outcome:
-    """What a run came to."""
+    """What a target came to."""
 
-    entries: list[Entry]  # one a shape, sorted
-    kept: int  # of them gave way to a stronger one that the database had
-    space: search.Space
-    rejected: dict[str, int]  # configurations that did not compile, run or agree, by class
-    resumed: int  # shapes that an earlier, killed run had done
-    kernels: tuple[int, int]  # distinct ones, before and after `portfolio.reduce`
+    target: Target
+    entries: list[Entry] = field(default_factory=list)  # one a shape, sorted
+    kept: int = 0  # of them gave way to a stronger one that the database had
+    rejected: dict[str, int] = field(default_factory=dict)  # configurations out, by class
+    failed: dict[GemmShape, str] = field(default_factory=dict)  # shapes without an entry, and why
+    resumed: int = 0  # shapes that an earlier, killed run had done
+    kernels: tuple[int, int] = (0, 0)  # distinct ones, before and after `portfolio.reduce`
 
 
-def identity(gpu: Gpu, source: Source) -> dict[str, Any]:
-    """What makes results of two runs comparable, as plain JSON."""
-    from int8kit.kernels import gemm
+def plan(gpus: Iterable[Gpu], cards: Sequence[Gpu], path: Path | None = None) -> list[Target]:
+    """A target for each of `gpus`, where there are `cards`. path: the file of one; None: ./tuning_db/<alias>.json."""
+    targets = []
+    for gpu in gpus:
+        source, card = search.how(gpu, cards)
+        targets.append(Target(gpu, path or Path("tuning_db") / f"{gpu.alias}.json", source, card))
+    return targets
 
-    card = present()
-    chain = gemm.toolchain()
-    return {
-        "gpu": gpu.alias,
-        "source": source.value,
-        "card": None if card is None or source is Source.MODELLED else card.name,
-        "triton": chain.triton,
-        "kernels": {kernel.value: digest for kernel, digest in chain.kernels.items()},
-        "policy": POLICY,
-    }
+
+def check_health(pool: Workers, note: Callable[[str], None] = lambda _: None) -> None:
+    """Raises CheckFailed if a card of the pool is in no state to be timed."""
+    cards = pool.cards()
+
+    def ask(card: Gpu) -> Program[None]:
+        calls = [(i,) for i in range(cards.count(card))]  # all workers are free: each takes one
+        results = yield Batch(tasks.health, calls, card=card.alias)
+        for rate, reason in (r if not isinstance(r, Ended) else (0.0, str(r)) for r in results.values()):
+            if reason:
+                raise CheckFailed(reason)
+            note(f"{card.name}: {rate:.0f} bf16 TFLOP/s, healthy")
+
+    pool.drive([ask(card) for card in dict.fromkeys(cards)])
 
 
 def run(
     shapes: Iterable[GemmShape],
-    gpu: Gpu,
-    path: Path,
-    source: Source,
+    targets: Iterable[Target],
+    pool: Workers,
     *,
     force: bool = False,
-    scheduler: str | None = None,
-    stage: Stage = lambda *_: nullcontext(lambda: None),
+    stage: Stage = lambda *_: lambda: None,
     note: Callable[[str], None] = lambda _: None,
-) -> Outcome:
-    """Tune `shapes` for `gpu` into the database `path`.
+) -> list[Outcome]:
+    """Tune `shapes` for each target.
 
-    scheduler: the address of a dask cluster whose workers compile; None: a process a core of this machine.
-    After an interrupt while compiling, what is compiled is ranked, and `Outcome.space.complete` is False. Raises
-    FileError if another tuner writes `path`, CheckFailed if a shape has no configuration, KeyboardInterrupt if none of
-    the kernels of a shape was compiled before the interrupt.
+    Raises FileError if another tuner writes one of the files. A shape for which nothing works is in `Outcome.failed`.
     """
     wanted = sorted(set(shapes))
-    with Journal(path, identity(gpu, source)) as journal:
-        resumed = len(set(wanted) & set(journal.chosen))
+    return pool.drive([_tune(wanted, target, force, stage, note) for target in targets])
+
+
+def _tune(
+    wanted: list[GemmShape], target: Target, force: bool, stage: Stage, note: Callable[[str], None]
+) -> Program[Outcome]:
+    with Journal(target.path, target.identity) as journal:
+        outcome = Outcome(target, resumed=len(set(wanted) & set(journal.chosen)))
         if journal.compiled or journal.chosen:
-            before = f"{len(journal.compiled)} kernels compiled, {resumed} of {len(wanted)} shapes chosen"
-            note(f"going on where a run was ended: {before}")
-        with workers.Workers(scheduler) as pool:
-            space = _compile(wanted, gpu, pool, journal, stage)
-        entries, kept = [], 0
-        with stage("choosing", len(wanted)) as step:
-            for shape in wanted:
-                entry = journal.chosen.get(shape) or _choose(shape, gpu, space, source, journal)
-                kept += not db.update(path, gpu, [entry], force=force).holds(entry)
-                if space.complete and shape not in journal.chosen:
-                    journal.add_chosen(entry)
-                entries.append(entry)
-                step()
-        reduced = portfolio.reduce(entries)
-        counts = len(portfolio.kernels(entries)), len(portfolio.kernels(reduced))
-        db.update(path, gpu, [new for new, old in zip(reduced, entries, strict=True) if new != old], force=force)
-        classes = Counter(reason.partition(":")[0] for reason in (*space.failed.values(), *journal.wrong.values()))
-        if space.complete:
-            journal.finish()
-    return Outcome(reduced, kept, space, dict(classes), resumed, counts)
+            before = f"{len(journal.compiled)} kernels compiled, {outcome.resumed} of {len(wanted)} shapes chosen"
+            note(f"{target.gpu.alias}: going on where a run was ended: {before}")
+        found = search.Space()
+        for job, result in journal.compiled.items():
+            found.add(job, result)
+        left = [shape for shape in wanted if shape not in journal.chosen]
+        one = _Run(target, journal, found, stage)
+
+        def keep(entry: Entry) -> None:
+            outcome.kept += not db.update(target.path, target.gpu, [entry], force=force).holds(entry)
+            journal.add_chosen(entry)
+
+        if target.card is None:
+            yield from one.compile(search.job(c, s) for s in left for c in space.candidates(s, target.gpu))
+            for shape in left:
+                one.attempt(shape, partial(_modelled, shape, target.gpu, found, keep), outcome)
+        else:
+            yield from one.explore(left, db.gather(target.gpu)[0])
+            yield from one.finish(left, keep, outcome)
+        outcome.entries = [journal.chosen[shape] for shape in wanted if shape in journal.chosen]
+        reduced = portfolio.reduce(outcome.entries)
+        outcome.kernels = len(portfolio.kernels(outcome.entries)), len(portfolio.kernels(reduced))
+        changed = [new for new, old in zip(reduced, outcome.entries, strict=True) if new != old]
+        db.update(target.path, target.gpu, changed, force=force)
+        outcome.entries = reduced
+        outcome.rejected = dict(Counter(w.partition(":")[0] for w in (*found.failed.values(), *journal.wrong.values())))
+        journal.finish()
+    return outcome
 
 
-def _compile(wanted: list[GemmShape], gpu: Gpu, pool: workers.Workers, journal: Journal, stage: Stage) -> search.Space:
-    left = [job for job in search.jobs(wanted, gpu) if job not in journal.compiled]
-    with stage(f"compiling for sm_{gpu.arch}", len(left)) as step:
+def _modelled(shape: GemmShape, gpu: Gpu, found: search.Space, keep: Callable[[Entry], None]) -> None:
+    keep(search.modelled(shape, gpu, found))
 
-        def on_outcome(job: workers.Job, result: workers.Outcome) -> None:
-            journal.add_compiled(job, result)
+
+@dataclass
+class _Run:
+    """One target's rounds."""
+
+    target: Target
+    journal: Journal
+    found: search.Space
+    stage: Stage
+
+    def compile(self, jobs: Iterable[workers.Job]) -> Program[None]:
+        """What is not compiled yet."""
+        todo = self.found.lacks(jobs)
+        if not todo:
+            return
+        target = self.target
+        step = self.stage(f"{target.gpu.alias}: compiling for sm_{target.gpu.arch}", len(todo))
+        code = tasks.Code(target.card.arch, target.arch) if target.card else None
+
+        def keep(call: tuple[Any, ...], result: Any) -> None:
+            job, outcome = call[1:3], workers.outcome(result)
+            self.found.add(job, outcome)
+            self.journal.add_compiled(job, outcome)
             step()
 
-        return search.compile_space(wanted, gpu, pool, known=dict(journal.compiled), on_outcome=on_outcome)
+        yield Batch(tasks.compile_kernel, [(target.gpu.arch, *job, code) for job in todo], keep)
 
+    def explore(self, left: list[GemmShape], known: Database) -> Program[None]:
+        """All rounds but the final one, for the shapes that are left."""
+        gpu, found = self.target.gpu, self.found
+        trails = {shape: self.journal.trail(shape) for shape in left}
+        near = {shape: search.of_near(shape, gpu, known) for shape in left}
+        yield from self.compile(search.job(c, s) for s in left for c in (*space.candidates(s, gpu), *near[s]))
+        todo = [t for t in trails.values() if not t.rounds]
+        yield from self.time("first", {t.shape: search.first(t.shape, gpu, found, known) for t in todo}, 0)
+        for number in range(1, search.ROUNDS_MAX):
+            todo = [t for t in trails.values() if len(t.rounds) == number and t.hot is None]
+            wanted = {t.shape: search.ahead(t, gpu, trails.values()) for t in todo}
+            yield from self.compile(search.job(c, s) for s, configs in wanted.items() for c in configs)
+            plans = {s: search.worthwhile(trails[s], configs, gpu, found) for s, configs in wanted.items()}
+            yield from self.time(f"round {number}", plans, number)
+        hot = {t.shape: t.fastest(search.HOTTEST) for t in trails.values() if t.hot is None}
+        yield from self.time("hot", hot, None)
 
-def _choose(shape: GemmShape, gpu: Gpu, space: search.Space, source: Source, journal: Journal) -> Entry:
-    try:
-        return search.choose(shape, gpu, space, source, journal.add_wrong)
-    except CheckFailed:
-        if not space.complete:
-            raise KeyboardInterrupt from None  # nothing compiled yet that this shape could use
-        raise
+    def time(self, name: str, plans: dict[GemmShape, list[TileConfig]], number: int | None) -> Program[None]:
+        """One round; number: None for the hot one."""
+        todo = {shape: configs for shape, configs in plans.items() if configs}
+        sample_us = measure.HOT_US if number is None else measure.SAMPLE_US
+
+        def keep(shape: GemmShape, timed: tasks.Timed) -> None:
+            self.journal.add_timed(shape, number, timed.times)
+
+        yield from self._timed(name, todo, search.SIFTING_SAMPLES, sample_us, False, keep)
+
+    def finish(self, left: list[GemmShape], keep: Callable[[Entry], None], outcome: Outcome) -> Program[None]:
+        """The final round, and each shape's entry."""
+        target, card = self.target, self.target.card
+        assert card is not None
+        plans = {shape: search.finalists(self.journal.trail(shape)) for shape in left}
+
+        def choose(shape: GemmShape, timed: tasks.Timed) -> None:
+            trail = self.journal.trail(shape)
+            self.attempt(
+                shape, lambda: keep(search.entry(trail, timed, target.gpu, self.found, target.source, card)), outcome
+            )
+
+        yield from self._timed("choosing", plans, search.FINAL_SAMPLES, measure.HOT_US, True, choose)
+        for shape in set(left) - set(self.journal.chosen) - set(outcome.failed):
+            outcome.failed[shape] = "its round ended its process again, with every configuration proven alone"
+
+    def _timed(
+        self, name: str, plans: dict[GemmShape, list[TileConfig]], samples: int, sample_us: int, bf16: bool,
+        on_timed: Callable[[GemmShape, tasks.Timed], None],
+    ) -> Program[None]:  # fmt: skip
+        """Time every plan; after a round that ended its process, again without what ended it."""
+        assert self.target.card is not None
+        card, arch = self.target.card.alias, self.target.arch
+        step = self.stage(f"{self.target.gpu.alias}: {name}", len(plans)) if plans else lambda: None
+        lost: dict[GemmShape, list[TileConfig]] = {}
+
+        def keep(call: tuple[Any, ...], result: Any) -> None:
+            shape = call[0]
+            if isinstance(result, Ended):
+                lost[shape] = plans[shape]
+                return
+            for config, reason in result.wrong.items():
+                self.journal.add_wrong(shape, config, reason)
+            on_timed(shape, result)
+            step()
+
+        def batch(todo: dict[GemmShape, list[TileConfig]]) -> Batch:
+            calls = [(shape, arch, tuple(configs), samples, sample_us, bf16) for shape, configs in todo.items()]
+            return Batch(tasks.time_configs, calls, keep, card, ROUND_S)
+
+        def blame(call: tuple[Any, ...], result: Any) -> None:
+            shape, _, config = call
+            if isinstance(result, Ended):
+                result = str(result)
+            if result is not None:
+                self.journal.add_wrong(shape, config, result)
+                lost[shape] = [other for other in lost[shape] if other != config]
+
+        yield batch(plans)
+        again = dict(lost)
+        yield Batch(tasks.launch, [(s, arch, c) for s, configs in again.items() for c in configs], blame, card)
+        again, lost = lost, {}
+        yield batch({shape: configs for shape, configs in again.items() if configs})
+
+    def attempt(self, shape: GemmShape, choose: Callable[[], None], outcome: Outcome) -> None:
+        """`choose`, or why the shape has no entry."""
+        try:
+            choose()
+        except CheckFailed as error:
+            outcome.failed[shape] = str(error)

@@ -1,18 +1,28 @@
-"""The configurations that a tuner considers for a card, each legal and each once.
+"""The configurations that a tuner considers for a card: every legal one, of which a run begins with a few.
 
-The pointer kernel's are a grid that leaves out what is legal and never wins: tiles under 64 x 64 (for M of 64 and
-more), more than 5 stages on cards with 100 KiB of shared memory, one or two warps on a large tile. The other kernels
-take longer to compile, and their space is smoother: a list. Widths of a band other than GROUP_M are tried on the card,
-with the fastest tiles; they change neither registers nor shared memory.
+    legal(gpu)               all of them, thousands: what a local search may reach
+    seeds(gpu)               about a hundred, which every run compiles
+    neighbours(config, gpu)  the legal ones a step away: what the search tries around the fastest
+
+Legality is `spec.why_illegal` and nothing else: what it leaves out would not run (tests/test_space.py compiles some of
+it, and finds more shared memory than the card has, or spills). The seeds are a choice: of the pointer kernel a grid
+without what is legal and never won, tiles under 64 x 64 (for M of 64 and more), more than 5 stages, one or two warps on
+a large tile; of the other kernels, which take longer to compile, a list of those that won somewhere and some between.
+
+A search over all of `legal` from the start was rejected: it compiles, for half an hour of a core, what a model knows to
+be slow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 from itertools import product
+from typing import Any
 
 from int8kit.gpus import Gpu
-from int8kit.spec import GemmShape, Kernel, TileConfig, default_config, why_illegal
+from int8kit.spec import DOMAINS, GemmShape, Kernel, TileConfig, default_config, why_illegal
 
 GROUP_M = 8
 BANDS = (4, 8, 12, 16)
@@ -38,6 +48,34 @@ _HOPPER = (
 )
 
 
+def kernels(gpu: Gpu) -> tuple[Kernel, ...]:
+    """The kernels that are tried on a card: on sm_90 the Ampere kernel lies far behind the Hopper kernel."""
+    return Kernel.POINTER, Kernel.HOPPER if gpu.arch == 90 else Kernel.AMPERE
+
+
+@cache
+def legal(gpu: Gpu) -> tuple[TileConfig, ...]:
+    """Every legal configuration of the card's kernels, sorted, in bands of GROUP_M: a band's width is no kernel's."""
+    found = []
+    for kernel in kernels(gpu):
+        d = DOMAINS[kernel]
+        for m, n, k, warps, stages, stream_k in product(
+            d.block_m, d.block_n, d.block_k, d.num_warps, d.num_stages, d.stream_k
+        ):
+            found.append(TileConfig(m, n, k, warps, stages, GROUP_M, kernel, stream_k))
+    return tuple(sorted(c for c in found if _is_legal(c, gpu)))
+
+
+@cache
+def seeds(gpu: Gpu) -> tuple[TileConfig, ...]:
+    """What every run on `gpu` considers, sorted; each is legal, and none comes twice."""
+    grid = product((64, 128, 256), (64, 128, 256), (64, 128), (4, 8), (3, 4, 5))
+    found = {TileConfig(m, n, k, warps, stages, GROUP_M) for m, n, k, warps, stages in grid}
+    found |= {default_config(GemmShape(m, 4096, 4096)) for m in (16, 64, 4096)}
+    found |= set(_listed(gpu))
+    return tuple(sorted(c for c in found if _is_legal(c, gpu)))
+
+
 def _listed(gpu: Gpu) -> Iterator[TileConfig]:
     kernel, rows = (Kernel.HOPPER, _HOPPER) if gpu.arch == 90 else (Kernel.AMPERE, _AMPERE)
     for m, n, k, warps, all_stages, shares in rows:
@@ -45,27 +83,50 @@ def _listed(gpu: Gpu) -> Iterator[TileConfig]:
             yield TileConfig(m, n, k, warps, stages, GROUP_M, kernel, stream_k)
 
 
-def configs(gpu: Gpu) -> list[TileConfig]:
-    """The tuner's candidates on `gpu`, sorted; each is legal, and none comes twice."""
-    grid = product((64, 128, 256), (64, 128, 256), (64, 128), (4, 8), (3, 4, 5))
-    candidates = {TileConfig(m, n, k, warps, stages, GROUP_M) for m, n, k, warps, stages in grid}
-    candidates |= {default_config(GemmShape(m, 4096, 4096)) for m in (16, 64, 4096)}
-    candidates |= set(_listed(gpu))
-    return sorted(c for c in candidates if why_illegal(c, arch=gpu.arch, shared_memory=gpu.shared_memory) is None)
-
-
 def candidates(shape: GemmShape, gpu: Gpu) -> list[TileConfig]:
-    """The candidates for one shape: tiles no higher than M needs, and the default always among them.
+    """The seeds that make sense for one shape, the default always among them."""
+    return sorted({*(c for c in seeds(gpu) if suits(c, shape)), default_config(shape)})
 
-    The kernels that copy 16 bytes at a time are left out where K is no multiple of 16.
+
+def suits(config: TileConfig, shape: GemmShape) -> bool:
+    """False for a tile much higher than M, and where K is no multiple of the 16 bytes that a kernel copies at once."""
+    low = config.block_m <= max(64, 2 * shape.m)
+    return low and (config.kernel is Kernel.POINTER or shape.k % 16 == 0)
+
+
+def neighbours(config: TileConfig, gpu: Gpu) -> list[TileConfig]:
+    """The legal configurations a step from `config`, sorted.
+
+    A step is the next value of one parameter either way, or of two that pay for each other: a side of the tile for the
+    other, a longer step of K for fewer stages, a larger tile for more warps.
     """
-    low = [c for c in configs(gpu) if c.block_m <= max(64, 2 * shape.m)]
-    served = [c for c in low if c.kernel is Kernel.POINTER or shape.k % 16 == 0]
-    return sorted({*served, default_config(shape)})
+    found = {
+        _with(config, dict(zip(names, values, strict=True)))
+        for names in _STEPS
+        for values in product(*(_beside(config, name) for name in names))
+    }
+    return sorted(c for c in found if _is_legal(c, gpu))
 
 
-def bands(config: TileConfig) -> list[TileConfig]:
-    """`config` with each other width of a band."""
-    from dataclasses import replace
+_STEPS = (
+    ("block_m",), ("block_n",), ("block_k",), ("num_warps",), ("num_stages",), ("stream_k",), ("group_m",),
+    ("block_m", "block_n"), ("block_k", "num_stages"), ("block_m", "num_warps"), ("block_n", "num_warps"),
+    ("block_m", "num_stages"), ("block_n", "num_stages"),
+)  # fmt: skip
 
-    return [replace(config, group_m=width) for width in BANDS if width != config.group_m]
+
+def _beside(config: TileConfig, name: str) -> list[int]:
+    """The values next to the one that `config` has."""
+    values = BANDS if name == "group_m" else getattr(DOMAINS[config.kernel], name)
+    mine = getattr(config, name)
+    lower = [value for value in values if value < mine]
+    higher = [value for value in values if value > mine]
+    return lower[-1:] + higher[:1]
+
+
+def _with(config: TileConfig, values: dict[str, Any]) -> TileConfig:
+    return replace(config, **values)
+
+
+def _is_legal(config: TileConfig, gpu: Gpu) -> bool:
+    return why_illegal(config, arch=gpu.arch, shared_memory=gpu.shared_memory) is None

@@ -1,28 +1,39 @@
-"""Processes that compile: a compiler that aborts or hangs costs one configuration, not the run.
+"""Processes that compile and time: one that aborts or hangs costs one configuration, not the run.
 
-`compile_all` hands jobs to the workers of a dask cluster, by default one of this machine with a process a core, and
-yields results as they come. A process that dies, or is at one job for longer than LIMIT_S, is replaced; what it was at
-is tried once more, alone, and what ends its process again is recorded as `crash` or `timeout`.
+    with Workers() as pool:                                # or Workers("tcp://host:8786")
+        outcomes = pool.compile_all(86, jobs)              # {(config, even K): Resources, or why there are none}
+        results = pool.drive([program, program])           # each a generator of `Batch`es
 
-    with Workers() as workers:                             # or Workers("tcp://host:8786")
-        for job, outcome in workers.compile_all(86, jobs): ...
+The processes are workers of a dask cluster, by default one of this machine: one without a card a core, which compile,
+and one for each card, which time. A program yields a `Batch` of calls and is sent their results; programs take turns
+at the workers, so that several kinds of card are kept busy at once. A process that dies, or is at one call for longer
+than the batch's limit, is replaced. What it was at is tried once more, alone; what ends its process again has the
+result `Ended`. A worker has one call at a time, since dask blames all that a dead worker held.
 
-A pool of our own on concurrent.futures was given up: it cannot end a job that hangs, nor reach another host.
+A pool of our own on concurrent.futures was given up: it cannot end a call that hangs, nor reach another host.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import logging
 import os
+import queue
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, TypeVar
 
+from int8kit.gpus import Gpu
 from int8kit.schema import Resources
-from int8kit.spec import ConfigError, InputError, TileConfig
+from int8kit.spec import CheckFailed, InputError, TileConfig
+from int8kit.tune import tasks
+
+T = TypeVar("T")
 
 Job = tuple[TileConfig, bool]
 """A configuration, and whether K is a multiple of its block_k: the two kernels differ."""
@@ -32,10 +43,12 @@ Outcome = Resources | str
 
 LIMIT_S = 60.0  # of one compilation; the slowest seen takes 19
 CONNECT_S = 10
+TICK_S = 0.5  # between looks at which workers there are
+ALONE_S = 60.0  # how long a batch waits for a worker that could take it
+PROCESSES = 32  # at most, of this machine's; each takes about half a GB
 
 _CONFIG = {
     "distributed.scheduler.allowed-failures": 0,  # whatever ended a worker is tried again by us, alone
-    "distributed.scheduler.worker-saturation": 1.0,  # a worker that dies takes only what it was at with it
     "distributed.worker.multiprocessing-method": "spawn",
     "distributed.scheduler.active-memory-manager.start": False,
 }
@@ -43,13 +56,30 @@ _CONFIG = {
 _PRELOAD = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 
-def _compile(arch: int, config: TileConfig, even_k: bool) -> Outcome:
-    from int8kit.tune import offline
+@dataclass(frozen=True)
+class Batch:
+    """Calls of one function that may run at once; function and arguments are pickled."""
 
-    try:
-        return offline.compile_for(arch, config, even_k=even_k)
-    except ConfigError as error:
-        return f"compile: {error}"
+    function: Callable[..., Any]
+    calls: Sequence[tuple[Any, ...]]
+    on_result: Callable[[tuple[Any, ...], Any], None] = lambda *_: None  # told each call and its result as it comes
+    card: str | None = None  # alias of the card that a worker must have; None: a worker without one, if there are any
+    limit_s: float | None = None  # of one call; None: LIMIT_S
+
+
+@dataclass(frozen=True)
+class Ended:
+    """In place of the result of a call that ended its process twice."""
+
+    kind: Literal["crash", "timeout"]
+    limit_s: float
+
+    def __str__(self) -> str:
+        return f"timeout: not done in {self.limit_s:g} s" if self.kind == "timeout" else "crash: it ended its process"
+
+
+Program = Generator[Batch, dict[tuple[Any, ...], Any], T]
+"""Yields batches, is sent {call: result} of each, and returns what it came to."""
 
 
 def _guarded(function: Any, limit_s: float, *args: Any) -> Any:
@@ -62,26 +92,71 @@ def _guarded(function: Any, limit_s: float, *args: Any) -> Any:
             faulthandler.cancel_dump_traceback_later()
 
 
-def toolchain() -> str:
-    """What decides the code that a worker compiles."""
-    import triton
+@dataclass
+class _Running:
+    """A program and its present batch."""
 
-    from int8kit import __version__
-    from int8kit.kernels import gemm
+    program: Program[Any]
+    batch: Batch | None = None
+    todo: deque[tuple[Any, ...]] = field(default_factory=deque)
+    again: deque[tuple[Any, ...]] = field(default_factory=deque)  # ended their process once
+    results: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    flying: int = 0
+    outcome: Any = None
 
-    hashes = " ".join(gemm.toolchain().kernels.values())
-    return f"int8kit {__version__} ({hashes}), Triton {triton.__version__}"
+    def advance(self) -> None:
+        """Send the results of the batch that is done, and fetch the next one that has calls."""
+        results: Any = self.results if self.batch else None
+        self.batch = None
+        try:
+            batch = self.program.send(results)
+            while not batch.calls:
+                batch = self.program.send({})
+        except StopIteration as end:
+            self.outcome = end.value
+            return
+        self.batch, self.todo, self.again, self.results = batch, deque(batch.calls), deque(), {}
+
+    def next_call(self) -> tuple[tuple[Any, ...], bool] | None:
+        """A call that can be made now, and whether it is made again."""
+        if self.todo:
+            return self.todo.popleft(), False
+        if self.again and not self.flying:
+            return self.again.popleft(), True
+        return None
+
+    def done(self, call: tuple[Any, ...], result: Any) -> None:
+        """Note a result; advance if it was the batch's last."""
+        assert self.batch is not None
+        self.results[call] = result
+        self.batch.on_result(call, result)
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A call under way."""
+
+    running: _Running
+    call: tuple[Any, ...]
+    again: bool
+    address: str
+    start: float
+    future: Any
 
 
 class Workers:
     """A cluster's workers, as a context manager. scheduler: its address; None: a cluster of this machine."""
 
-    def __init__(self, scheduler: str | None = None, *, processes: int | None = None, limit_s: float = LIMIT_S) -> None:
-        """processes: of this machine's; None for one a core. Raises InputError if no scheduler answers."""
-        self.scheduler, self.limit_s = scheduler, limit_s
-        self.processes = processes or os.cpu_count() or 1
+    def __init__(self, scheduler: str | None = None, *, processes: int | None = None) -> None:
+        """processes: of this machine's that compile; None for one a core."""
+        self.scheduler = scheduler
+        self.processes = processes or min(os.cpu_count() or 1, PROCESSES)
         self._stack = contextlib.ExitStack()
         self._client: Any = None
+        self._workers: dict[str, Gpu | None] = {}  # by address, with the card of each
+        self._flights: dict[str, _Flight] = {}  # by the future's key
+        self._landed: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._names = itertools.count()
 
     def __enter__(self) -> Workers:
         return self
@@ -90,61 +165,165 @@ class Workers:
         self._stack.close()
         self._client = None
 
-    def compile_all(self, arch: int, jobs: Iterable[Job]) -> Iterator[tuple[Job, Outcome]]:
-        """Compile each job for `arch`; yields (job, outcome) as they are done."""
-        ended: list[Job] = []
-        yield from self._wave(arch, list(jobs), ended)
-        for job in ended:
-            again: list[Job] = []
-            start = time.monotonic()
-            yield from self._wave(arch, [job], again)
-            if again:
-                hung = time.monotonic() - start >= self.limit_s
-                yield job, f"timeout: not compiled in {self.limit_s:g} s" if hung else _CRASH
+    def cards(self) -> list[Gpu]:
+        """The card of each worker that has one. Raises InputError if no scheduler answers."""
+        self._connect()
+        return [card for card in self._workers.values() if card is not None]
 
-    def _wave(self, arch: int, jobs: list[Job], ended: list[Job]) -> Iterator[tuple[Job, Outcome]]:
-        """Outcomes of `jobs`; those whose process ended go to `ended` instead."""
-        if not jobs:
-            return
-        from distributed import KilledWorker, as_completed
+    def compile_all(self, arch: int, jobs: Iterable[Job]) -> dict[Job, Outcome]:
+        """Compile each job for `arch`."""
+        found: dict[Job, Outcome] = {}
 
-        client = self._connected()
-        futures = {
-            client.submit(_guarded, _compile, self.limit_s, arch, *job, pure=False, key=f"compile-{id(jobs)}-{i}"): job
-            for i, job in enumerate(jobs)
-        }
+        def program() -> Program[None]:
+            yield Batch(tasks.compile_kernel, [(arch, *job, None) for job in jobs], keep)
+
+        def keep(call: tuple[Any, ...], result: Any) -> None:
+            found[call[1:3]] = outcome(result)
+
+        self.drive([program()])
+        return found
+
+    def drive(self, programs: Iterable[Program[T]]) -> list[T]:
+        """Run the programs to their ends, side by side -> what they returned.
+
+        Raises what they raise, InputError if no scheduler answers, CheckFailed if no worker is left that has a card
+        that a batch needs.
+        """
+        running = [_Running(program) for program in programs]
         try:
-            for future in as_completed(futures, loop=client.loop):
-                error = future.exception()
-                if isinstance(error, KilledWorker):
-                    ended.append(futures[future])
-                elif error is not None:
-                    raise error
-                else:
-                    yield futures[future], future.result()
+            for one in running:
+                one.advance()
+            idle_since = time.monotonic()
+            while any(one.batch for one in running):
+                self._connect()
+                self._launch(running)
+                if self._flights:
+                    idle_since = time.monotonic()
+                elif time.monotonic() - idle_since > ALONE_S:
+                    card = next(one.batch.card for one in running if one.batch)
+                    raise CheckFailed(f"no worker with the card {card} is left; what was finished is kept")
+                self._land()
+                for one in running:
+                    if one.batch and not (one.todo or one.again or one.flying):
+                        one.advance()
         finally:
-            client.cancel(list(futures))
+            for flight in self._flights.values():
+                flight.future.cancel()
+            self._flights.clear()
+            for one in running:
+                one.program.close()
+        return [one.outcome for one in running]
 
-    def _connected(self) -> Any:
+    def _launch(self, running: list[_Running]) -> None:
+        """Give every free worker a call."""
+        busy = {flight.address for flight in self._flights.values()}
+        for address in [a for a in self._workers if a not in busy]:
+            # those first that have the fewest calls under way, so that programs share the workers
+            for one in sorted(running, key=lambda one: one.flying):
+                if one.batch is None or not self._suits(address, one.batch.card):
+                    continue
+                if (found := one.next_call()) is not None:
+                    self._submit(one, address, *found)
+                    break
+
+    def _suits(self, address: str, card: str | None) -> bool:
+        has = self._workers[address]
+        if card is not None:
+            return has is not None and has.alias == card
+        return has is None or None not in self._workers.values()
+
+    def _submit(self, running: _Running, address: str, call: tuple[Any, ...], again: bool) -> None:
+        assert running.batch is not None
+        limit_s = running.batch.limit_s or LIMIT_S
+        future = self._client.submit(
+            _guarded, running.batch.function, limit_s, *call,
+            workers=[address], pure=False, key=f"{running.batch.function.__name__}-{id(self)}-{next(self._names)}",
+        )  # fmt: skip
+        self._flights[future.key] = _Flight(running, call, again, address, time.monotonic(), future)
+        running.flying += 1
+        future.add_done_callback(self._landed.put)
+
+    def _land(self) -> None:
+        """Wait for one call, or look which workers there are."""
+        from distributed import KilledWorker
+
+        try:
+            future = self._landed.get(timeout=TICK_S)
+        except queue.Empty:
+            self._look()
+            return
+        flight = self._flights.pop(future.key, None)
+        if flight is None:
+            return  # given up
+        error = future.exception() if future.status == "error" else None
+        if isinstance(error, KilledWorker) or future.status in ("cancelled", "lost"):
+            self._ended(flight)
+        elif error is not None:
+            raise error
+        else:
+            flight.running.flying -= 1
+            flight.running.done(flight.call, future.result())
+
+    def _ended(self, flight: _Flight) -> None:
+        """A call's process is gone."""
+        running = flight.running
+        assert running.batch is not None
+        running.flying -= 1
+        self._workers.pop(flight.address, None)
+        limit_s = running.batch.limit_s or LIMIT_S
+        if flight.again:
+            hung = time.monotonic() - flight.start >= limit_s
+            running.done(flight.call, Ended("timeout" if hung else "crash", limit_s))
+        else:
+            running.again.append(flight.call)
+
+    def _look(self) -> None:
+        """Take in workers that have come, and give up those that are gone with what they were at."""
+        there = set(self._client.nthreads())
+        for address in set(self._workers) - there:
+            self._workers.pop(address)
+        for key, flight in list(self._flights.items()):
+            if flight.address not in there:
+                self._flights.pop(key)
+                flight.future.cancel()
+                self._ended(flight)
+        new = sorted(there - set(self._workers))
+        if new:
+            mine = tasks.toolchain()
+            for worker, said in self._client.run(tasks.describe, workers=new, on_error="return").items():
+                if isinstance(said, BaseException):
+                    continue  # it died again: the next look will tell
+                theirs, card = said
+                if theirs != mine:
+                    raise InputError(f"the worker {worker} has {theirs}; legal is what runs here, {mine}")
+                self._workers[worker] = card
+
+    def _connect(self) -> None:
         if self._client is None:
             import dask
+            import distributed  # noqa: F401  its defaults come with the import, and would leave with _CONFIG
 
             self._stack.enter_context(dask.config.set(_CONFIG))
             logging.getLogger("distributed").setLevel(logging.CRITICAL)
             self._client = self._local() if self.scheduler is None else self._remote(self.scheduler)
-        return self._client
+            self._look()
 
     def _local(self) -> Any:
-        from distributed import Client, LocalCluster
+        from distributed import Client, Nanny, Scheduler, SpecCluster
 
-        cluster = self._stack.enter_context(
-            LocalCluster(
-                n_workers=self.processes, threads_per_worker=1, processes=True, dashboard_address=None,
-                host="127.0.0.1", silence_logs=logging.CRITICAL, preload=_PRELOAD, memory_limit="auto",
-                env={"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"},
-            )
-        )  # fmt: skip
-        return self._stack.enter_context(Client(cluster, set_as_default=False))
+        def worker(devices: str, memory_limit: Any) -> dict[str, Any]:
+            env = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": devices}
+            options = {"nthreads": 1, "host": "127.0.0.1", "dashboard": False, "preload": _PRELOAD, "env": env,
+                       "memory_limit": memory_limit, "silence_logs": logging.CRITICAL}  # fmt: skip
+            return {"cls": Nanny, "options": options}
+
+        spec = {f"core-{i}": worker("", "auto") for i in range(self.processes)}
+        spec |= {f"card-{device}": worker(device, 0) for device in _devices()}
+        scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard": False}}
+        cluster = SpecCluster(spec, scheduler=scheduler, silence_logs=logging.CRITICAL)
+        client = self._stack.enter_context(Client(self._stack.enter_context(cluster), set_as_default=False))
+        client.wait_for_workers(len(spec))
+        return client
 
     def _remote(self, address: str) -> Any:
         from distributed import Client
@@ -158,11 +337,18 @@ class Workers:
                 f"no scheduler with workers at {address!r} ({reason}); legal is what `dask scheduler` prints, "
                 "such as tcp://host:8786"
             ) from None
-        mine = toolchain()
-        for worker, theirs in client.run(toolchain).items():
-            if theirs != mine:
-                raise InputError(f"the worker {worker} has {theirs}; legal is what runs here, {mine}")
         return client
 
 
-_CRASH = "crash: the compiler ended its process"
+def outcome(result: Any) -> Outcome:
+    """What `tasks.compile_kernel` came to, also where it came to nothing."""
+    return str(result) if isinstance(result, Ended) else result
+
+
+def _devices() -> list[str]:
+    """This machine's cards as CUDA_VISIBLE_DEVICES names them; asks the driver without making a context."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    return names if torch.cuda.is_available() else []

@@ -1,0 +1,168 @@
+"""tune/offline.py: a card that is absent: what a kernel takes there, and the model."""
+
+import contextlib
+import multiprocessing
+import os
+
+import pytest
+
+from int8kit import gpus
+from int8kit.schema import Resources
+from int8kit.spec import ConfigError, GemmShape, Kernel, TileConfig, shared_memory_bound
+from int8kit.tune import offline, workers
+
+RTX3090 = gpus.get("rtx3090")
+SHAPE = GemmShape(4296, 4608, 4608)
+FREE = Resources(registers=128, spill_bytes=0, shared_bytes=49152)
+
+SAMPLE = [
+    TileConfig(16, 64, 128, 4, 4),
+    TileConfig(64, 64, 128, 4, 5),
+    TileConfig(64, 256, 64, 4, 3),
+    TileConfig(128, 128, 64, 8, 4),
+    TileConfig(128, 128, 128, 8, 4),
+    TileConfig(256, 128, 64, 8, 3),
+]
+
+
+AMPERE = [
+    TileConfig(128, 128, 128, 4, 3, kernel=Kernel.AMPERE, stream_k=2),
+    TileConfig(128, 256, 64, 8, 4, kernel=Kernel.AMPERE),
+    TileConfig(16, 64, 128, 4, 4, kernel=Kernel.AMPERE, stream_k=4),
+]
+HOPPER = [
+    TileConfig(128, 128, 128, 8, 6, kernel=Kernel.HOPPER),
+    TileConfig(256, 128, 128, 8, 4, kernel=Kernel.HOPPER, stream_k=1),
+    TileConfig(64, 64, 128, 8, 10, kernel=Kernel.HOPPER),
+]
+
+
+@pytest.fixture(scope="module", params=[80, 86, 89, 90])
+def compiled(request):
+    jobs = [(c, even) for c in SAMPLE for even in (True, False)]
+    jobs += [(c, True) for c in (HOPPER if request.param == 90 else AMPERE)]
+    with workers.Workers() as pool:
+        return request.param, pool.compile_all(request.param, jobs)
+
+
+def test_compiles_for_absent_cards(compiled):
+    arch, outcomes = compiled
+    assert len(outcomes) == 2 * len(SAMPLE) + 3
+    for (config, _), resources in outcomes.items():
+        assert isinstance(resources, Resources), resources
+        assert 16 <= resources.registers <= 255
+        assert resources.spill_bytes == 0
+        # the filter may be too strict, never too lax
+        assert resources.shared_bytes <= shared_memory_bound(config, arch=arch)
+
+
+def _instructions(arch, config):
+    from int8kit.verify.foreign import tensor_core_instructions
+
+    ptx = offline.assemble(arch, config).asm["ptx"]
+    return tensor_core_instructions(ptx), "fma.rn.f32" in ptx, ".ftz" in ptx
+
+
+@pytest.mark.parametrize(
+    ("arch", "config", "instruction"),
+    [
+        (86, TileConfig(128, 128, 64, 8, 3), "mma.sync"),
+        (90, TileConfig(128, 128, 64, 8, 3), "wgmma.mma_async"),
+        (86, AMPERE[0], "mma.sync"),
+        (90, HOPPER[1], "wgmma.mma_async"),
+    ],
+    ids=str,
+)
+def test_runs_on_integer_tensor_cores_and_contracts_nothing(monkeypatch, arch, config, instruction):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # for the child
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found, fma, ftz = pool.apply(_instructions, (arch, config))
+    assert found == {instruction}
+    assert not fma
+    assert not ftz
+
+
+def test_interpreter_has_no_compiler():
+    from int8kit.kernels import gemm
+
+    if gemm.interpreted():
+        with pytest.raises(ConfigError, match="TRITON_INTERPRET"):
+            offline.compile_for(86, SAMPLE[0])
+        assert os.environ["TRITON_INTERPRET"] == "1"
+
+
+def test_occupancy():
+    config = TileConfig(128, 128, 64, 8, 4)
+    assert offline.blocks_per_sm(config, FREE, RTX3090) == 2
+    assert offline.blocks_per_sm(config, FREE.model_copy(update={"registers": 129}), RTX3090) == 1
+    assert offline.blocks_per_sm(config, FREE.model_copy(update={"shared_bytes": 60000}), RTX3090) == 1
+    assert offline.blocks_per_sm(config, FREE.model_copy(update={"shared_bytes": 200000}), RTX3090) == 0
+
+
+def test_model_knows_its_physics():
+    config = TileConfig(128, 128, 64, 8, 4)
+    us = offline.estimate(SHAPE, config, FREE, RTX3090)
+    assert us > SHAPE.ops / RTX3090.int8_tops / 1e6  # never past the card's peak
+    assert offline.estimate(GemmShape(2 * 4296, 4608, 4608), config, FREE, RTX3090) > 1.7 * us
+    spilling = FREE.model_copy(update={"spill_bytes": 500})
+    assert offline.estimate(SHAPE, config, spilling, RTX3090) > us
+    # one tile more than fills the card costs a whole round
+    full, over = GemmShape(128 * 82, 128, 4608), GemmShape(128 * 82 + 1, 128, 4608)
+    rounds = [offline.estimate(s, config, FREE, RTX3090) for s in (full, over)]
+    assert rounds[1] > 1.5 * rounds[0]
+    no_fit = FREE.model_copy(update={"shared_bytes": 200000})
+    assert offline.estimate(SHAPE, config, no_fit, RTX3090) == float("inf")
+
+
+def _sought(arch, config, code):
+    """Whether Triton's key of a launch on `arch`, which has no card here, is that of the offline source."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import JITFunction
+
+    from int8kit.kernels import gemm, schedule
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", arch, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    seen = []
+    triton.runtime.driver.set_active(Driver())
+    JITFunction._do_compile = lambda self, key, signature, device, constants, options, attrs, warmup: seen.append(
+        (self.ASTSource(self, signature, constants, attrs).hash(), options.hash())
+    )
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.get_device_capability = lambda device=None: (arch // 10, arch % 10)
+    schedule.multiprocessors = lambda device: 132
+    x, w = torch.zeros(300, 4096, dtype=torch.int8), torch.zeros(256, 4096, dtype=torch.int8)
+    with contextlib.suppress(Exception):  # nothing can be launched here
+        gemm.scaled_mm(
+            x, w, torch.ones(300), torch.ones(256), torch.zeros(256, dtype=torch.bfloat16), config=config, arch=code
+        )
+    source, options = gemm.module(config.kernel).source(config)
+    options |= {} if code is None else {"arch": code}
+    mine = source.hash(), make_backend(GPUTarget("cuda", arch, 32)).parse_options(options).hash()
+    return seen == [mine]
+
+
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [
+        (SAMPLE[3], "sm86"), (SAMPLE[3], None), (AMPERE[0], "sm86"), (AMPERE[1], "sm86"), (HOPPER[0], None),
+        (HOPPER[1], None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_launch_finds_what_was_compiled_offline(monkeypatch, config, code):
+    """Else kernels would be compiled twice, and the second time one after the other."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # for the child
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_sought, (90, config, code))

@@ -1,0 +1,221 @@
+"""tune/session.py: whole runs, with invented cards and times, killed and crashed on the way."""
+
+import hashlib
+import json
+from collections import Counter
+
+import pytest
+
+from int8kit import db, gpus
+from int8kit.schema import Resources
+from int8kit.spec import CheckFailed, FileError, GemmShape, Kernel, Source, default_config, shared_memory_bound
+from int8kit.tune import offline, search, session, space, tasks
+from int8kit.tune.measure import Times
+from int8kit.tune.tasks import Timed
+from int8kit.tune.workers import Ended
+
+RTX3090, H200 = gpus.get("rtx3090"), gpus.get("h200")
+SHAPES = [GemmShape(m, n, k) for m in (512, 4296) for n, k in ((4608, 4608), (12288, 4608), (4608, 12288))]
+
+
+def taken(config, arch=86):
+    shared = shared_memory_bound(config, arch=arch)
+    registers = min(255, 60 + config.block_m * config.block_n // (32 * config.num_warps))
+    return Resources(registers=registers, spill_bytes=0, shared_bytes=shared)
+
+
+def truth(shape, config, gpu=RTX3090):
+    """Invented microseconds: the model's, bent smoothly by what each parameter is worth, as a card would."""
+    us = offline.estimate(shape, config, taken(config, gpu.arch), gpu)
+    for name in ("block_m", "block_n", "block_k", "num_warps", "num_stages", "stream_k", "group_m", "kernel"):
+        value = f"{name} {getattr(config, name)} {shape.n} {shape.k}"
+        us *= 1 + 0.12 * (hashlib.sha256(value.encode()).digest()[0] / 255 - 0.5)
+    return us
+
+
+class Pool:
+    """Calls made here and at once, by functions of the test's; `cards` are those of its workers."""
+
+    def __init__(self, *cards, lethal=lambda shape, config: False):
+        self.cards_, self.lethal, self.calls = list(cards), lethal, Counter()
+
+    def cards(self):
+        return self.cards_
+
+    def drive(self, programs):
+        running = dict.fromkeys(programs)
+        outcomes = {}
+        try:
+            while running:
+                for program, results in list(running.items()):
+                    try:
+                        batch = program.send(results)
+                    except StopIteration as end:
+                        outcomes[program] = end.value
+                        del running[program]
+                        continue
+                    assert batch.card is None or batch.card in {c.alias for c in self.cards_}
+                    running[program] = {}
+                    for call in batch.calls:
+                        result = getattr(self, batch.function.__name__)(*call)
+                        running[program][call] = result
+                        batch.on_result(call, result)
+        finally:
+            for program in running:
+                program.close()
+        return [outcomes[program] for program in programs]
+
+    def compile_kernel(self, arch, config, even_k, code):
+        self.calls["compile", arch, config, even_k] += 1
+        return taken(config, arch)
+
+    def health(self, number):
+        return 700.0, None
+
+    def time_configs(self, shape, arch, configs, rounds, sample_us, bf16):
+        if any(self.lethal(shape, config) for config in configs):
+            return Ended("crash", 1)
+        self.calls["time", shape, arch, rounds, sample_us, configs] += 1
+        times = {c: Times(us * 0.999, us, us * 1.001) for c in configs for us in [truth(shape, c)]}
+        last = Times(900, 900, 900) if bf16 else None
+        return Timed(times, {}, last)
+
+    def launch(self, shape, arch, config):
+        return Ended("crash", 1) if self.lethal(shape, config) else None
+
+
+@pytest.fixture(autouse=True)
+def _no_database_of_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def unknown(monkeypatch):
+    """No entry of any database helps."""
+    monkeypatch.setattr(db, "gather", lambda gpu: (db.Database(gpu), ()))
+
+
+def proxy(path):
+    return session.plan([RTX3090], [H200], path)
+
+
+def test_search_finds_the_best_of_all_with_a_fraction_of_the_evaluations(tmp_path, unknown):
+    (outcome,) = session.run(SHAPES, proxy(tmp_path / "t.json"), Pool(H200))
+    assert outcome.failed == {}
+    regrets = []
+    for entry in outcome.entries:
+        every = [c for c in space.legal(RTX3090) if space.suits(c, entry.shape)]
+        best = min(truth(entry.shape, c) for config in every for c in (config, *space_bands(config)))
+        regrets.append(truth(entry.shape, entry.config) / best - 1)
+        assert entry.tried <= 0.1 * len(every) * len(space.BANDS)
+        assert entry.time_us == pytest.approx(truth(entry.shape, entry.config), rel=1e-3)
+        assert entry.default_us == pytest.approx(truth(entry.shape, default_config(entry.shape)), rel=1e-3)
+    assert sorted(regrets)[len(regrets) // 2] < 0.03
+    assert max(regrets) < 0.10
+
+
+def space_bands(config):
+    from dataclasses import replace
+
+    return [replace(config, group_m=width) for width in space.BANDS]
+
+
+def test_an_entry_says_where_it_is_from(tmp_path):
+    (outcome,) = session.run(SHAPES[:1], proxy(tmp_path / "t.json"), Pool(H200))
+    (entry,) = db.load(tmp_path / "t.json").entries
+    assert [entry] == outcome.entries
+    assert (entry.source, entry.measured_on, entry.bf16_us) == (Source.PROXY, "NVIDIA H200", 900)
+    assert len(entry.runners_up) == search.RUNNERS_UP
+    times = [entry.time_us, *(o.time_us for o in entry.runners_up)]
+    assert entry.time_us <= min(times) * (1 + search.MARGIN)
+
+
+def test_what_ends_its_process_is_found_alone_and_never_chosen(tmp_path):
+    def lethal(shape, config):
+        return shape == SHAPES[0] and config.kernel is Kernel.AMPERE and config.num_stages == 3
+
+    (outcome,) = session.run(SHAPES, proxy(tmp_path / "t.json"), Pool(H200, lethal=lethal))
+    assert outcome.failed == {}
+    assert len(outcome.entries) == len(SHAPES)
+    assert outcome.rejected["crash"] > 1
+    first = next(e for e in outcome.entries if e.shape == SHAPES[0])
+    assert not any(lethal(first.shape, c) for c in (first.config, *(o.config for o in first.runners_up)))
+
+
+def test_a_shape_whose_default_dies_fails_and_the_others_do_not(tmp_path):
+    def lethal(shape, config):
+        return shape == SHAPES[2] and config == default_config(shape)
+
+    (outcome,) = session.run(SHAPES, proxy(tmp_path / "t.json"), Pool(H200, lethal=lethal))
+    assert "the default is out: crash" in outcome.failed[SHAPES[2]]
+    assert len(db.load(tmp_path / "t.json").entries) == len(SHAPES) - 1
+
+
+@pytest.mark.parametrize("after", [1, 3, 8, 14, 20])
+def test_ended_anywhere_nothing_is_compiled_or_timed_twice(tmp_path, monkeypatch, after):
+    straight = tmp_path / "straight.json"
+    session.run(SHAPES, proxy(straight), Pool(H200))
+    pool, path = Pool(H200), tmp_path / "killed.json"
+    time_configs = pool.time_configs
+
+    def ending(*call):
+        if sum(count for key, count in pool.calls.items() if key[0] == "time") == after:
+            raise SystemExit("killed")
+        return time_configs(*call)
+
+    monkeypatch.setattr(pool, "time_configs", ending)
+    with pytest.raises(SystemExit):
+        session.run(SHAPES, proxy(path), pool)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    notes = []
+    session.run(SHAPES, proxy(path), pool, note=notes.append)
+    assert "going on where a run was ended" in notes[0]
+    assert set(pool.calls.values()) == {1}
+    assert path.read_text() == straight.read_text()
+    assert not path.with_name("killed.json.journal").exists()
+
+
+def test_several_cards_feed_their_own_files(tmp_path):
+    rtx4090, rtx5090 = gpus.get("rtx4090"), gpus.get("rtx5090")
+    targets = session.plan([RTX3090, H200, rtx4090, rtx5090], [H200])
+    assert [t.arch for t in targets] == ["sm86", None, "sm89", None]
+    pool = Pool(H200)
+    outcomes = session.run(SHAPES[:2], targets, pool)
+    assert [o.target.source for o in outcomes] == [Source.PROXY, Source.MEASURED, Source.PROXY, Source.MODELLED]
+    for outcome in outcomes:
+        found = db.load(tmp_path / "tuning_db" / f"{outcome.target.gpu.alias}.json")
+        assert len(found.entries) == 2
+        assert {e.source for e in found.entries} == {outcome.target.source}
+    assert {key[1] for key in pool.calls if key[0] == "compile"} == {86, 89, 90, 120}
+
+
+def test_one_of_two_targets_that_is_taken_stops_both_before_the_work(tmp_path):
+    from int8kit.tune.journal import Journal
+
+    targets = session.plan([RTX3090, H200], [H200])
+    (tmp_path / "tuning_db").mkdir()
+    pool = Pool(H200)
+    with Journal(targets[1].path, {}), pytest.raises(FileError, match="another tuner is writing"):
+        session.run(SHAPES, targets, pool)
+    assert not any(key[0] == "time" for key in pool.calls)
+    with Journal(targets[0].path, {}):  # whose lock is free again
+        pass
+
+
+def test_an_unhealthy_card_stops_the_run(monkeypatch):
+    notes = []
+    session.check_health(Pool(H200, H200), notes.append)
+    assert notes == ["NVIDIA H200: 700 bf16 TFLOP/s, healthy"] * 2
+    monkeypatch.setattr(Pool, "health", lambda self, number: (8.0, "NVIDIA H200 makes 8"))
+    with pytest.raises(CheckFailed, match="makes 8"):
+        session.check_health(Pool(H200))
+
+
+def test_the_files_text_is_sorted_and_holds_no_more_than_the_schema(tmp_path):
+    session.run(SHAPES, proxy(tmp_path / "t.json"), Pool(H200))
+    document = json.loads((tmp_path / "t.json").read_text())
+    keys = [(e["n"], e["k"], e["m"]) for e in document["entries"]]
+    assert keys == sorted(keys)
+    tasks.Code(90, "sm86")

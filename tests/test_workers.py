@@ -1,0 +1,175 @@
+"""tune/workers.py: processes that compile and time, that abort, hang, or are somebody else's."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+from distributed import LocalCluster
+
+from int8kit import gpus
+from int8kit.schema import Resources
+from int8kit.spec import CheckFailed, InputError, TileConfig
+from int8kit.tune import tasks, workers
+
+FREE = Resources(registers=128, spill_bytes=0, shared_bytes=49152)
+TILE = TileConfig(16, 64, 128, 4, 4)
+
+
+def _compile_or_die(arch, config, even_k, code):
+    if config.block_k == 32:
+        os.abort()
+    if config.num_stages == 6:
+        time.sleep(60)
+    if config.block_k == 256:
+        return "compile: no"
+    return FREE
+
+
+def test_a_compiler_that_aborts_or_hangs_costs_one_configuration(monkeypatch):
+    monkeypatch.setattr(tasks, "compile_kernel", _compile_or_die)
+    monkeypatch.setattr(workers, "LIMIT_S", 2)
+    good = [(TileConfig(64, 64, 64, 4, s), True) for s in (2, 3, 4)]
+    jobs = [*good, (TileConfig(64, 64, 32, 4, 3), True), (TileConfig(64, 64, 256, 4, 3), True)]
+    jobs.append((TileConfig(64, 64, 64, 4, 6), True))
+    with workers.Workers(processes=2) as pool:
+        outcomes = pool.compile_all(86, jobs)
+    assert [outcomes[job] for job in good] == [FREE] * 3
+    assert outcomes[jobs[3]] == "crash: it ended its process"
+    assert outcomes[jobs[4]] == "compile: no"
+    assert outcomes[jobs[5]] == "timeout: not done in 2 s"
+
+
+def test_a_cluster_of_somebody_elses_compiles_and_is_compared(monkeypatch):
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, dashboard_address=None, env={"TRITON_INTERPRET": "0"}
+    ) as other:
+        with workers.Workers(other.scheduler_address) as pool:
+            ((job, outcome),) = pool.compile_all(86, [(TILE, True)]).items()
+        assert job == (TILE, True)
+        assert isinstance(outcome, Resources)
+        monkeypatch.setattr(tasks, "toolchain", lambda: "another Triton")
+        with (
+            workers.Workers(other.scheduler_address) as pool,
+            pytest.raises(InputError, match=r"has int8kit .*; legal is what runs here, another Triton"),
+        ):
+            pool.compile_all(86, [(TILE, True)])
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense", "carrier://pigeon"])
+def test_no_scheduler_is_one_clear_error(monkeypatch, address):
+    monkeypatch.setattr(workers, "CONNECT_S", 1)
+    with (
+        workers.Workers(address) as pool,
+        pytest.raises(InputError, match=f"no scheduler with workers at '{address}'.*tcp://host:8786"),
+    ):
+        pool.compile_all(86, [(TILE, True)])
+
+
+CARD = "7"
+
+
+def _describe():
+    """A worker that was given a device has an H200."""
+    return tasks.toolchain(), gpus.get("h200") if os.environ["CUDA_VISIBLE_DEVICES"] == CARD else None
+
+
+def _where(number, fate):
+    if fate == "abort":
+        os.abort()
+    if fate == "once" and not os.path.exists(number):
+        open(number, "w").close()
+        os.abort()
+    return os.environ["CUDA_VISIBLE_DEVICES"], os.getpid()
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    monkeypatch.setattr(workers, "_devices", lambda: [CARD])
+    monkeypatch.setattr(tasks, "describe", _describe)
+    with workers.Workers(processes=2) as pool:
+        yield pool
+
+
+def test_calls_for_a_card_go_where_it_is_and_others_elsewhere(pool):
+    assert pool.cards() == [gpus.get("h200")]
+
+    def program(card):
+        results = yield workers.Batch(_where, [(i, "") for i in range(6)], card=card)
+        more = yield workers.Batch(_where, [], card=card)
+        assert more == {}
+        return results
+
+    timed, compiled = pool.drive([program("h200"), program(None)])
+    assert {device for device, _ in timed.values()} == {CARD}
+    assert {device for device, _ in compiled.values()} == {""}
+    assert len({pid for _, pid in timed.values()}) == 1
+    assert list(map(len, (timed, compiled))) == [6, 6]
+
+
+def test_a_card_whose_process_ends_is_there_again(pool, tmp_path):
+    seen = []
+
+    def program():
+        calls = [("a", "abort"), ("b", ""), (str(tmp_path / "c"), "once"), ("d", "")]
+        return (yield workers.Batch(_where, calls, lambda *result: seen.append(result), card="h200"))
+
+    (results,) = pool.drive([program()])
+    ended = results.pop(("a", "abort"))
+    assert str(ended) == "crash: it ended its process"
+    assert {device for device, _ in results.values()} == {CARD}
+    assert len(results) == 3
+    assert len(seen) == 4
+
+
+def test_a_card_that_never_comes_ends_the_run(pool, monkeypatch):
+    monkeypatch.setattr(workers, "ALONE_S", 1)
+
+    def program():
+        yield workers.Batch(_where, [(1, "")], card="rtx3090")
+
+    with pytest.raises(CheckFailed, match="no worker with the card rtx3090 is left"):
+        pool.drive([program()])
+
+
+def test_what_a_program_raises_and_what_a_call_raises_end_the_run(pool):
+    closed = []
+
+    def bad_call():
+        try:
+            yield workers.Batch(_where, [(1, 2, 3)])
+        finally:
+            closed.append(1)
+
+    def bad_program():
+        yield workers.Batch(_where, [(1, "")])
+        raise CheckFailed("no")
+
+    with pytest.raises(TypeError, match="_where"):
+        pool.drive([bad_call()])
+    with pytest.raises(CheckFailed, match="no"):
+        pool.drive([bad_program(), bad_call()])
+    assert closed == [1, 1]
+
+
+def _slow(number):
+    time.sleep(0.2)
+
+
+def test_an_interrupt_ends_it_and_keeps_what_was_told(monkeypatch):
+    told = []
+
+    def on_result(call, result):
+        told.append(call)
+        if len(told) == 3:
+            threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT)).start()
+
+    def program():
+        yield workers.Batch(_slow, [(i,) for i in range(50)], on_result)
+
+    start = time.monotonic()
+    with workers.Workers(processes=2) as pool, pytest.raises(KeyboardInterrupt):
+        pool.drive([program()])
+    assert 3 <= len(told) < 50
+    assert time.monotonic() - start < 30
