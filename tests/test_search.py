@@ -20,7 +20,7 @@ DEFAULT = default_config(SHAPE)
 
 
 def compiled(configs=(), **over):
-    found = search.Space()
+    found = search.Space(RTX3090)
     for config in (*space.candidates(SHAPE, RTX3090), *configs):
         found.add(search.job(config, SHAPE), FREE)
     found.resources.update({search.job(config, SHAPE): value for config, value in over.get("resources", {}).items()})
@@ -41,7 +41,7 @@ def test_how_by_the_cards_that_are_here():
 
 
 def test_modelled_is_the_models_first_without_spills():
-    best = search.rank(space.candidates(SHAPE, RTX3090), SHAPE, RTX3090, compiled())[0][1]
+    best = search.rank(space.candidates(SHAPE, RTX3090), SHAPE, compiled())[0][1]
     entry = search.modelled(SHAPE, RTX3090, compiled())
     assert (entry.config, entry.source) == (best, Source.MODELLED)
     assert entry.time_us is None
@@ -50,7 +50,7 @@ def test_modelled_is_the_models_first_without_spills():
 
 
 def test_nothing_compiled_is_one_clear_error():
-    found = search.Space(failed={search.job(space.candidates(SHAPE, RTX3090)[0], SHAPE): "compile: boom"})
+    found = search.Space(RTX3090, failed={search.job(space.candidates(SHAPE, RTX3090)[0], SHAPE): "compile: boom"})
     with pytest.raises(CheckFailed, match=r"no configuration for 4296x4608x4608 on rtx3090: compile: boom"):
         search.modelled(SHAPE, RTX3090, found)
 
@@ -59,7 +59,7 @@ def test_odd_k_is_compiled_apart_and_bands_together():
     odd = GemmShape(4296, 4608, 4600)
     assert search.job(A, SHAPE) == search.job(replace(A, group_m=16), SHAPE) == (A, True)
     assert search.job(A, odd) == (A, False)
-    assert search.Space().lacks([search.job(A, s) for s in (SHAPE, odd, SHAPE)]) == [(A, False), (A, True)]
+    assert search.Space(RTX3090).lacks([search.job(A, s) for s in (SHAPE, odd, SHAPE)]) == [(A, False), (A, True)]
 
 
 def test_the_first_round_has_the_default_the_models_and_what_is_known_of_near_shapes():
@@ -87,11 +87,11 @@ def test_what_is_ahead_is_untried_and_near():
     assert replace(A, group_m=4) in found
     assert not set(found) & trail.tried
     compiled_all = compiled(found)
-    timed = search.worthwhile(trail, found, RTX3090, compiled_all)
+    timed = search.worthwhile(trail, found, compiled_all)
     assert timed[:3] == [A, B, C]
     assert set(timed) <= {*found, A, B, C}
     spilling = {c: FREE.model_copy(update={"spill_bytes": 4}) for c in found}
-    assert search.worthwhile(trail, found, RTX3090, compiled(resources=spilling)) == []
+    assert search.worthwhile(trail, found, compiled(resources=spilling)) == []
 
 
 def test_a_shape_is_settled_when_a_round_gains_less_than_the_noise():
@@ -114,7 +114,7 @@ def test_the_default_keeps_its_place_within_the_margin():
 
     def entry(default_us):
         times = {A: exactly(100), B: exactly(103), DEFAULT: exactly(default_us)}
-        return search.entry(trail, final(times, bf16=exactly(180)), RTX3090, compiled(), Source.PROXY, H200)
+        return search.entry(trail, final(times, bf16=exactly(180)), compiled(), Source.PROXY, H200)
 
     tie, slower = entry(100.9), entry(101.1)
     assert (tie.config, slower.config) == (DEFAULT, A)
@@ -126,6 +126,6 @@ def test_the_default_keeps_its_place_within_the_margin():
 def test_a_default_that_is_not_exact_ends_the_shape():
     with pytest.raises(CheckFailed, match="the default is out: wrong: bits"):
         search.entry(
-            search.Trail(SHAPE), final({A: exactly(1)}, {DEFAULT: "wrong: bits"}), RTX3090, compiled(), Source.PROXY,
+            search.Trail(SHAPE), final({A: exactly(1)}, {DEFAULT: "wrong: bits"}), compiled(), Source.PROXY,
             H200,
         )  # fmt: skip

@@ -62,12 +62,12 @@ def timer(pool: workers.Workers, target: session.Target) -> Timer:
     return once
 
 
-def invented(gpu: gpus.Gpu, found: search.Space) -> Timer:
+def invented(found: search.Space) -> Timer:
     """The dry run's stand-in for `timer`."""
 
     def once(shape: GemmShape, configs: list[TileConfig], rounds: int, sample_us: int) -> dict[TileConfig, Times]:
         times = {}
-        for us, config, _ in search.rank(configs, shape, gpu, found):
+        for us, config, _ in search.rank(configs, shape, found):
             us *= random.Random(f"{shape} {config}").uniform(0.9, 1.2)
             times[config] = Times(us, us, us)
         return times
@@ -77,7 +77,7 @@ def invented(gpu: gpus.Gpu, found: search.Space) -> Timer:
 
 def compiled(pool: workers.Workers, target: session.Target, jobs: list[workers.Job]) -> search.Space:
     """Every job, for the model and, where there is a card, for its launches."""
-    found = search.Space()
+    found = search.Space(target.machine)
     code = tasks.Code(target.card.arch, target.arch) if target.card else None
 
     def keep(call: tuple[Any, ...], result: Any) -> None:
@@ -101,7 +101,7 @@ def judge(
     shape: GemmShape, gpu: gpus.Gpu, configs: list[TileConfig], found: search.Space, once: Timer, tuned: Any
 ) -> dict[str, Any]:
     """One shape's row."""
-    order = search.rank([c for c in configs if space.suits(c, shape)], shape, gpu, found)
+    order = search.rank([c for c in configs if space.suits(c, shape)], shape, found)
     short = once(shape, [config for _, config, _ in order], ROUNDS, measure.SAMPLE_US)
     seeds = [c for _, c, _ in order if c in space.candidates(shape, gpu) and c in short][:FIRST]
     fastest = sorted(short, key=lambda c: short[c].p50)[:FASTEST]
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             (outcome,) = session.run(shapes, [target], pool, note=note)
             entries = {entry.shape: entry for entry in outcome.entries}
             note(f"tuned {len(shapes)} shapes in {time.monotonic() - start:.0f} s, kernels being compiled")
-        once = invented(gpu, found) if args.dry_run else timer(pool, target)
+        once = invented(found) if args.dry_run else timer(pool, target)
         for shape in shapes:
             start = time.monotonic()
             rows.append(judge(shape, gpu, [*configs, default_config(shape)], found, once, entries.get(shape)))

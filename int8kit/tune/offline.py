@@ -23,9 +23,18 @@ from int8kit.spec import ConfigError, GemmShape, Kernel, TileConfig, warp_grid
 
 REGISTERS_SM = 65536
 BLOCKS_SM = 16
-LAUNCH_US = 3.0  # an empty kernel, as a stream sees it
-LOOSE = {Kernel.POINTER: 0.3, Kernel.AMPERE: 0.15, Kernel.HOPPER: 0.1}  # what a lone warp group's copies do not hide
 SHARED_BYTES_CLOCK = 128  # a multiprocessor's shared memory reads this much a clock
+
+# A fit to 6167 times of sm_86 code on an H200 (docs/results), which no other card has seen:
+FRAGMENT_CLOCKS = 12.0  # of a warp's load of 512 bytes of fragments, in the way of its products
+L2_REACH = 1.8  # times `Gpu.l2_gb_s`
+STEP_CLOCKS = {Kernel.POINTER: 290.0, Kernel.AMPERE: 5.0}  # of a step that a lone warp a scheduler does not hide
+BLOCK_CLOCKS = 190.0  # of a tile that nothing hides
+STREAM_CLOCKS = 28000.0  # of putting and fetching the sums of 128 x 128
+LAUNCH_US = 2.1
+
+# of wgmma code, a fit to no card
+LOOSE = {Kernel.POINTER: 0.3, Kernel.HOPPER: 0.1}  # what a lone warp group's copies do not hide
 
 
 def compile_for(arch: int, config: TileConfig, *, even_k: bool = True) -> Resources:
@@ -90,50 +99,98 @@ def blocks_per_sm(config: TileConfig, resources: Resources, gpu: Gpu) -> int:
 def estimate(shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gpu) -> float:
     """Estimated time of one GEMM in microseconds; infinity if no block fits.
 
-    The busiest multiprocessor makes ceil(tiles / sms) tiles, one after the other as far as its units go, so
+    The tiles are made in rounds of one a resident block and multiprocessor, the last by as many as are left, so
 
-        t = launch + max(ceil(tiles / sms) * clocks(tile) / clock, DRAM bytes / DRAM rate)
+        t = launch + max(sum over rounds of clocks(blocks resident in it) / clock, DRAM bytes / DRAM rate)
 
-    A tile's clocks are the most of three, each for all of K: its products on the tensor cores, its operands out of
-    the card's share of L2, its fragments out of shared memory. They overlap better the more warps are resident and the
-    more stages are in flight: they take 1 + loose / (warps / 4 * sqrt(stages in flight)) as long, with LOOSE by kernel,
-    a fit to no card. What cannot overlap is added: filling the pipeline and, shared by the resident blocks, storing the
-    tile. A spilled byte costs a load and a store in every step. With stream-K the busiest multiprocessor makes
-    tiles / sms of a tile, and writes and reads the sums of two, at a quarter of L2's rate as measured on an H200.
+    Stream-K deals all of them out evenly, for the price of putting and fetching sums. See `_mma_clocks` and
+    `_wgmma_clocks` for what a round takes.
     """
     resident = blocks_per_sm(config, resources, gpu)
     if resident == 0:
         return math.inf
+    tiles = math.ceil(shape.m / config.block_m) * math.ceil(shape.n / config.block_n)
+    warpgroups = gpu.arch in (90, 100) and config.num_warps >= 4 and config.block_m >= 64
+    if config.kernel is Kernel.HOPPER or (config.kernel is Kernel.POINTER and warpgroups):
+        clocks = _wgmma_clocks(shape, config, resources, gpu, tiles, resident)
+    else:
+        clocks = _mma_clocks(shape, config, resources, gpu, tiles, resident)
+    dram = shape.m * shape.k + shape.n * shape.k + 2 * shape.m * shape.n
+    return LAUNCH_US + max(clocks / gpu.clock_mhz, dram / gpu.dram_gb_s / 1e3)
+
+
+def _mma_clocks(
+    shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gpu, tiles: int, resident: int
+) -> float:
+    """Clocks of all tiles by `mma.sync`.
+
+    A step of K takes the most of three: products and loads of fragments, which take turns in a warp and are spread over
+    four schedulers; what goes through shared memory; what comes from the multiprocessor's share of L2. Added is a part
+    of its latency, which shrinks with warps a scheduler and with stages in flight, and spills.
+    """
+    bm, bn, bk, warps = config.block_m, config.block_n, config.block_k, config.num_warps
+    steps = math.ceil(shape.k / bk)
+    clock = gpu.clock_mhz * 1e6
+    product = 2 * 16 * 8 * 32 / (gpu.int8_tops * 1e12 / (gpu.sms * clock) / 4)  # clocks of an m16n8k32 on a scheduler
+    warp_m, warp_n = _warp_tile(config)
+    fragments = (bm // warp_m) * (bn // warp_n) * (warp_m + warp_n) * bk  # bytes a step
+    mma = bm * bn * bk / (16 * 8 * 32) * product + fragments / 512 * FRAGMENT_CLOCKS
+    shared = (fragments + (bm + bn) * bk) / SHARED_BYTES_CLOCK
+    l2 = (bm + bn) * bk / (L2_REACH * gpu.l2_gb_s * 1e9 / (gpu.sms * clock))
+    flying = config.num_stages - (config.kernel is Kernel.POINTER)
+    latency = STEP_CLOCKS[config.kernel] * max(1.0, 3 / flying)
+    spill = 2 * resources.spill_bytes * 32 * warps / SHARED_BYTES_CLOCK
+    size = bm * bn / 128**2
+
+    def step(blocks: int) -> float:
+        """Clocks of a step of `blocks` tiles on a multiprocessor."""
+        busy = max(blocks * mma / min(4, blocks * warps), blocks * shared, blocks * l2)
+        return busy + latency / max(blocks * warps / 4, 0.25) + blocks * spill
+
+    if config.stream_k:
+        workers = config.stream_k * gpu.sms
+        rounds, rest = divmod(config.stream_k, resident)
+        share = tiles * steps / workers * (rounds * step(resident) + (step(rest) if rest else 0.0))
+        sums = STREAM_CLOCKS * size * min(config.stream_k, resident) if tiles % workers else 0.0
+        return share + sums + math.ceil(tiles / workers) * BLOCK_CLOCKS * (1 + size) / 2
+    rounds, left = divmod(tiles, gpu.sms * resident)
+    rest = math.ceil(left / gpu.sms)
+    clocks = steps * (rounds * step(resident) + (step(rest) if rest else 0.0))
+    return clocks + (rounds + (rest > 0)) * BLOCK_CLOCKS * (1 + size) / 2
+
+
+def _wgmma_clocks(
+    shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gpu, tiles: int, resident: int
+) -> float:
+    """Clocks of the busiest multiprocessor's tiles by `wgmma`, one after the other as far as its units go.
+
+    A step is the most of three: products, operands out of L2, and out of shared memory. They overlap better the more
+    warps are resident and the more stages are in flight. Filling the pipeline and storing a tile is added, shared by
+    the resident blocks.
+    """
     clock_ghz = gpu.clock_mhz / 1e3
     bm, bn, bk = config.block_m, config.block_n, config.block_k
-    tiles = math.ceil(shape.m / bm) * math.ceil(shape.n / bn)
     busiest = float(math.ceil(tiles / gpu.sms))
     resident = min(resident, int(busiest))
-    steps = math.ceil(shape.k / bk)
-
     tensor = 2 * bm * bn * bk / (gpu.int8_tops * 1e3 / (gpu.sms * clock_ghz))
     l2_clock = gpu.l2_gb_s / (gpu.sms * clock_ghz)  # bytes a clock for one multiprocessor
     l2 = (bm + bn) * bk / l2_clock
     warp_m, warp_n = _warp_tile(config)
     shared = (bm // warp_m) * (bn // warp_n) * (warp_m + warp_n) * bk / SHARED_BYTES_CLOCK
     spill = 2 * resources.spill_bytes * 32 * config.num_warps / SHARED_BYTES_CLOCK
-    warps = resident * config.num_warps
     flying = config.num_stages - (config.kernel is Kernel.POINTER)
-    waits = 1 + LOOSE[config.kernel] / (warps / 4 * math.sqrt(flying))
+    waits = 1 + LOOSE[config.kernel] / (resident * config.num_warps / 4 * math.sqrt(flying))
     per_step = max(tensor, l2, shared) * waits + spill
     fill = 800 + (config.num_stages - 1) * l2  # one trip to DRAM, then the ring
     store = 2 * bm * bn / l2_clock
     hidden = resident
     if config.kernel is Kernel.HOPPER:
         hidden = 4 if config.block_m < 256 else 1  # in turn, the other multiplier covers most of it
-    clocks = steps * per_step + (fill + store) / hidden
     sums = 0.0
     if config.stream_k and tiles % (config.stream_k * gpu.sms):
         busiest = tiles / gpu.sms
-        sums = 4 * (2 * 2 * bm * bn * 4) / l2_clock / clock_ghz / 1e3
-
-    dram = shape.m * shape.k + shape.n * shape.k + 2 * shape.m * shape.n
-    return LAUNCH_US + sums + max(busiest * clocks / clock_ghz / 1e3, dram / gpu.dram_gb_s / 1e3)
+        sums = 4 * (2 * 2 * bm * bn * 4) / l2_clock  # two tiles written and read, at a quarter of L2's rate
+    return busiest * (math.ceil(shape.k / bk) * per_step + (fill + store) / hidden) + sums
 
 
 def _warp_tile(config: TileConfig) -> tuple[int, int]:

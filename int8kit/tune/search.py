@@ -10,7 +10,7 @@ On a card, a shape goes through rounds (`Trail`), and `session` through the shap
     1, 2   `ahead`, `worthwhile`: the fastest so far, with their untried neighbours in the space of all legal
            configurations and the fastest of near shapes; a shape is `settled` once a round has found nothing faster
            by more than the noise
-    hot    `fastest`: those that are left, in samples so long that the card's power limit counts
+    hot    `hot`: the fastest, in samples so long that the card's power limit counts
     final  the best few of these and the default again, in more rounds: `entry`
 
 What spills is left out. Configurations of one round are timed interleaved, so that their times compare; those of
@@ -42,6 +42,7 @@ ROUNDS_MAX = 3  # with the first
 LEADERS = 3  # whose neighbours are tried
 NOISE = 0.005  # a round that gains less, or less than its own spread, is the last
 HOTTEST = 6  # that are timed hot
+BANDED = 2  # of these in bands of every width, which no model tells apart
 FINALISTS = 4  # of those, timed again
 RUNNERS_UP = 3  # finalists that an entry keeps beside the winner
 MARGIN = 0.01  # a tie within 1 % keeps the default
@@ -50,8 +51,9 @@ SIFTING_SAMPLES, FINAL_SAMPLES = 3, 9
 
 @dataclass
 class Space:
-    """What each compiled kernel takes, and why the others do not compile."""
+    """What each compiled kernel takes, and why the others do not compile. machine: what the model reckons with."""
 
+    machine: Gpu
     resources: dict[workers.Job, Resources] = field(default_factory=dict)
     failed: dict[workers.Job, str] = field(default_factory=dict)
 
@@ -85,9 +87,9 @@ class Trail:
         """Every configuration that was launched."""
         return set(self.wrong).union(*self.rounds, self.hot or ())
 
-    def fastest(self, count: int) -> list[TileConfig]:
-        """Of the last round, the first first."""
-        last = self.rounds[-1] if self.rounds else {}
+    def fastest(self, count: int, before: int = ROUNDS_MAX) -> list[TileConfig]:
+        """Of the last round, or of the last of the first `before`; the first first."""
+        last = self.rounds[:before][-1] if self.rounds else {}
         return sorted(last, key=lambda config: (last[config].p50, config))[:count]
 
     @property
@@ -121,20 +123,24 @@ def how(gpu: Gpu, cards: Iterable[Gpu]) -> tuple[Source, Gpu | None]:
     return Source.MODELLED, None
 
 
+def hot(trail: Trail) -> list[TileConfig]:
+    """What the hot round times: the fastest, and the first of them in bands of every width."""
+    bands = [replace(config, group_m=width) for config in trail.fastest(BANDED) for width in space.BANDS]
+    return list(dict.fromkeys([*trail.fastest(HOTTEST), *bands]))
+
+
 def job(config: TileConfig, shape: GemmShape) -> workers.Job:
     """The kernel that `config` needs for `shape`: a band's width is an argument of it."""
     return replace(config, group_m=space.GROUP_M), shape.k % config.block_k == 0
 
 
-def rank(
-    configs: Iterable[TileConfig], shape: GemmShape, gpu: Gpu, found: Space
-) -> list[tuple[float, TileConfig, Resources]]:
+def rank(configs: Iterable[TileConfig], shape: GemmShape, found: Space) -> list[tuple[float, TileConfig, Resources]]:
     """(estimated microseconds, configuration, resources) of those that compiled without spills, best first."""
     rows = []
     for config in configs:
         resources = found.of(config, shape)
         if resources is not None and resources.spill_bytes == 0:
-            rows.append((offline.estimate(shape, config, resources, gpu), config, resources))
+            rows.append((offline.estimate(shape, config, resources, found.machine), config, resources))
     return sorted(rows, key=lambda row: row[:2])
 
 
@@ -148,7 +154,7 @@ def modelled(shape: GemmShape, gpu: Gpu, found: Space) -> Entry:
     from int8kit.kernels import gemm
 
     candidates = space.candidates(shape, gpu)
-    ranked = rank(candidates, shape, gpu, found)
+    ranked = rank(candidates, shape, found)
     if not ranked:
         reason = next((found.failed[j] for c in candidates if (j := job(c, shape)) in found.failed), "all spill")
         raise CheckFailed(f"no configuration for {shape} on {gpu.alias}: {reason}")
@@ -161,7 +167,7 @@ def modelled(shape: GemmShape, gpu: Gpu, found: Space) -> Entry:
 
 def first(shape: GemmShape, gpu: Gpu, found: Space, known: Database) -> list[TileConfig]:
     """What round 0 times. known: entries whose configurations for near shapes are tried too."""
-    ranked = rank(space.candidates(shape, gpu), shape, gpu, found)
+    ranked = rank(space.candidates(shape, gpu), shape, found)
     bound = ranked[0][0] * RULED_OUT if ranked else 0.0
     plain = [config for _, config, _ in ranked if config.kernel is Kernel.POINTER][:CONTESTANTS]
     others = [config for us, config, _ in ranked if config.kernel is not Kernel.POINTER and us <= bound]
@@ -177,20 +183,23 @@ def of_near(shape: GemmShape, gpu: Gpu, known: Database) -> list[TileConfig]:
 
 
 def ahead(trail: Trail, gpu: Gpu, trails: Iterable[Trail]) -> list[TileConfig]:
-    """What is yet to be tried: the neighbours of the fastest, and the fastest of the nearest shapes."""
+    """What is yet to be tried: the neighbours of the fastest, and the fastest of the nearest shapes.
+
+    Of those as they were before this round: a run that goes on where another was ended decides alike.
+    """
     if trail.settled or not trail.rounds:
         return []
     near = sorted((t for t in trails if t is not trail and t.rounds), key=lambda t: _far(t.shape, trail.shape))[:NEAR]
-    found = {config for t in near for config in t.fastest(2)}
+    found = {config for t in near for config in t.fastest(2, len(trail.rounds))}
     found |= {other for config in trail.fastest(LEADERS) for other in space.neighbours(config, gpu)}
     return sorted(config for config in found - trail.tried if space.suits(config, trail.shape))
 
 
-def worthwhile(trail: Trail, configs: Iterable[TileConfig], gpu: Gpu, found: Space) -> list[TileConfig]:
+def worthwhile(trail: Trail, configs: Iterable[TileConfig], found: Space) -> list[TileConfig]:
     """What the next round times: of `configs` those that the model does not rule out, with the fastest so far."""
     leaders = trail.fastest(LEADERS)
-    bound = min((us for us, *_ in rank(leaders, trail.shape, gpu, found)), default=math.inf) * WORTHWHILE
-    new = [config for us, config, _ in rank(configs, trail.shape, gpu, found) if us <= bound]
+    bound = min((us for us, *_ in rank(leaders, trail.shape, found)), default=math.inf) * WORTHWHILE
+    new = [config for us, config, _ in rank(configs, trail.shape, found) if us <= bound]
     return [*leaders, *new] if new else []
 
 
@@ -201,7 +210,7 @@ def finalists(trail: Trail) -> list[TileConfig]:
     return list(dict.fromkeys([*best, default_config(trail.shape)]))
 
 
-def entry(trail: Trail, timed: Timed, gpu: Gpu, found: Space, source: Source, card: Gpu) -> Entry:
+def entry(trail: Trail, timed: Timed, found: Space, source: Source, card: Gpu) -> Entry:
     """The entry of a shape whose finalists were timed. Raises CheckFailed if the default is not exact on the card."""
     import triton
 
@@ -222,7 +231,7 @@ def entry(trail: Trail, timed: Timed, gpu: Gpu, found: Space, source: Source, ca
             "config": config,
             "kernel": gemm.kernel_hash(config.kernel),
             "resources": resources,
-            "model_us": round(offline.estimate(shape, config, resources, gpu), 2),
+            "model_us": round(offline.estimate(shape, config, resources, found.machine), 2),
             "time_us": round(final[config].p50, 2),
             "p20_us": round(final[config].p20, 2),
             "p80_us": round(final[config].p80, 2),

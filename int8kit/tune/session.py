@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,11 @@ class Target:
     def arch(self) -> str | None:
         """The older card's code that is timed, if so: "sm86"."""
         return f"sm{self.gpu.arch}" if self.source is Source.PROXY else None
+
+    @property
+    def machine(self) -> Gpu:
+        """What the model reckons with: what is timed, of a proxy the newer card with the older one's code."""
+        return replace(self.card, arch=self.gpu.arch) if self.card and self.source is Source.PROXY else self.gpu
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -129,7 +134,7 @@ def _tune(
         if journal.compiled or journal.chosen:
             before = f"{len(journal.compiled)} kernels compiled, {outcome.resumed} of {len(wanted)} shapes chosen"
             note(f"{target.gpu.alias}: going on where a run was ended: {before}")
-        found = search.Space()
+        found = search.Space(target.machine)
         for job, result in journal.compiled.items():
             found.add(job, result)
         left = [shape for shape in wanted if shape not in journal.chosen]
@@ -199,9 +204,9 @@ class _Run:
             todo = [t for t in trails.values() if len(t.rounds) == number and t.hot is None]
             wanted = {t.shape: search.ahead(t, gpu, trails.values()) for t in todo}
             yield from self.compile(search.job(c, s) for s, configs in wanted.items() for c in configs)
-            plans = {s: search.worthwhile(trails[s], configs, gpu, found) for s, configs in wanted.items()}
+            plans = {s: search.worthwhile(trails[s], configs, found) for s, configs in wanted.items()}
             yield from self.time(f"round {number}", plans, number)
-        hot = {t.shape: t.fastest(search.HOTTEST) for t in trails.values() if t.hot is None}
+        hot = {t.shape: search.hot(t) for t in trails.values() if t.hot is None}
         yield from self.time("hot", hot, None)
 
     def time(self, name: str, plans: dict[GemmShape, list[TileConfig]], number: int | None) -> Program[None]:
@@ -222,9 +227,7 @@ class _Run:
 
         def choose(shape: GemmShape, timed: tasks.Timed) -> None:
             trail = self.journal.trail(shape)
-            self.attempt(
-                shape, lambda: keep(search.entry(trail, timed, target.gpu, self.found, target.source, card)), outcome
-            )
+            self.attempt(shape, lambda: keep(search.entry(trail, timed, self.found, target.source, card)), outcome)
 
         yield from self._timed("choosing", plans, search.FINAL_SAMPLES, measure.HOT_US, True, choose)
         for shape in set(left) - set(self.journal.chosen) - set(outcome.failed):
