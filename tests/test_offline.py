@@ -3,8 +3,10 @@
 import contextlib
 import multiprocessing
 import os
+from dataclasses import replace
 
 import pytest
+from measured import exhaustive
 
 from int8kit import gpus
 from int8kit.schema import Resources
@@ -166,3 +168,17 @@ def test_a_launch_finds_what_was_compiled_offline(monkeypatch, config, code):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # for the child
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(_sought, (90, config, code))
+
+
+@pytest.mark.parametrize(("shape", "measured"), list(exhaustive("2026-11-23-h200-exhaustive-rtx3090.json").items()))
+def test_the_model_ranks_what_was_measured(shape, measured):
+    """On the run that it was fit to; the card with the older one's code, as a proxy is estimated."""
+    machine = replace(gpus.get("h200"), arch=86)
+    rows = [(offline.estimate(shape, config, r, machine), us) for config, (us, r) in measured.items()]
+    best = min(us for _, us in rows)
+    times = [us for _, us in sorted(rows)]
+    assert len(times) > 2000
+    assert times[0] <= best * 1.10
+    assert min(times[:8]) <= best * 1.025
+    middle = len(times) // 2  # and it tells good from bad throughout
+    assert sum(times[:middle]) < 0.5 * sum(times[middle:])

@@ -35,8 +35,8 @@ from int8kit.tune.measure import Times
 from int8kit.tune.tasks import Timed
 
 CONTESTANTS = 4  # of each shape and the pointer kernel, by the model; of 69 shapes on two cards only its default won
-RULED_OUT = 1.6  # times the model's best: seeds beyond it are not timed
-WORTHWHILE = 1.25  # times the leader, by the model: neighbours beyond it are not timed
+RULED_OUT = 1.4  # times the model's best: seeds beyond it are not timed
+WORTHWHILE = 1.2  # times the leader, by the model: neighbours beyond it are not timed
 NEAR = 3  # shapes whose fastest are tried too
 ROUNDS_MAX = 3  # with the first
 LEADERS = 3  # whose neighbours are tried
@@ -170,7 +170,9 @@ def first(shape: GemmShape, gpu: Gpu, found: Space, known: Database) -> list[Til
     ranked = rank(space.candidates(shape, gpu), shape, found)
     bound = ranked[0][0] * RULED_OUT if ranked else 0.0
     plain = [config for _, config, _ in ranked if config.kernel is Kernel.POINTER][:CONTESTANTS]
-    others = [config for us, config, _ in ranked if config.kernel is not Kernel.POINTER and us <= bound]
+    # the model of wgmma code is fit to no card, and its seeds are few
+    fitted = [config for us, config, _ in ranked if config.kernel is Kernel.AMPERE and us <= bound]
+    others = [*fitted, *(config for _, config, _ in ranked if config.kernel is Kernel.HOPPER)]
     theirs = [c for c in of_near(shape, gpu, known) if (r := found.of(c, shape)) and not r.spill_bytes]
     return list(dict.fromkeys([default_config(shape), *plain, *others, *theirs]))
 
