@@ -22,7 +22,9 @@ Db = Annotated[Path | None, typer.Option("--db", help="Default: the one that ser
 @app.callback(invoke_without_command=True)
 def _root(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
-        raise InputError("db: no command; legal are show, check, merge, explain and schema; see `int8kit db --help`")
+        raise InputError(
+            "db: no command; legal are show, check, merge, explain, carry and schema; see `int8kit db --help`"
+        )
 
 
 def _gather(gpu: str | None, path: Path | None) -> tuple[Any, tuple[Path, ...], Any]:
@@ -147,6 +149,42 @@ def explain(
             f"{shape} was not tuned for {base.gpu.alias}, {choice.rung} serves; tune it with "
             f"`int8kit tune --gpu {base.gpu.alias} --shapes FILE`"
         )
+
+
+@app.command()
+def carry(
+    path: Annotated[Path, typer.Argument(help="A database file.")],
+    as_json: Json = False,
+) -> None:
+    """Entries of another generation of Triton, for the one that is here too, where it compiles them as well.
+
+    A tile's time depends on what the compiler makes of it. Where a kernel spills no more here, and as many blocks of it
+    fit a multiprocessor, its time is kept, with the Triton that was timed. The copy is not proven: verify it here.
+
+    Example: int8kit db carry tuning_db/rtx3090.json
+    """
+    import triton
+
+    from int8kit import db
+    from int8kit.schema import generation
+    from int8kit.tune import offline, workers
+
+    base = db.load(path)
+    here = generation(triton.__version__)
+    known = {entry.shape for entry in base.entries if generation(entry.triton) == here}
+    theirs = [entry for entry in base.entries if generation(entry.triton) != here and entry.shape not in known]
+    jobs = {entry.key: workers.job(entry.config, entry.shape) for entry in theirs}
+    with workers.Workers() as pool:
+        found = pool.compile_all(base.gpu.arch, sorted(set(jobs.values())))
+    carried = [(entry, offline.carried(entry, found[jobs[entry.key]], base.gpu)) for entry in theirs]
+    new = [result for _, result in carried if not isinstance(result, str)]
+    left = {str(entry.shape): result for entry, result in carried if isinstance(result, str)}
+    if new:
+        db.update(path, base.gpu, new)
+    lines = [f"{shape}: {reason}" for shape, reason in left.items()]
+    lines.append(f"{path}: {len(new)} entries carried to Triton {triton.__version__}, {len(left)} not")
+    show({"database": str(path), "triton": triton.__version__, "carried": len(new), "left": left}, "\n".join(lines),
+         as_json)  # fmt: skip
 
 
 @app.command()

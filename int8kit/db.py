@@ -113,16 +113,20 @@ class Database:
         return any(e.model_copy(update={"verified": entry.verified}) == entry for e in self.entries)
 
     def complaints(self, toolchain: Toolchain) -> list[str]:
-        """What speaks against entries, a line each: not proven, of a changed kernel, slower than the default."""
-        found = []
+        """What speaks against entries: not proven, in one line; of a changed kernel, slower than the default, each."""
+        found, unproven = [], []
         for entry in self.entries:
             name = f"{entry.shape} ({entry.config})"
             if toolchain.ages(entry)[1]:
                 found.append(f"{name}: the {entry.config.kernel} kernel has changed since; tune and verify again")
             elif not toolchain.proves(entry):
-                found.append(f"{name}: not proven with the present kernel; run `int8kit verify --gpu {self.gpu.alias}`")
+                unproven.append(name)
             if entry.time_us and entry.default_us and entry.time_us > entry.default_us:
                 found.append(f"{name}: slower than the default, {entry.time_us} and {entry.default_us} us")
+        if unproven:
+            others = f" and {len(unproven) - 1} more" if len(unproven) > 1 else ""
+            remedy = f"run `int8kit verify --gpu {self.gpu.alias}`"
+            found.append(f"{unproven[0]}{others}: not proven with the present kernel; {remedy}")
         return found
 
     def stamped(self, stamps: dict[tuple[int, int, int, str], Sequence[Stamp]]) -> Database:

@@ -78,6 +78,7 @@ class Entry(_Row):
     default_us: float | None = None  # default_config in the same rounds
     bf16_us: float | None = None  # torch's bf16 matmul in the same rounds
     measured_on: str | None = None  # the card that was timed
+    timed_with: str | None = None  # the Triton whose code was timed, if not `triton`'s: `db carry`
     card_state: CardState | None = None
     policy: int | None = None  # how: see the header
     runners_up: tuple[RunnerUp, ...] | None = None  # fastest first

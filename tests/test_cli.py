@@ -298,6 +298,7 @@ def test_verbs_show_an_example():
         "db check",
         "db merge",
         "db explain",
+        "db carry",
     ):
         assert f"Example: int8kit {verb}" in int8kit(*verb.split(), "--help", cwd=".").stdout
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", int8kit("--version", cwd=".").stdout)

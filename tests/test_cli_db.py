@@ -1,7 +1,10 @@
 """`int8kit db`, and the user's own database over the shipped one."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,8 +90,13 @@ def test_show(capfd):
     ],
 )
 def test_check(home, capfd, bad, complaint):
-    out, _ = call(capfd, "db", "check")
-    assert out.count("sound") == len(list(SHIPPED.parent.glob("*.json")))
+    timed = SHIPPED, SHIPPED.with_name("h200.json")
+    out, _ = call(capfd, "db", "check", *map(str, timed))
+    assert out.count("sound") == 2
+    out, _ = call(capfd, "db", "check", status=1)  # what no card here could run is said not to be proven, and no more
+    lines = [line for line in out.splitlines() if "sound" not in line]
+    assert len(lines) == len(list(SHIPPED.parent.glob("*.json"))) - len(timed)
+    assert all("not proven with the present kernel" in line for line in lines)
     db.update(home / "bad.json", RTX3090, [bad])
     (home / "broken.json").write_text("{")
     out, err = call(capfd, "db", "check", "bad.json", "broken.json", status=1)
@@ -129,3 +137,38 @@ def test_the_published_schema_is_the_models(capfd):
     text = (Path(__file__).parent.parent / "docs" / "tuning_db.schema.json").read_text()
     assert json.loads(text) == json_schema()
     assert call(capfd, "db", "schema")[0] == text
+
+
+def test_carry_takes_what_compiles_as_well_here_and_says_what_does_not(tmp_path):
+    """The entries' Triton is said to be of another generation than the one that is here."""
+    import triton
+
+    from int8kit.schema import generation
+
+    other = "3.9.0" if generation(triton.__version__) == "3.6" else "3.6.0"
+    hash_ = gemm.kernel_hash()
+    fits, spilt = TileConfig(64, 64, 64, 4, 3), TileConfig(64, 64, 128, 4, 3)
+    good = {"source": Source.PROXY, "triton": other, "kernel": hash_, "tried": 1, "time_us": 9.0}
+    ample = Resources(registers=255, spill_bytes=0, shared_bytes=90000)
+    tight = Resources(registers=16, spill_bytes=0, shared_bytes=1024)
+    entries = [
+        Entry(m=1, n=64, k=64, config=fits, resources=ample, **good),
+        Entry(m=2, n=64, k=64, config=spilt, resources=tight, **good),
+        Entry(m=3, n=64, k=64, config=fits, resources=ample, **{**good, "kernel": "older"}),
+    ]
+    path = tmp_path / "t.json"
+    db.update(path, gpus.get("rtx3090"), entries)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "int8kit.cli", "db", "carry", path, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    left = json.loads(done.stdout)["left"]
+    assert "blocks a multiprocessor" in left["2x64x64"]
+    assert "has changed since" in left["3x64x64"]
+    found = db.load(path).entries
+    assert len(found) == 4
+    (new,) = [e for e in found if e.triton == triton.__version__]
+    assert (new.shape.m, new.timed_with, new.time_us, new.verified) == (1, other, 9.0, None)
+    assert 16 < new.resources.registers < 255
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert json.loads(again.stdout)["carried"] == 0

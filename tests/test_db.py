@@ -198,7 +198,10 @@ def test_a_card_without_a_record_keeps_its_identity(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(files.shipped("tuning_db").glob("*.json")), ids=lambda p: p.stem)
 def test_shipped_databases_are_sound(path):
-    """Every entry is legal on its card, without spills, of the present kernels, proven, and Ideogram 4's are there."""
+    """Every entry is legal on its card, without spills, of the present kernels, and Ideogram 4's are there.
+
+    Proven too, where a card was at hand to time it.
+    """
     base = db.load(path, path.stem)
     present = gemm.toolchain().kernels
     assert path.read_text() == base.dumps()
@@ -207,5 +210,7 @@ def test_shipped_databases_are_sound(path):
         assert e.resources.spill_bytes == 0
         assert e.source is Source.MODELLED or (e.time_us and e.measured_on)
         assert e.kernel == present[e.config.kernel], "tune again: the kernel is another since"
-        assert any(stamp.kernel == e.kernel for stamp in e.verified or ()), "verify again"
+        assert e.source is Source.MODELLED or any(stamp.kernel == e.kernel for stamp in e.verified or ()), (
+            "verify again"
+        )
     assert {e.m for e in base.entries} >= {4096, 4296, 6144}

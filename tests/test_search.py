@@ -8,7 +8,7 @@ from int8kit import gpus
 from int8kit.db import Database
 from int8kit.schema import Resources
 from int8kit.spec import CheckFailed, GemmShape, Kernel, Source, TileConfig, default_config
-from int8kit.tune import search, space
+from int8kit.tune import search, space, workers
 from int8kit.tune.measure import Times
 from int8kit.tune.tasks import Timed
 
@@ -22,8 +22,8 @@ DEFAULT = default_config(SHAPE)
 def compiled(configs=(), **over):
     found = search.Space(RTX3090)
     for config in (*space.candidates(SHAPE, RTX3090), *configs):
-        found.add(search.job(config, SHAPE), FREE)
-    found.resources.update({search.job(config, SHAPE): value for config, value in over.get("resources", {}).items()})
+        found.add(workers.job(config, SHAPE), FREE)
+    found.resources.update({workers.job(config, SHAPE): value for config, value in over.get("resources", {}).items()})
     return found
 
 
@@ -50,16 +50,16 @@ def test_modelled_is_the_models_first_without_spills():
 
 
 def test_nothing_compiled_is_one_clear_error():
-    found = search.Space(RTX3090, failed={search.job(space.candidates(SHAPE, RTX3090)[0], SHAPE): "compile: boom"})
+    found = search.Space(RTX3090, failed={workers.job(space.candidates(SHAPE, RTX3090)[0], SHAPE): "compile: boom"})
     with pytest.raises(CheckFailed, match=r"no configuration for 4296x4608x4608 on rtx3090: compile: boom"):
         search.modelled(SHAPE, RTX3090, found)
 
 
 def test_odd_k_is_compiled_apart_and_bands_together():
     odd = GemmShape(4296, 4608, 4600)
-    assert search.job(A, SHAPE) == search.job(replace(A, group_m=16), SHAPE) == (A, True)
-    assert search.job(A, odd) == (A, False)
-    assert search.Space(RTX3090).lacks([search.job(A, s) for s in (SHAPE, odd, SHAPE)]) == [(A, False), (A, True)]
+    assert workers.job(A, SHAPE) == workers.job(replace(A, group_m=16), SHAPE) == (A, True)
+    assert workers.job(A, odd) == (A, False)
+    assert search.Space(RTX3090).lacks([workers.job(A, s) for s in (SHAPE, odd, SHAPE)]) == [(A, False), (A, True)]
 
 
 def test_the_first_round_has_the_default_the_models_and_what_is_known_of_near_shapes():

@@ -173,3 +173,11 @@ def test_an_interrupt_ends_it_and_keeps_what_was_told(monkeypatch):
         pool.drive([program()])
     assert 3 <= len(told) < 50
     assert time.monotonic() - start < 30
+
+
+def test_once_is_once(pool, tmp_path):
+    def program():
+        return (yield workers.Batch(_where, [(str(tmp_path / "c"), "once")], card="h200", once=True))
+
+    ((_, ended),) = pool.drive([program()])[0].items()
+    assert isinstance(ended, workers.Ended)

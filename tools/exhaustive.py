@@ -33,31 +33,35 @@ from int8kit.tune.measure import Times
 ROUNDS, HOT_ROUNDS = 3, 9
 FIRST = 8  # of the model's order
 FASTEST = 12  # of the short samples, timed again
-LIMIT_S = 550.0
+CHUNK, CHUNK_S = 200, 120.0  # configurations in one set of rounds, and how long it may take
 SHAPES = ("4296x4608x4608", "4296x12288x4608", "4296x4608x12288", "4096x9728x2432", "4608x3072x15360")
 
 Timer = Callable[[GemmShape, list[TileConfig], int, int], dict[TileConfig, Times]]
 
 
 def timer(pool: workers.Workers, target: session.Target) -> Timer:
-    """Times of those configurations that are exact on the target's card, in one set of interleaved rounds."""
+    """Times of those configurations that are exact on the target's card, in interleaved rounds of CHUNK."""
     assert target.card is not None
     card, arch = target.card.alias, target.arch
 
+    def program(shape: GemmShape, configs: list[TileConfig], rounds: int, sample_us: int) -> Any:
+        chunks = [tuple(configs[i : i + CHUNK]) for i in range(0, len(configs), CHUNK)]
+        calls = [(shape, arch, chunk, rounds, sample_us, False) for chunk in chunks]
+        results = yield workers.Batch(tasks.time_configs, calls, card=card, limit_s=CHUNK_S, once=True)
+        times = {}
+        for call, result in results.items():
+            if isinstance(result, workers.Ended):  # leave out those that end their process
+                fates = yield workers.Batch(tasks.launch, [(shape, arch, c) for c in call[2]], card=card, once=True)
+                ended = {c: str(fate) for (_, _, c), fate in fates.items() if isinstance(fate, workers.Ended)}
+                note(f"{shape}: {result}; alone {', '.join(f'{c}: {why}' for c, why in ended.items()) or 'all live'}")
+                left = (shape, arch, tuple(c for c in call[2] if c not in ended), rounds, sample_us, False)
+                again = yield workers.Batch(tasks.time_configs, [left], card=card, limit_s=CHUNK_S, once=True)
+                result = again[left]
+            times |= {} if isinstance(result, workers.Ended) else result.times
+        return times
+
     def once(shape: GemmShape, configs: list[TileConfig], rounds: int, sample_us: int) -> Any:
-        call = (shape, arch, tuple(configs), rounds, sample_us, False)
-
-        def program() -> Any:
-            results = yield workers.Batch(tasks.time_configs, [call], card=card, limit_s=LIMIT_S)
-            if isinstance(results[call], workers.Ended):  # one of them ends its process: leave out those that do
-                alone = [(shape, arch, config) for config in configs]
-                fates = yield workers.Batch(tasks.launch, alone, card=card)
-                left = [c for c in configs if not isinstance(fates[shape, arch, c], workers.Ended)]
-                again = (shape, arch, tuple(left), rounds, sample_us, False)
-                results = {call: (yield workers.Batch(tasks.time_configs, [again], card=card, limit_s=LIMIT_S))[again]}
-            return results[call].times
-
-        return pool.drive([program()])[0]
+        return pool.drive([program(shape, configs, rounds, sample_us)])[0]
 
     return once
 
@@ -143,7 +147,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"no card here that runs {gpu.alias}'s code; see --dry-run")
         configs = list(space.seeds(gpu) if args.seeds else space.legal(gpu))
         start = time.monotonic()
-        jobs = sorted({search.job(c, s) for s in shapes for c in (*configs, default_config(s)) if space.suits(c, s)})
+        jobs = sorted({workers.job(c, s) for s in shapes for c in (*configs, default_config(s)) if space.suits(c, s)})
         found = compiled(pool, target, jobs)
         note(f"{len(jobs)} kernels compiled in {time.monotonic() - start:.0f} s, {len(found.failed)} failed")
         entries = {}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from int8kit.gpus import Gpu
-from int8kit.schema import Resources
+from int8kit.schema import Entry, Resources
 from int8kit.spec import ConfigError, GemmShape, Kernel, TileConfig, warp_grid
 
 REGISTERS_SM = 65536
@@ -94,6 +94,27 @@ def blocks_per_sm(config: TileConfig, resources: Resources, gpu: Gpu) -> int:
         gpu.threads_sm // threads,
         BLOCKS_SM,
     )
+
+
+def carried(entry: Entry, here: Resources | str, gpu: Gpu) -> Entry | str:
+    """`entry` for the Triton that is here, or why its time would be another with what its kernel takes `here`."""
+    import triton
+
+    from int8kit.kernels import gemm
+
+    if isinstance(here, str):
+        return here
+    if entry.kernel != gemm.kernel_hash(entry.config.kernel):
+        return f"the {entry.config.kernel} kernel has changed since; tune again"
+    if here.spill_bytes > entry.resources.spill_bytes:
+        return f"{here.spill_bytes} bytes of spills, {entry.resources.spill_bytes} under Triton {entry.triton}"
+    blocks, then = (blocks_per_sm(entry.config, r, gpu) for r in (here, entry.resources))
+    if blocks < then:
+        return f"{blocks} blocks a multiprocessor, {then} under Triton {entry.triton}"
+    timed_with = entry.timed_with or entry.triton
+    new = {"triton": triton.__version__, "timed_with": timed_with, "resources": here, "verified": None,
+           "runners_up": None}  # fmt: skip
+    return entry.model_copy(update=new)
 
 
 def estimate(shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gpu) -> float:

@@ -70,7 +70,7 @@ class Space:
 
     def of(self, config: TileConfig, shape: GemmShape) -> Resources | None:
         """What the kernel that `config` needs for `shape` takes; None if it did not compile."""
-        return self.resources.get(job(config, shape))
+        return self.resources.get(workers.job(config, shape))
 
 
 @dataclass
@@ -129,11 +129,6 @@ def hot(trail: Trail) -> list[TileConfig]:
     return list(dict.fromkeys([*trail.fastest(HOTTEST), *bands]))
 
 
-def job(config: TileConfig, shape: GemmShape) -> workers.Job:
-    """The kernel that `config` needs for `shape`: a band's width is an argument of it."""
-    return replace(config, group_m=space.GROUP_M), shape.k % config.block_k == 0
-
-
 def rank(configs: Iterable[TileConfig], shape: GemmShape, found: Space) -> list[tuple[float, TileConfig, Resources]]:
     """(estimated microseconds, configuration, resources) of those that compiled without spills, best first."""
     rows = []
@@ -156,7 +151,8 @@ def modelled(shape: GemmShape, gpu: Gpu, found: Space) -> Entry:
     candidates = space.candidates(shape, gpu)
     ranked = rank(candidates, shape, found)
     if not ranked:
-        reason = next((found.failed[j] for c in candidates if (j := job(c, shape)) in found.failed), "all spill")
+        jobs = [workers.job(config, shape) for config in candidates]
+        reason = next((found.failed[job] for job in jobs if job in found.failed), "all spill")
         raise CheckFailed(f"no configuration for {shape} on {gpu.alias}: {reason}")
     us, config, resources = ranked[0]
     return Entry(

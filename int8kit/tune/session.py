@@ -31,7 +31,7 @@ from int8kit.tune import measure, portfolio, search, space, tasks, workers
 from int8kit.tune.journal import Journal
 from int8kit.tune.workers import Batch, Ended, Program, Workers
 
-ROUND_S = 300.0  # of one shape's round, which takes seconds; longer where kernels are compiled at their launch
+ROUND_S = 120.0  # of one shape's round, which takes seconds; longer where kernels are compiled at their launch
 
 Stage = Callable[[str, int], Callable[[], None]]
 """What shows progress: told a description and a total, it gives what is called after each step."""
@@ -145,7 +145,7 @@ def _tune(
             journal.add_chosen(entry)
 
         if target.card is None:
-            yield from one.compile(search.job(c, s) for s in left for c in space.candidates(s, target.gpu))
+            yield from one.compile(workers.job(c, s) for s in left for c in space.candidates(s, target.gpu))
             for shape in left:
                 one.attempt(shape, partial(_modelled, shape, target.gpu, found, keep), outcome)
         else:
@@ -197,13 +197,13 @@ class _Run:
         gpu, found = self.target.gpu, self.found
         trails = {shape: self.journal.trail(shape) for shape in left}
         near = {shape: search.of_near(shape, gpu, known) for shape in left}
-        yield from self.compile(search.job(c, s) for s in left for c in (*space.candidates(s, gpu), *near[s]))
+        yield from self.compile(workers.job(c, s) for s in left for c in (*space.candidates(s, gpu), *near[s]))
         todo = [t for t in trails.values() if not t.rounds]
         yield from self.time("first", {t.shape: search.first(t.shape, gpu, found, known) for t in todo}, 0)
         for number in range(1, search.ROUNDS_MAX):
             todo = [t for t in trails.values() if len(t.rounds) == number and t.hot is None]
             wanted = {t.shape: search.ahead(t, gpu, trails.values()) for t in todo}
-            yield from self.compile(search.job(c, s) for s, configs in wanted.items() for c in configs)
+            yield from self.compile(workers.job(c, s) for s, configs in wanted.items() for c in configs)
             plans = {s: search.worthwhile(trails[s], configs, found) for s, configs in wanted.items()}
             yield from self.time(f"round {number}", plans, number)
         hot = {t.shape: search.hot(t) for t in trails.values() if t.hot is None}
@@ -255,7 +255,7 @@ class _Run:
 
         def batch(todo: dict[GemmShape, list[TileConfig]]) -> Batch:
             calls = [(shape, arch, tuple(configs), samples, sample_us, bf16) for shape, configs in todo.items()]
-            return Batch(tasks.time_configs, calls, keep, card, ROUND_S)
+            return Batch(tasks.time_configs, calls, keep, card, ROUND_S, once=True)
 
         def blame(call: tuple[Any, ...], result: Any) -> None:
             shape, _, config = call

@@ -24,14 +24,15 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from int8kit.gpus import Gpu
 from int8kit.schema import Resources
-from int8kit.spec import CheckFailed, InputError, TileConfig
+from int8kit.spec import CheckFailed, GemmShape, InputError, TileConfig
 from int8kit.tune import tasks
+from int8kit.tune.space import GROUP_M
 
 T = TypeVar("T")
 
@@ -56,6 +57,11 @@ _CONFIG = {
 _PRELOAD = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 
+def job(config: TileConfig, shape: GemmShape) -> Job:
+    """The kernel that `config` needs for `shape`: a band's width is an argument of it."""
+    return replace(config, group_m=GROUP_M), shape.k % config.block_k == 0
+
+
 @dataclass(frozen=True)
 class Batch:
     """Calls of one function that may run at once; function and arguments are pickled."""
@@ -65,11 +71,12 @@ class Batch:
     on_result: Callable[[tuple[Any, ...], Any], None] = lambda *_: None  # told each call and its result as it comes
     card: str | None = None  # alias of the card that a worker must have; None: a worker without one, if there are any
     limit_s: float | None = None  # of one call; None: LIMIT_S
+    once: bool = False  # what ends its process is not tried again
 
 
 @dataclass(frozen=True)
 class Ended:
-    """In place of the result of a call that ended its process twice."""
+    """In place of the result of a call that ended its process, twice unless its batch says `once`."""
 
     kind: Literal["crash", "timeout"]
     limit_s: float
@@ -271,7 +278,7 @@ class Workers:
         running.flying -= 1
         self._workers.pop(flight.address, None)
         limit_s = running.batch.limit_s or LIMIT_S
-        if flight.again:
+        if flight.again or running.batch.once:
             hung = time.monotonic() - flight.start >= limit_s
             running.done(flight.call, Ended("timeout" if hung else "crash", limit_s))
         else:
