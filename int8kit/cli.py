@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from int8kit import __version__, cli_db
-from int8kit.spec import CheckFailed, FileError, InputError, Int8kitError
+from int8kit import __version__, cli_db, cli_verify
+from int8kit.spec import CheckFailed, InputError, Int8kitError
 from int8kit.terminal import Force, Json, note, progress, show, stages
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 bench = typer.Typer(rich_markup_mode=None, help="Time int8kit beside other kernels, in one run.")
 app.add_typer(bench, name="bench")
 app.add_typer(cli_db.app, name="db")
+app.command()(cli_verify.verify)
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 _EXTRAS = {
     "dask": "tune", "distributed": "tune", "diffusers": "run", "transformers": "run", "PIL": "run",
@@ -234,80 +235,6 @@ def _how(source: str, alias: str) -> str:
         "proxy": f"no {alias} here: timing its code on a newer card; entries are marked proxy",
         "modelled": f"no {alias} here: compiling for it and ranking by a model; entries are marked modelled",
     }[source]
-
-
-@app.command()
-def verify(
-    gpu: Annotated[str | None, typer.Option(help="The card. Default: --db's, else the one here, else rtx3090.")] = None,
-    database: Annotated[Path | None, typer.Option("--db", help="Default: ./tuning_db/<gpu>.json, or shipped.")] = None,
-    shapes: Annotated[Path | None, typer.Option(help="Checked beside the database's. Default: Ideogram 4's.")] = None,
-    examples: Annotated[
-        int | None,
-        typer.Option(help="Examples drawn for each property. Default: 150; 60 on a card, which compiles each."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Draws other examples.")] = 0,
-    stamp: Annotated[bool, typer.Option(help="Write what passed into the database.")] = True,
-    as_json: Json = False,
-) -> None:
-    """Prove the kernels bit-exact against torch._int_mm, 64-bit integers and the reference.
-
-    Executes on the GPU, or at reduced sizes in Triton's interpreter on a CPU. Exit status 1 if anything differs, with
-    the smallest example that does.
-
-    Example: int8kit verify --gpu rtx3090
-    """
-    if examples is not None and examples < 1:
-        raise InputError(f"--examples {examples}: legal is 1 or more")
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the verb's process runs nothing else
-    from int8kit import db, files, gpus, report, trace
-    from int8kit.verify import checks, foreign, isolate
-
-    if database is not None and gpu is None:
-        card = db.load(database).gpu
-    else:
-        card = gpus.get(gpu) if gpu else gpus.present() or gpus.get("rtx3090")
-    base, paths = db.gather(card, database)
-    base = base.covering(trace.int8_shapes(trace.read(shapes or files.shipped("shapes") / "ideogram4.json")))
-    executors = foreign.executors(card)
-    named = ", ".join(map(str, paths)) or "no database, so the defaults"
-    for executor in executors:
-        reduced = ", at reduced M, N and K" if executor.on == "interpreter" else ""
-        note(f"executing on {executor}{reduced}; {len(base.entries)} shapes; {named}")
-    results: list[checks.Result] = []
-    stamps: dict[Any, list[Any]] = {}
-    jobs = [isolate.Job(name, executor) for executor in executors for name in checks.names(executor, base)]
-    with progress("verifying") as (bar, task):
-        for result, passed in isolate.run_all(
-            jobs, base, examples=examples, random_seed=seed, on_example=lambda: bar.advance(task)
-        ):
-            results.append(result)
-            for key, new in passed.items():
-                stamps.setdefault(key, []).extend(new)
-    failures = [r for r in results if r.failure]
-    lines = [report.verify_table(results)]
-    lines += [f"\n{r.name} differs on {r.on}, smallest example:\n  {r.failure}" for r in failures]
-    show({"gpu": card.alias, "databases": paths, "results": [vars(r) for r in results]}, "\n".join(lines), as_json)
-    if failures:
-        raise CheckFailed(f"{len(failures)} of {len(results)} properties differ: {', '.join(r.name for r in failures)}")
-    for path in paths if stamp and stamps else ():
-        _stamp(path, stamps, base)
-
-
-def _stamp(path: Path, stamps: dict[Any, Any], proven: Any) -> None:
-    from int8kit import db, files
-
-    if path.parent == files.shipped("tuning_db") and path.parent != Path("tuning_db").resolve():
-        note(f"{path} came with the package: not stamped; copy it to ./tuning_db to keep stamps")
-        return
-    try:
-        changed = db.stamp(path, stamps, proven)
-    except FileError as error:  # the proof holds, whether or not it can be written down
-        note(f"stamps not written: {error}")
-    else:
-        note(f"{'stamped' if changed else 'stamps are up to date in'} {path}")
 
 
 @app.command()

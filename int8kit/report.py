@@ -14,6 +14,7 @@ from int8kit.spec import GemmShape, default_config
 if TYPE_CHECKING:  # a verb needs the packages of its own stage, not those of all
     from int8kit.runtime.generate import Outcome
     from int8kit.verify.checks import Result
+    from int8kit.verify.mutate import Verdict
 
 
 def shapes_table(document: dict[str, Any]) -> str:
@@ -100,6 +101,29 @@ def verify_table(results: Iterable[Result]) -> str:
 
     rows = [(r.name, r.on, r.examples, verdict(r)) for r in results]
     return tabulate(rows, ("property", "executed by", "examples", "verdict"), disable_numparse=True)
+
+
+def mutation_table(verdicts: Iterable[Verdict], score: dict[str, Any]) -> str:
+    """What became of each seeded fault; the score; and of survivors what was tried."""
+
+    def verdict(v: Verdict) -> str:
+        if v.ending == "killed":
+            return f"killed by {v.by}" + ("" if v.how == "differs" else f" ({v.how})")
+        return v.ending if v.ending == "survived" else f"{v.ending}: {v.evidence}"
+
+    rows, survivors = [], []
+    for v in verdicts:
+        rows.append((v.name, v.file, v.fault, verdict(v), f"{v.seconds:.1f}" if v.seconds else ""))
+        if v.ending == "survived":
+            tried = ", ".join(f"{count} examples of {name}" for name, count in v.tried.items())
+            survivors.append(f"survived: {v.name} ({v.fault}); tried {tried}")
+    head = ("mutant", "file", "fault", "verdict", "seconds")
+    table = tabulate(rows, head, disable_numparse=True, colalign=("left",) * 4 + ("right",))
+    share = f" ({score['score']:.0%})" if score["ran"] else ""
+    idle = {"needs a card": "need a card", "not applicable": "not applicable here"}
+    counts = [f"{score['killed']} of {score['ran']} killed{share}"]
+    counts += [f"{score['idle'][ending]} {text}" for ending, text in idle.items() if ending in score["idle"]]
+    return "\n".join([table, "", ", ".join(counts), *survivors])
 
 
 def run_tables(outcome: Outcome) -> str:

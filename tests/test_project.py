@@ -22,7 +22,7 @@ PACKAGE = ROOT / "int8kit"
 LAYERS = [
     {"spec"}, {"files", "gpus", "reference", "models", "schema", "sensors"}, {"db"}, {"kernels"},
     {"ops", "ops_prologue"},
-    {"trace", "tune", "verify", "runtime"}, {"bench"}, {"report"}, {"terminal"}, {"cli_db"}, {"cli"},
+    {"trace", "tune", "verify", "runtime"}, {"bench"}, {"report"}, {"terminal"}, {"cli_db", "cli_verify"}, {"cli"},
 ]  # fmt: skip
 
 

@@ -1,1 +1,7 @@
-"""Verification: what is drawn (`strategies`), what must hold (`checks`), and another card's code here (`foreign`)."""
+"""Verification: what is drawn, what must hold, and which faults must be caught.
+
+strategies · buffers    examples, and what surrounds their operands
+checks · isolate        the properties, and their run in a process of its own
+foreign                 another card's code here
+mutants · mutate · judge    seeded faults, their run, and what a child of it does
+"""

@@ -6,8 +6,7 @@
     quantize      q and s are bit-equal to `reference.quantize`
     entry         the first two for one database entry: at its full size on a card, reduced on a CPU
 
-Every operand of the first two lies in a larger buffer full of poison, so that a read past a tail changes a sum; every
-output lies in a buffer of sentinels, of which none may change outside [M, N]. There is no tolerance.
+Operands lie in buffers of poison and outputs in buffers of sentinels (`buffers`). There is no tolerance.
 
 Examples are drawn and shrunk by hypothesis; the smallest that fails is what a Result carries.
 """
@@ -15,7 +14,8 @@ Examples are drawn and shrunk by hypothesis; the smallest that fails is what a R
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -28,17 +28,26 @@ from int8kit import reference
 from int8kit.db import Database
 from int8kit.kernels import gemm, quantize
 from int8kit.schema import Entry, Stamp
-from int8kit.spec import DOMAINS, GemmShape, Kernel, TileConfig, default_config
+from int8kit.spec import GemmShape, Kernel, TileConfig, default_config
+from int8kit.verify.buffers import FAR_ROOM, Canvas, chunk_guard, far, padded, tile_guard
 from int8kit.verify.foreign import Executor
-from int8kit.verify.strategies import Draw, Rows, draws, float_matrix, int8_matrix, rows, scales
+from int8kit.verify.strategies import (
+    FLOAT_KINDS,
+    OUT_DTYPES,
+    Draw,
+    Far,
+    Rows,
+    draws,
+    float_matrix,
+    int8_matrix,
+    rows,
+    scales,
+)
 
 T = TypeVar("T")
 
 Stamps = dict[tuple[int, int, int, str], list[Stamp]]
 """What passed, by entry key."""
-
-POISON = 113  # int8 beyond the operands
-SENTINEL = 77  # in every element of a fresh output buffer
 
 SMALL_TILES = (  # many tiles, bands and k-steps in a small matrix
     TileConfig(16, 16, 32, num_warps=1, num_stages=2, group_m=1),
@@ -52,11 +61,20 @@ _DEEP = tuple(  # sums beyond 2**24, where the conversion to float32 rounds, and
         (17, 24, 53248, "normal", None), (64, 64, 53248, "positive", torch.bfloat16), (17, 24, 131071, "least", None),
     )
 )  # fmt: skip
-_LONG = tuple(  # rows in one pass and in several
-    Rows(3, k, kind, 0, dtype, 0)
-    for k, kind in ((12288, "normal"), (17000, "normal"), (40000, "nan"), (53248, "one hot"), (53248, "inf"))
-    for dtype in (torch.bfloat16, torch.float32)
+_FAR: dict[str, tuple[Draw, ...]] = {  # rows beyond 2**31 elements, in one operand at a time
+    name: tuple(Draw(GemmShape(3, 6, 40), SMALL_TILES[0], "uniform", 1, None, torch.float16, far=one) for one in which)
+    for name, which in dict[str, tuple[Far, ...]](accumulator=("x", "w"), output=("out",), swiglu=("out",)).items()
+}
+_EVERY = tuple(  # each kind in each dtype, which a draw may leave out
+    Rows(3, 300, kind, 0, dtype, 3) for kind in FLOAT_KINDS for dtype in OUT_DTYPES
 )
+_LONG = tuple(  # rows in one pass and in several
+    Rows(3, k, kind, 0, dtype, 3)
+    for k, kind in (
+        (12288, "normal"), (17000, "normal"), (17000, "last"), (40000, "nan"), (53248, "one hot"), (53248, "inf"),
+    )
+    for dtype in (torch.bfloat16, torch.float32)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,7 @@ class Result:
     examples: int
     failure: str | None = None  # the smallest failing example and how it differs
     skipped: int = 0  # entries that this executor cannot run
+    raised: str | None = None  # the exception's name, if it failed by one and not by a difference
 
 
 @dataclass(frozen=True)
@@ -78,6 +97,7 @@ class Budget:
     most: int  # M and N
     ops: int  # 2 M N K
     deep: bool  # the largest K as well
+    far: bool  # rows beyond 2**31 elements as well
 
 
 def budget(executor: Executor, examples: int | None) -> Budget:
@@ -86,8 +106,9 @@ def budget(executor: Executor, examples: int | None) -> Budget:
     examples: None for what takes about a minute.
     """
     if executor.on == "interpreter":
-        return Budget(examples or 150, most=150, ops=4_000_000, deep=False)
-    return Budget(examples or 60, most=600, ops=2_000_000_000, deep=True)
+        return Budget(examples or 150, most=150, ops=4_000_000, deep=False, far=True)
+    roomy = torch.cuda.mem_get_info()[0] > FAR_ROOM
+    return Budget(examples or 60, most=600, ops=2_000_000_000, deep=True, far=roomy)
 
 
 def difference(got: torch.Tensor, want: torch.Tensor) -> str | None:
@@ -104,54 +125,34 @@ def difference(got: torch.Tensor, want: torch.Tensor) -> str | None:
     return f"{count} of {want.numel()} differ, first [{place}]: got {got[first].item()!r}, want {want[first].item()!r}"
 
 
-def _guard_rows(width: int) -> int:
-    """Rows of `width` elements that hold a whole tile past the last element: a fault shows, and harms nothing."""
-    tile = max(max(*domain.block_m, *domain.block_n) for domain in DOMAINS.values())
-    return tile + tile // width + 1
-
-
-def _padded(matrix: torch.Tensor, padding: int) -> torch.Tensor:
-    """`matrix` as a view into a larger buffer: rows `padding` elements further apart, a tile of poison after it."""
-    m, k = matrix.shape
-    rows = m + _guard_rows(k + padding)
-    buffer = torch.full((rows, k + padding), POISON, dtype=matrix.dtype, device=matrix.device)
-    view = buffer[:m, :k]
-    view.copy_(matrix)
-    return view
-
-
-class _Canvas:
-    """An output [m, n] inside a larger buffer of sentinels."""
-
-    def __init__(self, m: int, n: int, padding: int, dtype: torch.dtype, device: str) -> None:
-        rows = m + _guard_rows(n + padding)
-        self.buffer = torch.full((rows, n + padding), SENTINEL, dtype=dtype, device=device)
-        self.view = self.buffer[:m, :n]
-
-    def touched(self) -> str | None:
-        """How many elements outside the view were written, if any."""
-        m, n = self.view.shape
-        outside = int((self.buffer[m:] != SENTINEL).sum()) + int((self.buffer[:m, n:] != SENTINEL).sum())
-        return f"{outside} elements outside [M, N] were written" if outside else None
-
-
 def _operands(
     d: Draw, device: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     m, n, k = d.shape.m, d.shape.n, d.shape.k
-    x = _padded(int8_matrix(m, k, d.kind, d.seed, device), d.padding)
+    x = padded(int8_matrix(m, k, d.kind, d.seed, device), d.padding, tile_guard(k))
     if d.scales == "nan":
         x[::3] = 0  # as the quantization leaves a row with a NaN: 0 * NaN is NaN, not the bias
-    w = _padded(int8_matrix(n, k, d.kind, d.seed + 100, device), 2 * d.padding)
+    w = padded(int8_matrix(n, k, d.kind, d.seed + 100, device), 2 * d.padding, tile_guard(k))
+    if d.far == "x":
+        x = far(m, k, x.dtype, device).copy_(x)
+    elif d.far == "w":
+        w = far(n, k, w.dtype, device).copy_(w)
     g = torch.Generator(device).manual_seed(d.seed)
     bias = None if d.bias is None else torch.randn(n, generator=g, device=device).to(d.bias)
     return x, w, scales(m, d.scales, d.seed, device), scales(n, d.scales, d.seed + 7, device), bias
 
 
+def _canvas(d: Draw, columns: int, dtype: torch.dtype, device: str) -> Canvas:
+    canvas = Canvas(d.shape.m, columns, d.padding, tile_guard(columns), dtype, device)
+    if d.far == "out":
+        canvas.view = far(d.shape.m, columns, dtype, device)
+    return canvas
+
+
 def check_accumulator(d: Draw, executor: Executor) -> str | None:
     """How the int32 sums differ from int64-exact ones and from `torch._int_mm`, or None."""
     x, w, *_ = _operands(d, executor.device)
-    canvas = _Canvas(d.shape.m, d.shape.n, d.padding, torch.int32, executor.device)
+    canvas = _canvas(d, d.shape.n, torch.int32, executor.device)
     got = gemm.accumulate(x, w, config=d.config, out=canvas.view, arch=executor.arch)
     why = difference(got, reference.accumulate(x, w))
     if why is None and d.shape.m > 16 and d.shape.n % 8 == 0 and d.shape.k % 8 == 0:
@@ -164,7 +165,7 @@ def check_accumulator(d: Draw, executor: Executor) -> str | None:
 def check_output(d: Draw, executor: Executor) -> str | None:
     """How the dequantized output differs from the reference, or None."""
     x, w, sx, sw, bias = _operands(d, executor.device)
-    canvas = _Canvas(d.shape.m, d.shape.n, d.padding, d.out_dtype, executor.device)
+    canvas = _canvas(d, d.shape.n, d.out_dtype, executor.device)
     got = gemm.scaled_mm(x, w, sx, sw, bias, config=d.config, out=canvas.view, arch=executor.arch)
     return difference(got, reference.scaled_mm(x, w, sx, sw, bias, out_dtype=d.out_dtype)) or canvas.touched()
 
@@ -175,17 +176,17 @@ def check_swiglu(d: Draw, executor: Executor) -> str | None:
     if d.config.kernel is not Kernel.POINTER:
         shape = GemmShape(shape.m, -(-shape.n // 16) * 16, shape.k)
     x, w, sx, sw, bias = _operands(replace(d, shape=shape), executor.device)
-    canvas = _Canvas(shape.m, shape.n // 2, d.padding, d.out_dtype, executor.device)
+    canvas = _canvas(d, shape.n // 2, d.out_dtype, executor.device)
     got = gemm.scaled_mm_swiglu(x, w, sx, sw, bias, config=d.config, out=canvas.view, arch=executor.arch)
     return difference(got, reference.scaled_mm_swiglu(x, w, sx, sw, bias, out_dtype=d.out_dtype)) or canvas.touched()
 
 
 def check_quantize(r: Rows, executor: Executor) -> str | None:
     """How q or s differs from the reference, or None."""
-    wide = float_matrix(r.m, r.k + r.padding, r.kind, r.seed, r.dtype, executor.device)
-    x = wide[:, : r.k]
-    values = _Canvas(r.m, r.k, r.padding, torch.int8, executor.device)
-    column = _Canvas(1, r.m, 0, torch.float32, executor.device)
+    guard = chunk_guard(r.k)
+    x = padded(float_matrix(r.m, r.k, r.kind, r.seed, r.dtype, executor.device), r.padding, guard)
+    values = Canvas(r.m, r.k, 2 * r.padding, guard, torch.int8, executor.device)  # another stride than that of x
+    column = Canvas(1, r.m, 0, 1, torch.float32, executor.device)
     q, s = quantize.quantize(x, out=(values.view, column.view[0]))
     want_q, want_s = reference.quantize(x)
     why_s = difference(s, want_s) or column.touched()
@@ -274,7 +275,7 @@ def hold(
         if why:
             raise AssertionError(why)
 
-    failure = None
+    failure = raised = None
     try:
         attempt()
         for example in always:
@@ -286,8 +287,9 @@ def hold(
     except AssertionError as error:
         failure = f"{tried[-1]}: {error}"
     except Exception as error:  # a kernel that does not compile or launch is a failure of the kernel, not of the run
-        failure = f"{tried[-1]}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return Result(name, str(on), len(tried), failure)
+        raised = type(error).__name__
+        failure = f"{tried[-1]}: {raised}: {str(error).splitlines()[0] if str(error) else ''}"
+    return Result(name, str(on), len(tried), failure, raised=raised)
 
 
 def names(executor: Executor, database: Database) -> list[str]:
@@ -312,31 +314,53 @@ def run(
     Properties are tried over the database's configurations, the default and SMALL_TILES. on_example is told of each
     example before it is tried.
     """
+    tiles = {*SMALL_TILES, *(entry.config for entry in database.entries), default_config(GemmShape(1024, 1, 1))}
+    with _strict():
+        if name == "entries":
+            return _check_entries(executor, database, on_example)
+        return _property(name, executor, tiles, examples, random_seed, on_example), {}
+
+
+def prove(
+    name: str,
+    executor: Executor,
+    tiles: Iterable[TileConfig],
+    *,
+    examples: int | None = None,
+    random_seed: int = 0,
+    on_example: Callable[[object], None] = lambda _: None,
+) -> Result:
+    """As `run`, of one property over given configurations and without a database."""
+    with _strict():
+        return _property(name, executor, tiles, examples, random_seed, on_example)
+
+
+@contextmanager
+def _strict() -> Iterator[None]:
     with np.errstate(all="ignore"), warnings.catch_warnings():
         # the interpreter computes in numpy, which warns of the overflows drawn on purpose
         warnings.simplefilter("error", gemm.Fallback)  # else another kernel than the named one would be judged
-        return _run(name, executor, database, examples, random_seed, on_example)
+        yield
 
 
-def _run(
+def _property(
     name: str,
     executor: Executor,
-    database: Database,
+    tiles: Iterable[TileConfig],
     examples: int | None,
     random_seed: int,
     on_example: Callable[[object], None],
-) -> tuple[Result, Stamps]:
-    if name == "entries":
-        return _check_entries(executor, database, on_example)
+) -> Result:
     limits = budget(executor, examples)
     more: dict[str, Any] = {"examples": limits.examples, "random_seed": random_seed, "on_example": on_example}
     if name == "quantize":
-        return hold(name, executor, rows(2000), check_quantize, always=_LONG, **more), {}
-    tiles = {*SMALL_TILES, *(entry.config for entry in database.entries), default_config(GemmShape(1024, 1, 1))}
-    tiles = {config for config in tiles if runs_on(config, executor)}
+        return hold(name, executor, rows(2000), check_quantize, always=(*_EVERY, *_LONG), **more)
+    runnable = sorted({config for config in tiles if runs_on(config, executor)})
     check = {"accumulator": check_accumulator, "output": check_output, "swiglu": check_swiglu}[name]
-    gemms = draws(tuple(sorted(tiles)), limits.most, limits.ops)
-    return hold(name, executor, gemms, check, always=_DEEP if limits.deep else _DEEP[:2], **more), {}
+    always = (*(_DEEP if limits.deep else _DEEP[:2]), *(_FAR[name] if limits.far else ()))
+    if all(config.kernel is not Kernel.POINTER for config in runnable):
+        always = ()  # they are the plain kernel's
+    return hold(name, executor, draws(tuple(runnable), limits.most, limits.ops), check, always=always, **more)
 
 
 def _check_entries(

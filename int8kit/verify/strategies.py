@@ -7,6 +7,7 @@ example that fails still shrinks, in its shape, its configuration and its kind.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from hypothesis import strategies as st
@@ -15,7 +16,8 @@ from int8kit.spec import GemmShape, Kernel, TileConfig
 
 INT8_KINDS = ("ones", "normal", "uniform", "extremes", "least", "positive")
 SCALE_KINDS = ("ordinary", "ordinary", "signed", "tiny", "huge", "nan")
-FLOAT_KINDS = ("normal", "zero rows", "halves", "tiny", "huge", "subnormal", "nan", "inf", "one hot")
+FLOAT_KINDS = ("normal", "zero rows", "halves", "tiny", "huge", "subnormal", "nan", "inf", "one hot", "last")
+Far = Literal["", "x", "w", "out"]
 OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -31,11 +33,13 @@ class Draw:
     out_dtype: torch.dtype
     padding: int = 0  # poisoned elements between rows of x and out; twice as many between those of w
     scales: str = "ordinary"
+    far: Far = ""  # whose rows lie beyond 2**31 elements
 
     def __str__(self) -> str:
         bias = f"{_short(self.bias)} bias" if self.bias else "no bias"
         data = f"{self.kind} data of seed {self.seed}, {self.scales} scales"
-        return f"{self.shape}, {self.config}, {data}, {bias}, {_short(self.out_dtype)}, padding {self.padding}"
+        rows = f"rows of {self.far} far apart" if self.far else f"padding {self.padding}"
+        return f"{self.shape}, {self.config}, {data}, {bias}, {_short(self.out_dtype)}, {rows}"
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -82,7 +86,7 @@ class Rows:
     kind: str
     seed: int
     dtype: torch.dtype
-    padding: int
+    padding: int  # poisoned elements between rows of x; twice as many sentinels between those of q
 
     def __str__(self) -> str:
         return (
@@ -167,4 +171,6 @@ def float_matrix(m: int, k: int, kind: str, seed: int, dtype: torch.dtype, devic
     elif kind == "one hot":
         x = torch.zeros(m, k)
         x[torch.arange(m), spot] = -3.0
+    elif kind == "last":  # what a tail left out changes
+        x[:, -1] = -9.0
     return x.to(dtype).to(device)
