@@ -64,7 +64,7 @@ def check(
 
     Damage, entries that no kernel is proven for or whose kernel has changed since, and entries slower than the default.
 
-    Example: int8kit db check
+    Example: int8kit db check tuning_db/rtx3090.json
     """
     from int8kit import db
     from int8kit.kernels import gemm

@@ -118,7 +118,7 @@ def test_commands_of_the_documents_run(command, where, tmp_path):
     assert verb == "int8kit", f"{where}: {command}"
     card = "bench" in args or ("tune" in args and "--gpu" not in args)
     needs = card or "ideogram-ai/" in command
-    if "merge" in args:
+    if "tuning_db/" in command:
         shutil.copytree(files.shipped("tuning_db"), tmp_path / "tuning_db")
     if needs:
         args = [*itertools.takewhile(lambda word: word[0].isalpha(), args), "--help"]
