@@ -26,6 +26,11 @@ def verify(
         bool, typer.Option("--mutate", help="Verify the verifier: faults seeded into copies of the kernels.")
     ] = False,
     only: Annotated[list[str] | None, typer.Option(help="With --mutate: this fault alone; repeatable.")] = None,
+    subject: Annotated[
+        list[str] | None,
+        typer.Option(help="Judge this GEMM beside int8kit's: torch._int_mm, ..., or module:function; repeatable."),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     as_json: Json = False,
 ) -> None:
     """Prove the kernels bit-exact against torch._int_mm, 64-bit integers and the reference.
@@ -36,12 +41,17 @@ def verify(
     With --mutate, faults are seeded one by one into copies of the kernels, and the same checks must catch each: exit
     status 1 if one survives that could run here. Those that only a card shows are named. Minutes on a CPU.
 
+    With --subject, other INT8 GEMMs are held to the same properties, in a matrix. A function of your own takes
+    (xq, wq) and gives int32 sums, or (xq, wq, sx, sw, bias, out_dtype) and gives the output.
+
     Example: int8kit verify --gpu rtx3090
     """
     if examples is not None and examples < 1:
         raise InputError(f"--examples {examples}: legal is 1 or more")
     if mutate and (database or shapes):
         raise InputError("--mutate with --db or --shapes: faults bring configurations of their own; leave the file out")
+    if subject and (mutate or database or shapes):
+        raise InputError("--subject with --mutate, --db or --shapes: subjects bring no configurations; leave it out")
     if only and not mutate:
         raise InputError(f"--only {only[0]}: names a fault of --mutate; add --mutate")
     import torch
@@ -49,17 +59,19 @@ def verify(
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the verb's process runs nothing else
     if mutate:
-        _mutate(gpu, only or [], examples, seed, as_json)
+        _mutate(gpu, only or [], examples, seed, as_json, markdown)
+    elif subject:
+        _judge(gpu, subject, examples, seed, as_json, markdown)
     else:
-        _prove(gpu, database, shapes, examples, seed, stamp, as_json)
+        _prove(gpu, database, shapes, examples, seed, stamp, as_json, markdown)
 
 
 def _prove(
     gpu: str | None, database: Path | None, shapes: Path | None, examples: int | None, seed: int, stamp: bool,
-    as_json: bool,
+    as_json: bool, markdown: bool,
 ) -> None:  # fmt: skip
     from int8kit import db, files, gpus, report, trace
-    from int8kit.verify import checks, foreign, isolate
+    from int8kit.verify import checks, foreign, isolate, replay
 
     if database is not None and gpu is None:
         card = db.load(database).gpu
@@ -83,13 +95,57 @@ def _prove(
             for key, new in passed.items():
                 stamps.setdefault(key, []).extend(new)
     failures = [r for r in results if r.failure]
-    lines = [report.verify_table(results)]
-    lines += [f"\n{r.name} differs on {r.on}, smallest example:\n  {r.failure}" for r in failures]
+    lines = [report.verify_table(results, markdown)]
+    archs = {str(executor): executor.arch for executor in executors}
+    for r in failures:
+        lines.append(f"\n{r.name} differs on {r.on}, smallest example:\n  {r.failure}")
+        if r.example:
+            lines.append(f"again by\n  {replay.command(r, arch=archs[r.on])}")
+            _keep(r.name, r.example)
     show({"gpu": card.alias, "databases": paths, "results": [vars(r) for r in results]}, "\n".join(lines), as_json)
     if failures:
         raise CheckFailed(f"{len(failures)} of {len(results)} properties differ: {', '.join(r.name for r in failures)}")
     for path in paths if stamp and stamps else ():
         _stamp(path, stamps, base)
+
+
+def _keep(name: str, example: str, subject: str = "int8kit") -> None:
+    """Later runs begin with it."""
+    from int8kit.verify import corpus
+
+    try:
+        corpus.add(name, example, subject)
+    except (FileError, OSError) as error:  # the failure is reported, whether or not it can be kept
+        note(f"example not kept: {error}")
+
+
+def _judge(gpu: str | None, names: list[str], examples: int | None, seed: int, as_json: bool, markdown: bool) -> None:
+    import sys
+
+    from int8kit import gpus, report
+    from int8kit.db import Database
+    from int8kit.verify import foreign, matrix, replay
+
+    sys.path.insert(0, os.getcwd())  # as `python -m` has it: where a user's module is
+    card = gpus.get(gpu) if gpu else gpus.present() or gpus.get("rtx3090")
+    executor = foreign.executors(card)[-1]
+    configs = matrix.tiles(executor, Database(card))
+    with progress("judging") as (bar, task):
+        columns = matrix.run(
+            names, executor, configs, examples=examples, random_seed=seed, on_example=lambda: bar.advance(task)
+        )
+    lines = [report.subjects_table(columns, markdown)]
+    broken = [(column.subject, r) for column in columns for r in column.results if r.failure]
+    for name, r in broken:
+        lines.append(f"\n{name} breaks {r.name!r}, smallest example:\n  {r.failure}")
+        if r.example:
+            lines.append(f"again by\n  {replay.command(r, name)}")
+            _keep(r.name, r.example, name)
+    document = {"on": str(executor), "subjects": {c.subject: [vars(r) for r in c.results] for c in columns}}
+    show(document, "\n".join(lines), as_json)
+    if broken:
+        found = ", ".join(f"{name} ({r.name})" for name, r in broken)
+        raise CheckFailed(f"{len(broken)} properties do not hold: {found}")
 
 
 def _stamp(path: Path, stamps: dict[Any, Any], proven: Any) -> None:
@@ -106,7 +162,7 @@ def _stamp(path: Path, stamps: dict[Any, Any], proven: Any) -> None:
         note(f"{'stamped' if changed else 'stamps are up to date in'} {path}")
 
 
-def _mutate(gpu: str | None, only: list[str], examples: int | None, seed: int, as_json: bool) -> None:
+def _mutate(gpu: str | None, only: list[str], examples: int | None, seed: int, as_json: bool, markdown: bool) -> None:
     from int8kit import gpus, report
     from int8kit.verify import mutate
 
@@ -118,7 +174,7 @@ def _mutate(gpu: str | None, only: list[str], examples: int | None, seed: int, a
             on_step=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     score = mutate.score(verdicts)
-    table = report.mutation_table(verdicts, score)
+    table = report.mutation_table(verdicts, score, markdown)
     show({"gpu": card.alias, **score, "mutants": [vars(v) for v in verdicts]}, table, as_json)
     survivors = [v.name for v in verdicts if v.ending == "survived"]
     if survivors:

@@ -14,6 +14,7 @@ from int8kit.spec import GemmShape, default_config
 if TYPE_CHECKING:  # a verb needs the packages of its own stage, not those of all
     from int8kit.runtime.generate import Outcome
     from int8kit.verify.checks import Result
+    from int8kit.verify.matrix import Column
     from int8kit.verify.mutate import Verdict
 
 
@@ -89,7 +90,7 @@ def ladder_table(
     return tabulate(rows, ("", "rung", "tile", "why"), disable_numparse=True)
 
 
-def verify_table(results: Iterable[Result]) -> str:
+def verify_table(results: Iterable[Result], markdown: bool = False) -> str:
     """What each property came to."""
 
     def verdict(r: Result) -> str:
@@ -100,10 +101,31 @@ def verify_table(results: Iterable[Result]) -> str:
         return "holds"
 
     rows = [(r.name, r.on, r.examples, verdict(r)) for r in results]
-    return tabulate(rows, ("property", "executed by", "examples", "verdict"), disable_numparse=True)
+    head = ("property", "executed by", "examples", "verdict")
+    return tabulate(rows, head, tablefmt=_format(markdown), disable_numparse=True)
 
 
-def mutation_table(verdicts: Iterable[Verdict], score: dict[str, Any]) -> str:
+def subjects_table(columns: Iterable[Column], markdown: bool = False) -> str:
+    """Properties down, subjects across; below, why a property does not apply."""
+    columns = list(columns)
+    reasons = []
+    for c in columns:
+        if why := dict.fromkeys(r.reason for r in c.results if r.reason):
+            reasons.append(f"n/a for {c.subject}: {'; '.join(why)}")
+
+    def cell(r: Result) -> str:
+        return "n/a" if r.reason else "fails" if r.failure else f"holds ({r.examples})"
+
+    rows = [(results[0].name, *map(cell, results)) for results in zip(*(c.results for c in columns), strict=True)]
+    head = ("property", *(c.subject for c in columns))
+    return "\n".join([tabulate(rows, head, tablefmt=_format(markdown), disable_numparse=True), "", *reasons])
+
+
+def _format(markdown: bool) -> str:
+    return "pipe" if markdown else "simple"
+
+
+def mutation_table(verdicts: Iterable[Verdict], score: dict[str, Any], markdown: bool = False) -> str:
     """What became of each seeded fault; the score; and of survivors what was tried."""
 
     def verdict(v: Verdict) -> str:
@@ -118,7 +140,8 @@ def mutation_table(verdicts: Iterable[Verdict], score: dict[str, Any]) -> str:
             tried = ", ".join(f"{count} examples of {name}" for name, count in v.tried.items())
             survivors.append(f"survived: {v.name} ({v.fault}); tried {tried}")
     head = ("mutant", "file", "fault", "verdict", "seconds")
-    table = tabulate(rows, head, disable_numparse=True, colalign=("left",) * 4 + ("right",))
+    aligned = ("left",) * 4 + ("right",)
+    table = tabulate(rows, head, tablefmt=_format(markdown), disable_numparse=True, colalign=aligned)
     share = f" ({score['score']:.0%})" if score["ran"] else ""
     idle = {"needs a card": "need a card", "not applicable": "not applicable here"}
     counts = [f"{score['killed']} of {score['ran']} killed{share}"]

@@ -4,6 +4,7 @@
     output        the dequantized output is bit-equal to `reference.scaled_mm`; NaN equals NaN
     swiglu        so is the output of the SwiGLU epilogue to `reference.scaled_mm_swiglu`
     quantize      q and s are bit-equal to `reference.quantize`
+    batch, ...    what `properties` says of any INT8 GEMM beside these, of the kernels here
     entry         the first two for one database entry: at its full size on a card, reduced on a CPU
 
 Operands lie in buffers of poison and outputs in buffers of sentinels (`buffers`). There is no tolerance.
@@ -29,6 +30,8 @@ from int8kit.db import Database
 from int8kit.kernels import gemm, quantize
 from int8kit.schema import Entry, Stamp
 from int8kit.spec import GemmShape, Kernel, TileConfig, default_config
+from int8kit.verify import properties, subjects
+from int8kit.verify.bits import difference, operands
 from int8kit.verify.buffers import FAR_ROOM, Canvas, chunk_guard, far, padded, tile_guard
 from int8kit.verify.foreign import Executor
 from int8kit.verify.strategies import (
@@ -39,9 +42,8 @@ from int8kit.verify.strategies import (
     Rows,
     draws,
     float_matrix,
-    int8_matrix,
     rows,
-    scales,
+    to_json,
 )
 
 T = TypeVar("T")
@@ -77,6 +79,11 @@ _LONG = tuple(  # rows in one pass and in several
 )  # fmt: skip
 
 
+MORE = tuple(name for name in properties.ALL if name not in ("accumulator", "output"))
+MOST_ROWS = 100
+SPARED = 10  # one of so many examples is enough of these: they run the kernel several times
+
+
 @dataclass(frozen=True)
 class Result:
     """What one property came to."""
@@ -87,6 +94,8 @@ class Result:
     failure: str | None = None  # the smallest failing example and how it differs
     skipped: int = 0  # entries that this executor cannot run
     raised: str | None = None  # the exception's name, if it failed by one and not by a difference
+    example: str | None = None  # what failed, as `strategies.to_json` writes it, if it is of a GEMM
+    reason: str | None = None  # why the property does not apply
 
 
 @dataclass(frozen=True)
@@ -111,37 +120,6 @@ def budget(executor: Executor, examples: int | None) -> Budget:
     return Budget(examples or 60, most=600, ops=2_000_000_000, deep=True, far=roomy)
 
 
-def difference(got: torch.Tensor, want: torch.Tensor) -> str | None:
-    """None if the two are bit-equal, NaN for NaN; else how many elements differ and the first of them."""
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[want.element_size()]
-    wrong = got.view(bits) != want.view(bits)
-    if want.is_floating_point():
-        wrong &= ~(got.isnan() & want.isnan())
-    count = int(wrong.sum())
-    if not count:
-        return None
-    first = tuple(int(i) for i in wrong.nonzero()[0])
-    place = ", ".join(map(str, first))
-    return f"{count} of {want.numel()} differ, first [{place}]: got {got[first].item()!r}, want {want[first].item()!r}"
-
-
-def _operands(
-    d: Draw, device: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    m, n, k = d.shape.m, d.shape.n, d.shape.k
-    x = padded(int8_matrix(m, k, d.kind, d.seed, device), d.padding, tile_guard(k))
-    if d.scales == "nan":
-        x[::3] = 0  # as the quantization leaves a row with a NaN: 0 * NaN is NaN, not the bias
-    w = padded(int8_matrix(n, k, d.kind, d.seed + 100, device), 2 * d.padding, tile_guard(k))
-    if d.far == "x":
-        x = far(m, k, x.dtype, device).copy_(x)
-    elif d.far == "w":
-        w = far(n, k, w.dtype, device).copy_(w)
-    g = torch.Generator(device).manual_seed(d.seed)
-    bias = None if d.bias is None else torch.randn(n, generator=g, device=device).to(d.bias)
-    return x, w, scales(m, d.scales, d.seed, device), scales(n, d.scales, d.seed + 7, device), bias
-
-
 def _canvas(d: Draw, columns: int, dtype: torch.dtype, device: str) -> Canvas:
     canvas = Canvas(d.shape.m, columns, d.padding, tile_guard(columns), dtype, device)
     if d.far == "out":
@@ -151,7 +129,7 @@ def _canvas(d: Draw, columns: int, dtype: torch.dtype, device: str) -> Canvas:
 
 def check_accumulator(d: Draw, executor: Executor) -> str | None:
     """How the int32 sums differ from int64-exact ones and from `torch._int_mm`, or None."""
-    x, w, *_ = _operands(d, executor.device)
+    x, w, *_ = operands(d, executor.device)
     canvas = _canvas(d, d.shape.n, torch.int32, executor.device)
     got = gemm.accumulate(x, w, config=d.config, out=canvas.view, arch=executor.arch)
     why = difference(got, reference.accumulate(x, w))
@@ -164,7 +142,7 @@ def check_accumulator(d: Draw, executor: Executor) -> str | None:
 
 def check_output(d: Draw, executor: Executor) -> str | None:
     """How the dequantized output differs from the reference, or None."""
-    x, w, sx, sw, bias = _operands(d, executor.device)
+    x, w, sx, sw, bias = operands(d, executor.device)
     canvas = _canvas(d, d.shape.n, d.out_dtype, executor.device)
     got = gemm.scaled_mm(x, w, sx, sw, bias, config=d.config, out=canvas.view, arch=executor.arch)
     return difference(got, reference.scaled_mm(x, w, sx, sw, bias, out_dtype=d.out_dtype)) or canvas.touched()
@@ -175,7 +153,7 @@ def check_swiglu(d: Draw, executor: Executor) -> str | None:
     shape = GemmShape(d.shape.m, d.shape.n + d.shape.n % 2, d.shape.k)
     if d.config.kernel is not Kernel.POINTER:
         shape = GemmShape(shape.m, -(-shape.n // 16) * 16, shape.k)
-    x, w, sx, sw, bias = _operands(replace(d, shape=shape), executor.device)
+    x, w, sx, sw, bias = operands(replace(d, shape=shape), executor.device)
     canvas = _canvas(d, shape.n // 2, d.out_dtype, executor.device)
     got = gemm.scaled_mm_swiglu(x, w, sx, sw, bias, config=d.config, out=canvas.view, arch=executor.arch)
     return difference(got, reference.scaled_mm_swiglu(x, w, sx, sw, bias, out_dtype=d.out_dtype)) or canvas.touched()
@@ -213,7 +191,7 @@ def check_entry(entry: Entry, executor: Executor) -> str | None:
 
 
 def _check_full(d: Draw, executor: Executor) -> str | None:
-    x, w, sx, sw, bias = _operands(d, executor.device)
+    x, w, sx, sw, bias = operands(d, executor.device)
     got = gemm.accumulate(x, w, config=d.config, arch=executor.arch)
     picks = torch.linspace(0, d.shape.m - 1, min(d.shape.m, 32), device=x.device).long()
     why = difference(got[picks], reference.accumulate(x[picks], w))
@@ -289,12 +267,14 @@ def hold(
     except Exception as error:  # a kernel that does not compile or launch is a failure of the kernel, not of the run
         raised = type(error).__name__
         failure = f"{tried[-1]}: {raised}: {str(error).splitlines()[0] if str(error) else ''}"
-    return Result(name, str(on), len(tried), failure, raised=raised)
+    last: object = tried[-1] if failure else None
+    kept = to_json(last) if isinstance(last, Draw) else None
+    return Result(name, str(on), len(tried), failure, raised=raised, example=kept)
 
 
 def names(executor: Executor, database: Database) -> list[str]:
     """The checks that apply, in the order in which they are run."""
-    found = ["accumulator", "output", "swiglu"]
+    found = ["accumulator", "output", "swiglu", *MORE]
     if executor.arch is None:  # the row quantization has one source and no configuration
         found.append("quantize")
     return [*found, "entries"] if database.entries else found
@@ -307,18 +287,19 @@ def run(
     *,
     examples: int | None = None,
     random_seed: int = 0,
+    kept: Iterable[Draw] = (),
     on_example: Callable[[object], None] = lambda _: None,
 ) -> tuple[Result, Stamps]:
     """One check of `names`: its result, and for "entries" the stamps of those that passed.
 
-    Properties are tried over the database's configurations, the default and SMALL_TILES. on_example is told of each
-    example before it is tried.
+    Properties are tried over the database's configurations, the default and SMALL_TILES, and on `kept`: what failed in
+    earlier runs. on_example is told of each example before it is tried.
     """
     tiles = {*SMALL_TILES, *(entry.config for entry in database.entries), default_config(GemmShape(1024, 1, 1))}
-    with _strict():
+    with strict():
         if name == "entries":
             return _check_entries(executor, database, on_example)
-        return _property(name, executor, tiles, examples, random_seed, on_example), {}
+        return _property(name, executor, tiles, examples, random_seed, on_example, kept), {}
 
 
 def prove(
@@ -331,12 +312,13 @@ def prove(
     on_example: Callable[[object], None] = lambda _: None,
 ) -> Result:
     """As `run`, of one property over given configurations and without a database."""
-    with _strict():
+    with strict():
         return _property(name, executor, tiles, examples, random_seed, on_example)
 
 
 @contextmanager
-def _strict() -> Iterator[None]:
+def strict() -> Iterator[None]:
+    """A context in which a kernel that stands in for the named one is an error, and overflows are data."""
     with np.errstate(all="ignore"), warnings.catch_warnings():
         # the interpreter computes in numpy, which warns of the overflows drawn on purpose
         warnings.simplefilter("error", gemm.Fallback)  # else another kernel than the named one would be judged
@@ -350,17 +332,28 @@ def _property(
     examples: int | None,
     random_seed: int,
     on_example: Callable[[object], None],
+    kept: Iterable[Draw] = (),
 ) -> Result:
     limits = budget(executor, examples)
     more: dict[str, Any] = {"examples": limits.examples, "random_seed": random_seed, "on_example": on_example}
     if name == "quantize":
         return hold(name, executor, rows(2000), check_quantize, always=(*_EVERY, *_LONG), **more)
     runnable = sorted({config for config in tiles if runs_on(config, executor)})
-    check = {"accumulator": check_accumulator, "output": check_output, "swiglu": check_swiglu}[name]
+    again = tuple(d for d in kept if runs_on(d.config, executor))
+    if name in MORE:
+        ours = subjects.ours(executor, tuple(runnable))
+        more["examples"] = max(1, limits.examples // SPARED)
+        gemms = draws(ours.tiles, min(limits.most, MOST_ROWS), limits.ops // SPARED)
+        return hold(name, executor, gemms, lambda d, _: properties.ALL[name](d, ours), always=again, **more)
+    check = CHECKS[name]
     always = (*(_DEEP if limits.deep else _DEEP[:2]), *(_FAR[name] if limits.far else ()))
     if all(config.kernel is not Kernel.POINTER for config in runnable):
         always = ()  # they are the plain kernel's
-    return hold(name, executor, draws(tuple(runnable), limits.most, limits.ops), check, always=always, **more)
+    gemms = draws(tuple(runnable), limits.most, limits.ops)
+    return hold(name, executor, gemms, check, always=(*again, *always), **more)
+
+
+CHECKS = {"accumulator": check_accumulator, "output": check_output, "swiglu": check_swiglu}
 
 
 def _check_entries(

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from int8kit.db import Database
-from int8kit.verify import checks
+from int8kit.verify import checks, corpus
 from int8kit.verify.checks import Result, Stamps
 from int8kit.verify.foreign import Executor
 
@@ -32,7 +32,7 @@ def _child(pipe: Connection, jobs: list[Job], database: Database, examples: int 
     for job in jobs:
         outcome = checks.run(
             job.name, job.executor, database, examples=examples, random_seed=random_seed,
-            on_example=lambda example: pipe.send(("example", str(example))),
+            kept=corpus.load(job.name), on_example=lambda example: pipe.send(("example", str(example))),
         )  # fmt: skip
         pipe.send(("done", *outcome))
 

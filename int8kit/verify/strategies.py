@@ -6,13 +6,14 @@ example that fails still shrinks, in its shape, its configuration and its kind.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
 from hypothesis import strategies as st
 
-from int8kit.spec import GemmShape, Kernel, TileConfig
+from int8kit.spec import GemmShape, Kernel, TileConfig, config_from
 
 INT8_KINDS = ("ones", "normal", "uniform", "extremes", "least", "positive")
 SCALE_KINDS = ("ordinary", "ordinary", "signed", "tiny", "huge", "nan")
@@ -40,6 +41,20 @@ class Draw:
         data = f"{self.kind} data of seed {self.seed}, {self.scales} scales"
         rows = f"rows of {self.far} far apart" if self.far else f"padding {self.padding}"
         return f"{self.shape}, {self.config}, {data}, {bias}, {_short(self.out_dtype)}, {rows}"
+
+
+def to_json(d: Draw) -> str:
+    """`d` on one line, for `from_json`."""
+    row = asdict(d) | {"bias": d.bias and _short(d.bias), "out_dtype": _short(d.out_dtype)}
+    return json.dumps(row)
+
+
+def from_json(text: str) -> Draw:
+    """The inverse of `to_json`. Raises ValueError, TypeError, KeyError or InputError for anything else."""
+    row = json.loads(text)
+    bias = row["bias"] and getattr(torch, row["bias"])
+    shape, config, out_dtype = GemmShape(**row["shape"]), config_from(row["config"]), getattr(torch, row["out_dtype"])
+    return Draw(**{**row, "shape": shape, "config": config, "bias": bias, "out_dtype": out_dtype})
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,0 +1,241 @@
+"""verify/subjects.py, properties.py, matrix.py, replay.py and corpus.py: other people's kernels, held to the same."""
+
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from int8kit import cli, gpus, reference
+from int8kit.spec import GemmShape, InputError, UnknownName
+from int8kit.verify import checks, corpus, foreign, matrix, properties, replay, subjects
+from int8kit.verify.strategies import Draw, from_json, to_json
+
+EXECUTOR = foreign.executors(gpus.get("rtx3090"))[-1]
+TILES = checks.SMALL_TILES
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path, monkeypatch):
+    """An empty home for kept examples."""
+    monkeypatch.setattr(corpus, "path", lambda: tmp_path / "data" / "examples.jsonl")
+    return tmp_path / "data" / "examples.jsonl"
+
+
+def exact(xq, wq, sx, sw, bias, out_dtype):
+    return reference.scaled_mm(xq, wq, sx, sw, bias, out_dtype=out_dtype)
+
+
+def rounded_scales(xq, wq, sx, sw, bias, out_dtype):
+    return exact(xq, wq, sx.bfloat16().float(), sw, bias, out_dtype)
+
+
+def by_the_batch(xq, wq, sx, sw, bias, out_dtype):
+    y = exact(xq, wq, sx, sw, bias, torch.float32)
+    return (y if xq.shape[0] < 7 else y * (1 + 2**-20)).to(out_dtype)
+
+
+def by_the_last_row(xq, wq, sx, sw, bias, out_dtype):
+    return exact(xq, wq, sx[-1:].expand(len(sx)).contiguous(), sw, bias, out_dtype)
+
+
+def drops_nan(xq, wq, sx, sw, bias, out_dtype):
+    return exact(xq, wq, sx.nan_to_num(0.0), sw, bias, out_dtype)
+
+
+def spreads_nan(xq, wq, sx, sw, bias, out_dtype):
+    return exact(xq, wq, sx, sw, bias, out_dtype) + 0 * sx.sum().to(out_dtype)
+
+
+def forgets_bias(xq, wq, sx, sw, bias, out_dtype):
+    return torch.where(sx[:, None] == 0, 0.0, exact(xq, wq, sx, sw, bias, out_dtype))
+
+
+def ignores_strides(xq, wq, sx, sw, bias, out_dtype):
+    return exact(torch.as_strided(xq, xq.shape, (xq.shape[1], 1)), wq, sx, sw, bias, out_dtype)
+
+
+class Restless:
+    """A little more each time."""
+
+    calls = 0
+
+    def __call__(self, xq, wq, sx, sw, bias, out_dtype):
+        Restless.calls += 1
+        return exact(xq, wq, sx, sw, bias, torch.float32).add(Restless.calls).to(out_dtype)
+
+
+def saturates(xq, wq):
+    return reference.accumulate(xq, wq).clamp(-32768, 32767)
+
+
+def judge(function, name, examples=40):
+    """The result of one property of a function."""
+    count = 2 if function is saturates else 6
+    subject = subjects.Subject(
+        "mine", "cpu", **({"sums": lambda d, x, w: function(x, w)} if count == 2 else
+                          {"output": lambda d, *operands: function(*operands, d.out_dtype)})
+    )  # fmt: skip
+    assert properties.why_not(name, subject) is None
+    with checks.strict():
+        return checks.hold(
+            name, EXECUTOR, checks.draws(TILES, 60, 100_000), lambda d, _: properties.ALL[name](d, subject),
+            examples=examples, random_seed=0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["output", "batch", "zero rows", "nan rows", "strided", "repeats"])
+def test_what_is_exact_holds(name):
+    assert judge(exact, name).failure is None
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (rounded_scales, "output"), (by_the_batch, "batch"), (by_the_last_row, "batch"), (drops_nan, "nan rows"),
+        (spreads_nan, "nan rows"), (forgets_bias, "zero rows"), (ignores_strides, "strided"), (Restless(), "repeats"),
+        (saturates, "accumulator"), (saturates, "linearity"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else getattr(v, "__name__", "restless"),
+)  # fmt: skip
+def test_what_is_not_is_caught_by_its_property(function, name):
+    result = judge(function, name)
+    assert result.failure
+    shape = from_json(result.example).shape
+    assert shape.n <= 16  # shrunk
+
+
+def test_the_property_of_several_configurations():
+    bad = TILES[1]
+
+    def output(d, x, w, sx, sw, bias):
+        y = exact(x, w, sx, sw, bias, d.out_dtype)
+        return y + 1 if d.config == bad else y
+
+    subject = subjects.Subject("mine", "cpu", output=output, tiles=TILES)
+    d = Draw(GemmShape(3, 4, 5), TILES[0], "normal", 1, None, torch.float32)
+    assert "against 16x32x32" in properties.configuration(d, subject)
+    assert subjects.ours(EXECUTOR, TILES).tiles == TILES
+
+
+def test_every_property_of_our_own_kernels_is_run_by_default():
+    names = checks.names(EXECUTOR, checks.Database(gpus.get("rtx3090")))
+    assert set(properties.ALL) <= set(names)
+
+
+def test_int_mm_holds_where_it_promises():
+    (ours, theirs) = matrix.run(["torch._int_mm"], EXECUTOR, TILES, examples=6)
+    assert (ours.subject, theirs.subject) == ("int8kit", "torch._int_mm")
+    assert [r.name for r in ours.results] == list(properties.ALL)
+    assert not any(r.failure for r in (*ours.results, *theirs.results))
+    assert {r.name: r.reason for r in theirs.results}["output"] == "it gives sums only"
+    assert {r.name: r.examples for r in theirs.results}["accumulator"] == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("nonsense", UnknownName, "known: .*torch._int_mm.*; or name a function of your own, module:function"),
+        ("vllm", InputError, "vllm is not installed here"),
+        ("json:absent", InputError, "has no attribute 'absent'; legal is module:function"),
+        ("absent_module:f", InputError, "No module named 'absent_module'"),
+        ("textwrap:dedent", InputError, "takes 1 parameters; legal are 2"),
+    ],
+)
+def test_no_subject_is_one_clear_line(name, error, message):
+    with pytest.raises(error, match=message):
+        subjects.find(name, EXECUTOR)
+
+
+def test_the_calls_of_vllm_and_torchao(monkeypatch):
+    """Stand-ins with the released signatures, exact; what the real ones give, a card has to say."""
+
+    def cutlass_scaled_mm(a, b, scale_a, scale_b, out_dtype, bias=None):
+        assert (scale_a.shape, scale_b.shape) == ((a.shape[0], 1), (1, b.shape[1]))
+        assert a.shape[1] % 16 == b.shape[1] % 16 == 0
+        assert bias is None or bias.dtype is out_dtype
+        return reference.scaled_mm(a, b.t().contiguous(), scale_a[:, 0], scale_b[0], bias, out_dtype=out_dtype)
+
+    def scaled_int8_mm(a, b, row, column):
+        assert row.dtype is column.dtype is torch.bfloat16
+        y = reference.accumulate(a, b.t().contiguous()).float() * row.float()[:, None] * column.float()
+        return y.bfloat16()
+
+    for path, function in (
+        ("vllm._custom_ops", cutlass_scaled_mm), ("torchao.prototype.quantized_training.int8_mm", scaled_int8_mm),
+    ):  # fmt: skip
+        parts = path.split(".")
+        for i in range(1, len(parts) + 1):
+            module = ModuleType(".".join(parts[:i]))
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+            if i > 1:
+                setattr(sys.modules[".".join(parts[: i - 1])], parts[i - 1], module)
+        setattr(module, function.__name__, function)
+    for name, verdict in (("vllm", False), ("torchao", True)):
+        subject = subjects.find(name, EXECUTOR)
+        result = checks.hold(
+            "output", EXECUTOR, checks.draws(TILES, 40, 50_000),
+            lambda d, _, s=subject: properties.output(s.fit(d), s), examples=20, random_seed=0,
+        )  # fmt: skip
+        assert bool(result.failure) is verdict, result.failure  # scales in bf16 cannot be exact
+
+
+def test_an_example_survives_its_text():
+    d = Draw(GemmShape(1, 2, 3), TILES[2], "extremes", 5, torch.float16, torch.bfloat16, 16, "nan", "out")
+    assert from_json(to_json(d)) == d
+
+
+def test_the_corpus_keeps_the_newest_once_and_passes_over_what_it_cannot_read(data, monkeypatch):
+    examples = [to_json(Draw(GemmShape(m, 1, 1), TILES[0], "ones", 0, None, torch.float32)) for m in (1, 2, 3)]
+    for example in (*examples, examples[0]):
+        corpus.add("output", example)
+    corpus.add("batch", examples[1], "mine:f")
+    with data.open("a") as file:
+        file.write('{"property": "output"}\nnonsense\n{"property": "output", "subject": "int8kit", "example": []}\n')
+    assert [d.shape.m for d in corpus.load("output")] == [1, 3, 2]
+    assert [d.shape.m for d in corpus.load("batch", "mine:f")] == [2]
+    assert corpus.load("batch") == ()
+    monkeypatch.setattr(corpus, "MOST", 2)
+    corpus.add("output", examples[2])
+    assert len(data.read_text().splitlines()) == 2
+
+
+def test_kept_examples_are_tried_first_by_later_runs():
+    kept = Draw(GemmShape(33, 7, 5), TILES[0], "ones", 0, None, torch.float32)
+    seen = []
+    base = checks.Database(gpus.get("rtx3090"))
+    checks.run("batch", EXECUTOR, base, examples=10, kept=[kept], on_example=seen.append)
+    assert kept in seen
+
+
+MODULE = """
+from int8kit import reference
+
+def tail(xq, wq):
+    k = max(16, xq.shape[1] // 16 * 16)
+    return reference.accumulate(xq[:, :k], wq[:, :k])
+"""
+
+
+def test_a_failure_is_printed_as_a_command_that_fails_and_is_kept(tmp_path, monkeypatch, capfd, data):
+    (tmp_path / "mine.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["verify", "--subject", "mine:tail", "--examples", "10", "--markdown"])
+    out, err = capfd.readouterr()
+    assert end.value.code == 1
+    assert "1 properties do not hold: mine:tail (accumulator)" in err
+    assert "| accumulator   | holds (10) | fails       |" in out
+    (command,) = [line.strip() for line in out.splitlines() if "replay.again" in line]
+    assert command.startswith("TRITON_INTERPRET=1 python -c ")
+    command = command.replace(" python ", f" {sys.executable} ")
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "AssertionError: 1x1x17" in done.stderr
+    (d,) = corpus.load("accumulator", "mine:tail")
+    assert d.shape == GemmShape(1, 1, 17)
+    with pytest.raises(AssertionError, match="1x1x17"):
+        replay.again("accumulator", to_json(d), subject="mine:tail")
+    replay.again("accumulator", to_json(d))  # ours holds
