@@ -248,6 +248,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     gpu: Annotated[str | None, typer.Option(help="Whose database. Default: the card here, else rtx3090.")] = None,
     database: Annotated[Path | None, typer.Option("--db", help="Default: ./tuning_db/<gpu>.json, or shipped.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse configurations that are not proven here.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="The PNG.")] = Path("out/image.png"),
     as_json: Json = False,
     force: Force = False,
@@ -271,9 +272,13 @@ def run(
     height, width = _size(size or ("256x256" if tiny else "1024x1024"))
     files.check_target(output, ours=generate.is_ours, force=force)
     request = generate.Request(
-        prompt, model, height, width, preset, 4 if tiny and steps is None else steps, guidance, seed, gpu, database
-    )
+        prompt, model, height, width, preset, 4 if tiny and steps is None else steps, guidance, seed, gpu, database,
+        strict,
+    )  # fmt: skip
     outcome = generate.generate(request)
+    if unproven := generate.unproven_of(outcome.choices):
+        note(f"{len(unproven)} of {len(outcome.choices)} configurations are not proven with the present kernels; see "
+             "`int8kit verify`")  # fmt: skip
     generate.save(outcome, output)
     took = {key: value for key, value in vars(outcome).items() if key.endswith(("_s", "_ms", "_gib"))}
     choices = [

@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 
 import bitsandbytes
 import pytest
@@ -7,10 +8,12 @@ import torch
 from PIL import Image
 
 from int8kit import Int8Linear, Int8SwiGLU, db, gpus, models, reference
+from int8kit.kernels import gemm
 from int8kit.runtime import generate, ideogram4
 from int8kit.runtime.generate import PRESETS, Request
 from int8kit.runtime.linear import replace_linears
-from int8kit.spec import FileError, InputError, Plan, ShapeError, UnknownName
+from int8kit.schema import Entry, Resources, Stamp
+from int8kit.spec import CheckFailed, FileError, InputError, Plan, ShapeError, Source, UnknownName, default_config
 
 
 def test_linear_is_the_reference():
@@ -227,3 +230,21 @@ def test_no_database_for_a_card(monkeypatch, tmp_path):
     assert {choice.rung for choice, _ in outcome.choices} == {"default"}
     assert outcome.databases == ()
     assert gpus.get("rtx3060").alias == "rtx3060"
+
+
+def test_strict_refuses_what_is_not_proven(outcome, tmp_path):
+    nothing = Resources(registers=1, spill_bytes=0, shared_bytes=0)
+    entries = [
+        Entry(m=s.m, n=s.n, k=s.k, source=Source.MODELLED, config=default_config(s), triton="3.7.1",
+              kernel=gemm.kernel_hash(), resources=nothing, tried=1)
+        for s in {choice.shape for choice, _ in outcome.choices}
+    ]  # fmt: skip
+    path, card = tmp_path / "t.json", gpus.get("rtx3090")
+    db.update(path, card, entries)
+    request = replace(REQUEST, steps=1, gpu="rtx3090", database=path, strict=True)
+    with pytest.raises(CheckFailed, match=r"configurations are not proven .* see `int8kit verify --gpu rtx3090`"):
+        generate.generate(request)
+    assert len(generate.unproven_of(generate.generate(replace(request, strict=False)).choices)) > 1
+    stamp = Stamp(on="native", device="d", kernel=gemm.kernel_hash(), triton="3.7.1")
+    db.stamp(path, {entry.key: [stamp] for entry in entries})
+    assert generate.unproven_of(generate.generate(request).choices) == []

@@ -12,6 +12,7 @@ import math
 import platform
 import resource
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,7 @@ from int8kit.db import Choice
 from int8kit.kernels import gemm
 from int8kit.models import Case
 from int8kit.runtime import ideogram4
-from int8kit.spec import InputError, UnknownName
+from int8kit.spec import CheckFailed, InputError, UnknownName
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Request:
     seed: int = 0
     gpu: str | None = None  # None: the card that is here
     database: Path | None = None  # None: see `db.gather`
+    strict: bool = False  # refuse configurations that are not proven
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,11 @@ def generate(request: Request) -> Outcome:
     case = Case(request.height, request.width, text_tokens=tokens)
     loaded = time.perf_counter()
     pipe, choices = ideogram4.prepare(stock, request.prompt, case, database, device, toolchain)
+    if request.strict and (unproven := unproven_of(choices)):
+        raise CheckFailed(
+            f"{len(unproven)} of {len(choices)} configurations are not proven with the present kernels, first "
+            f"{unproven[0].config} for {unproven[0].shape}; see `int8kit verify --gpu {gpu.alias}`"
+        )
     prepared = time.perf_counter()
 
     ends: list[float] = []
@@ -146,9 +153,14 @@ def generate(request: Request) -> Outcome:
     )
 
 
+def unproven_of(choices: Iterable[tuple[Choice, int]]) -> list[Choice]:
+    """Those that are from a database's entry that no verification with the present kernels has stamped."""
+    return [choice for choice, _ in choices if choice.rung != db.RUNGS[-1] and not choice.verified]
+
+
 def save(outcome: Outcome, path: Path) -> None:
     """Write the PNG with the call's parameters in its text chunk "int8kit". Raises FileError."""
-    request = {k: v for k, v in asdict(outcome.request).items() if k != "database" and v is not None}
+    request = {k: v for k, v in asdict(outcome.request).items() if k not in ("database", "strict") and v is not None}
     if Path(outcome.request.model).is_dir():
         request["model"] = Path(outcome.request.model).resolve().name  # a picture is shown around: no path in it
     info = PngInfo()
