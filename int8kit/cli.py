@@ -16,7 +16,7 @@ import typer
 
 from int8kit import __version__, cli_db, cli_verify
 from int8kit.spec import CheckFailed, InputError, Int8kitError
-from int8kit.terminal import Force, Json, note, progress, show, stages
+from int8kit.terminal import Force, Json, note, progress, quiet_libraries, show, stages
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -259,12 +259,7 @@ def run(
 
     Example: int8kit run --prompt "a red bicycle" --output out/bicycle.png
     """
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import diffusers
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    diffusers.logging.set_verbosity_error()
+    quiet_libraries()
     from int8kit import files, report
     from int8kit.runtime import generate
 

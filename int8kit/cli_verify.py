@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from int8kit.spec import CheckFailed, FileError, InputError
-from int8kit.terminal import Json, note, progress, show
+from int8kit.terminal import Json, note, progress, quiet_libraries, show
 
 
 def verify(
@@ -30,6 +30,12 @@ def verify(
         list[str] | None,
         typer.Option(help="Judge this GEMM beside int8kit's: torch._int_mm, ..., or module:function; repeatable."),
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Compare INT8 with bf16, layer by layer: tiny, a folder, or a hub id.")
+    ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(help="With --model: torch.save's file of the forwards' arguments. Default: random.")
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -44,6 +50,8 @@ def verify(
     With --subject, other INT8 GEMMs are held to the same properties, in a matrix. A function of your own takes
     (xq, wq) and gives int32 sums, or (xq, wq, sx, sw, bias, out_dtype) and gives the output.
 
+    With --model, a model's linears in INT8 beside the originals, on random or given inputs: the layers that lose most.
+
     Example: int8kit verify --gpu rtx3090
     """
     if examples is not None and examples < 1:
@@ -52,13 +60,19 @@ def verify(
         raise InputError("--mutate with --db or --shapes: faults bring configurations of their own; leave the file out")
     if subject and (mutate or database or shapes):
         raise InputError("--subject with --mutate, --db or --shapes: subjects bring no configurations; leave it out")
+    if model and (mutate or subject or database or shapes):
+        raise InputError("--model with --mutate, --subject, --db or --shapes: it compares layers; leave it out")
+    if inputs and not model:
+        raise InputError(f"--inputs {inputs}: of a model's forwards; add --model")
     if only and not mutate:
         raise InputError(f"--only {only[0]}: names a fault of --mutate; add --mutate")
     import torch
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the verb's process runs nothing else
-    if mutate:
+    if model:
+        _compare(model, inputs, seed, as_json, markdown)
+    elif mutate:
         _mutate(gpu, only or [], examples, seed, as_json, markdown)
     elif subject:
         _judge(gpu, subject, examples, seed, as_json, markdown)
@@ -117,6 +131,26 @@ def _keep(name: str, example: str, subject: str = "int8kit") -> None:
         corpus.add(name, example, subject)
     except (FileError, OSError) as error:  # the failure is reported, whether or not it can be kept
         note(f"example not kept: {error}")
+
+
+def _compare(model: str, inputs: Path | None, seed: int, as_json: bool, markdown: bool) -> None:
+    from dataclasses import asdict
+
+    quiet_libraries()
+    from int8kit import models, report
+    from int8kit.runtime import compare
+
+    side = 256 if model == models.TINY else 1024
+    case = models.Case(side, side, text_tokens=32 if model == models.TINY else 200)
+    with progress("comparing") as (bar, task):
+
+        def on_layer(total: int) -> None:
+            bar.update(task, total=total)
+            bar.advance(task)
+
+        branches = compare.compare(model, case, seed=seed, inputs=inputs, on_layer=on_layer)
+    document = {"model": model, "inputs": "given" if inputs else "random", "branches": [asdict(b) for b in branches]}
+    show(document, report.layers_table(branches, markdown), as_json)
 
 
 def _judge(gpu: str | None, names: list[str], examples: int | None, seed: int, as_json: bool, markdown: bool) -> None:

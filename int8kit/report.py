@@ -12,6 +12,7 @@ from int8kit.schema import Entry
 from int8kit.spec import GemmShape, default_config
 
 if TYPE_CHECKING:  # a verb needs the packages of its own stage, not those of all
+    from int8kit.runtime.compare import Branch
     from int8kit.runtime.generate import Outcome
     from int8kit.verify.checks import Result
     from int8kit.verify.matrix import Column
@@ -119,6 +120,24 @@ def subjects_table(columns: Iterable[Column], markdown: bool = False) -> str:
     rows = [(results[0].name, *map(cell, results)) for results in zip(*(c.results for c in columns), strict=True)]
     head = ("property", *(c.subject for c in columns))
     return "\n".join([tabulate(rows, head, tablefmt=_format(markdown), disable_numparse=True), "", *reasons])
+
+
+def layers_table(branches: Iterable[Branch], markdown: bool = False, most: int = 12) -> str:
+    """Each branch's output, and its `most` worst layers: those most worth protecting."""
+    parts = []
+    for b in branches:
+        rows = [
+            (one.name, f"{one.n}x{one.k}", f"{one.error.sqnr_db:.1f}", f"{one.error.cosine:.6f}",
+             f"{one.error.max_error:.2%}", f"{one.saturated:.3%}") for one in b.layers[:most]
+        ]  # fmt: skip
+        head = ("layer", "N x K", "SQNR dB", "cosine", "max error", "saturated")
+        table = tabulate(rows, head, tablefmt=_format(markdown), disable_numparse=True, stralign="right")
+        out = b.output
+        parts.append(
+            f"{b.name}: output {out.sqnr_db:.1f} dB, cosine {out.cosine:.6f}, max error {out.max_error:.2%}; "
+            f"the {len(rows)} of {len(b.layers)} layers most worth protecting\n{table}"
+        )
+    return "\n\n".join(parts)
 
 
 def _format(markdown: bool) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -43,6 +45,17 @@ def stages() -> Iterator[Callable[[str, int], Callable[[], None]]]:
             return step
 
         yield stage
+
+
+def quiet_libraries() -> None:
+    """Keep notes of the libraries that load models off stderr."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import diffusers
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    diffusers.logging.set_verbosity_error()
 
 
 def show(document: dict[str, Any], table: str, as_json: bool) -> None:

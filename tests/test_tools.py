@@ -22,6 +22,18 @@ def test_bench_prologues_runs_dry(tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["dry_run"]
 
 
+def test_launches_and_what_sanitizes_them(tmp_path):
+    command = [sys.executable, ROOT / "tools" / "launches.py"]
+    done = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 configurations at 2 shapes, 5 kernels over rows: launched" in done.stdout
+    environment = {"PATH": "/usr/bin:/bin"}  # where no CUDA toolkit is
+    script = ["sh", ROOT / "tools" / "sanitize.sh", tmp_path / "s.txt"]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr == "sanitize: no compute-sanitizer; it is part of the CUDA toolkit\n"
+
+
 def test_exhaustive_runs_dry(tmp_path):
     out = tmp_path / "exhaustive.json"
     shape = ("--gpu", "rtx3090", "--shape", "4096x256x1024", "--seeds")

@@ -1,0 +1,22 @@
+#!/bin/sh
+# compute-sanitizer's memcheck, racecheck and initcheck over a launch of every kernel; needs a card and the CUDA toolkit.
+#   tools/sanitize.sh [OUTPUT]      one line a tool, kept in OUTPUT; exit status 1 if any of them found anything
+set -eu
+output=${1:-out/sanitize.txt}
+python=${PYTHON:-python}
+command -v compute-sanitizer >/dev/null || { echo "sanitize: no compute-sanitizer; it is part of the CUDA toolkit" >&2; exit 2; }
+mkdir -p "$(dirname "$output")"
+: >"$output"
+"$python" tools/launches.py >/dev/null  # compiles, so that the tools judge kernels and not the compiler's processes
+status=0
+for tool in memcheck racecheck initcheck; do
+    if compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" tools/launches.py >"$output.$tool" 2>&1; then
+        found="nothing found"
+    else
+        found="FOUND, see $output.$tool"
+        status=1
+    fi
+    summary=$(grep -E "(ERROR|RACECHECK) SUMMARY" "$output.$tool" | tail -n 1 | sed 's/=*//')
+    echo "$tool: $found;$summary" | tee -a "$output"
+done
+exit $status
