@@ -40,7 +40,7 @@ def vllm_stand_in():
         assert a_scales.shape == (a.shape[0], 1)
         assert b_scales.shape == (1, b.shape[1])
         assert b.stride(0) == 1
-        out.copy_(scaled(a, b.t(), a_scales, b_scales, bias))
+        out.copy_(scaled(a, b.t(), a_scales, b_scales, bias, out.dtype))
 
     def dynamic_scaled_int8_quant(result, input, scale, azp):
         q, s = reference.quantize(input)
@@ -100,7 +100,8 @@ def triton_stand_ins():
     }
 
 
-def test_each_adapter_calls_its_peer_as_released(tool, monkeypatch):
+def install_stand_ins(monkeypatch):
+    """Modules of the peers' names, and a stream that comfy-kitchen's knows."""
     stand_ins = comfy_stand_in() | triton_stand_ins()
     packages = {".".join(name.split(".")[:i]) for name in stand_ins for i in range(1, name.count(".") + 1)}
     for name in packages - set(stand_ins):
@@ -111,8 +112,12 @@ def test_each_adapter_calls_its_peer_as_released(tool, monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     for name in ("bitsandbytes", "bitsandbytes.functional"):  # as if not installed, whatever ran before
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(tool, "vllm_ops", vllm_stand_in)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+
+
+def test_each_adapter_calls_its_peer_as_released(tool, monkeypatch):
+    install_stand_ins(monkeypatch)
+    monkeypatch.setattr(tool, "vllm_ops", vllm_stand_in)
     listed = ours(CARD) + tool.peers(inductor=False, timer=tool.invented)
     setting = gemm.Setting(3, device="cpu", copies=2, timer=tool.invented)
     outcome = gemm.run([SHAPE], listed, CARD, setting)

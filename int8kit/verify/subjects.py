@@ -78,12 +78,13 @@ def _int_mm(device: str) -> Subject:
 
 def _vllm(device: str) -> Subject:
     """vLLM's cutlass_scaled_mm: N and K multiples of 16, bf16 or fp16 out, a bias of the output's dtype."""
-    import vllm._custom_ops
+    if not hasattr(torch.ops._C, "cutlass_scaled_mm"):  # the library may have been loaded without the package
+        import vllm._custom_ops  # noqa: F401
 
     def output(d: Draw, x: torch.Tensor, w: torch.Tensor, sx: torch.Tensor, sw: torch.Tensor, bias: Any) -> Any:
-        return vllm._custom_ops.cutlass_scaled_mm(
-            x.contiguous(), w.contiguous().t(), sx[:, None], sw[None], d.out_dtype, bias
-        )
+        out = torch.empty(len(x), len(w), dtype=d.out_dtype, device=x.device)
+        torch.ops._C.cutlass_scaled_mm(out, x.contiguous(), w.contiguous().t(), sx[:, None], sw[None], bias)
+        return out
 
     return Subject("vllm", device, output=output, fit=partial(_half, step=16), strides=False)
 
@@ -117,8 +118,46 @@ def _torchao(device: str) -> Subject:
     return Subject("torchao", device, output=output, fit=fit, strides=False)
 
 
+def _comfy_kitchen(device: str) -> Subject:
+    """comfy-kitchen's CUTLASS for sm_80, by its own heuristic: K a multiple of 16, always a bias, of bf16."""
+    from comfy_kitchen.backends import cuda
+
+    def output(d: Draw, x: torch.Tensor, w: torch.Tensor, sx: torch.Tensor, sw: torch.Tensor, bias: Any) -> Any:
+        out = torch.empty(len(x), len(w), dtype=d.out_dtype, device=x.device)
+        arguments = map(cuda._wrap_for_dlpack, (x.contiguous(), w.contiguous(), sx[:, None], sw, bias, out))
+        stream = torch.cuda.current_stream().cuda_stream
+        if not cuda._C.cutlass_int8_dequant(*arguments, cuda.DTYPE_TO_CODE[d.out_dtype], stream):
+            raise RuntimeError(f"declined {d.shape}")
+        return out
+
+    def fit(d: Draw) -> Draw:
+        return replace(_rounded(d, step=16), out_dtype=torch.bfloat16, bias=torch.bfloat16)
+
+    return Subject("comfy-kitchen", device, output=output, fit=fit, strides=False)
+
+
+def _sdnq(device: str) -> Subject:
+    """SDNQ's Triton kernel, which asks for scratch memory on the device: N and K multiples of 16, 16-bit output."""
+    import triton
+    from sdnq.kernels.triton_scaled_mm import sdnq_scaled_mm
+
+    triton.set_allocator(lambda size, _align, _stream: torch.empty(size, dtype=torch.int8, device=device))
+
+    def output(d: Draw, x: torch.Tensor, w: torch.Tensor, sx: torch.Tensor, sw: torch.Tensor, bias: Any) -> Any:
+        rows, columns = sx[:, None].contiguous(), sw[None].contiguous()
+        return sdnq_scaled_mm(x.contiguous(), w.contiguous().t(), rows, columns, bias=bias, out_dtype=d.out_dtype)
+
+    return Subject("sdnq", device, output=output, fit=partial(_half, step=16), strides=False)
+
+
+def _gemlite(device: str) -> Subject:
+    """None: raises InputError."""
+    raise InputError("gemlite quantizes inside its layer: no GEMM of int8 operands to judge; leave it out")
+
+
 KNOWN: dict[str, Callable[[str], Subject]] = {
-    "torch._int_mm": _int_mm, "vllm": _vllm, "torchao": _torchao, "bitsandbytes": _bitsandbytes,
+    "torch._int_mm": _int_mm, "vllm": _vllm, "comfy-kitchen": _comfy_kitchen, "torchao": _torchao, "sdnq": _sdnq,
+    "gemlite": _gemlite, "bitsandbytes": _bitsandbytes,
 }  # fmt: skip
 
 
