@@ -84,7 +84,10 @@ def test_verify_stamps_what_it_proved(workshop):
     assert all(proven) or f"{proven.count(False)} " in re.search(r"holds; \d+ need a card", done.stdout)[0]
     done = int8kit("verify", "--gpu", "rtx3090", "--db", "p.json", "--examples", "15", "--json", cwd=workshop)
     names = {r["name"] for r in json.loads(done.stdout)["results"]}
-    assert names == {"accumulator", "output", "swiglu", "quantize", "entries"}
+    assert names == {
+        "accumulator", "output", "swiglu", "batch", "linearity", "zero rows", "nan rows", "strided", "repeats",
+        "configuration", "quantize", "entries",
+    }  # fmt: skip
     assert "up to date" in done.stderr
 
 
