@@ -11,6 +11,8 @@ What plain Triton's pipeliner does otherwise, and what that costs (docs/kernel-n
   fragments ahead      The next 32 columns are loaded before the present ones are multiplied, across steps too: the last
                        of a step loads the first of the next slot. Only between two passes of the unrolled loop nothing
                        is in flight: int8 fragments that cross a loop's edge are unpacked byte by byte, and spill.
+  copies spread        x and w are copied at two places of a step. In one bunch they keep the loads of fragments behind
+                       them waiting, for all warps at the same time.
   stores of 16 bytes   A thread's sums are pairs of columns, 8 apart. The rows of w are therefore read in an order that
                        makes each thread's columns neighbours: no shuffle and no shared memory in the epilogue.
 
@@ -37,16 +39,13 @@ from int8kit.spec import TileConfig, warp_grid
 async_copy = schedule.with_names(ampere.async_copy, async_copy_global_to_shared="async_load")
 FRAGMENT_K = 32  # columns of K that one int8 mma.sync takes
 STRIDE_MAX = 2**23  # a tile has up to 256 rows, addressed in 31 bits
-PASS_K = 384  # columns of K in one pass of the unrolled loop, at least: shorter ones cost 4 %
+PASS_K = {64: 384, 128: 768}  # by block_k: columns of K in one pass of the unrolled loop, at least; half costs 2 to 4 %
 
 
 @gluon.jit
-def _copy(x_slot, w_slot, x_ptr, w_ptr, x_offsets, w_offsets, ks, k, end):
-    """Start the copy of one step into a slot, as one group."""
-    inside = ks + k < end
-    async_copy.async_copy_global_to_shared(x_slot, x_ptr + (x_offsets + k), mask=inside)
-    async_copy.async_copy_global_to_shared(w_slot, w_ptr + (w_offsets + k), mask=inside)
-    async_copy.commit_group()
+def _copy(slot, ptr, offsets, ks, k, end):
+    """Start the copy of one operand's step into its slot."""
+    async_copy.async_copy_global_to_shared(slot, ptr + (offsets + k), mask=ks + k < end)
 
 
 @gluon.jit
@@ -67,21 +66,38 @@ def _accumulate(
     BLOCK_M: gl.constexpr = x_slots[0].shape[0]
     BLOCK_N: gl.constexpr = w_slots[0].shape[0]
     PIECES: gl.constexpr = BLOCK_K // WIDTH
+    # where in a step the copies start: before, or behind, the load of the fragments that follow piece j; -1: not there
+    AT_ONCE: gl.constexpr = STAGES == 2  # a copy that starts late would not be there in time
+    W_BEFORE: gl.constexpr = 0 if AT_ONCE or PIECES == 2 else -1
+    X_BEFORE: gl.constexpr = 0 if AT_ONCE else 1 if PIECES == 2 else -1
+    X_BEHIND: gl.constexpr = -1 if AT_ONCE or PIECES == 2 else 0
+    W_BEHIND: gl.constexpr = -1 if AT_ONCE or PIECES == 2 else 1
+    LAST_COPY: gl.constexpr = 0 if AT_ONCE else 1
     acc = gl.zeros([BLOCK_M, BLOCK_N], gl.int32, mma)
     for i in gl.static_range(STAGES - 1):
-        _copy(x_slots[i], w_slots[i], x_ptr, w_ptr, x_offsets, w_offsets, ks, first + i * BLOCK_K, end)
+        _copy(x_slots[i], x_ptr, x_offsets, ks, first + i * BLOCK_K, end)
+        _copy(w_slots[i], w_ptr, w_offsets, ks, first + i * BLOCK_K, end)
+        async_copy.commit_group()
     rest = first + (end - first + BLOCK_K - 1) // BLOCK_K // STEPS * (STEPS * BLOCK_K)
     for k in range(first, rest, STEPS * BLOCK_K):
         async_copy.wait_group(STAGES - 2)
         a, b = _fragments(x_slots[0], w_slots[0], 0, WIDTH, mma)
         for i in gl.static_range(STEPS):
-            # into the slot of the step before, which all warps have read
-            _copy(x_slots[(i + STAGES - 1) % STAGES], w_slots[(i + STAGES - 1) % STAGES], x_ptr, w_ptr,
-                  x_offsets, w_offsets, ks, k + (i + STAGES - 1) * BLOCK_K, end)  # fmt: skip
+            later = k + (i + STAGES - 1) * BLOCK_K  # goes into the slot of the step before, which all warps have read
             for j in gl.static_range(PIECES):
+                if j == W_BEFORE:
+                    _copy(w_slots[(i + STAGES - 1) % STAGES], w_ptr, w_offsets, ks, later, end)
+                if j == X_BEFORE:
+                    _copy(x_slots[(i + STAGES - 1) % STAGES], x_ptr, x_offsets, ks, later, end)
                 if j + 1 < PIECES:
                     next_a, next_b = _fragments(x_slots[i % STAGES], w_slots[i % STAGES], j + 1, WIDTH, mma)
-                elif i + 1 < STEPS:
+                if j == X_BEHIND:
+                    _copy(x_slots[(i + STAGES - 1) % STAGES], x_ptr, x_offsets, ks, later, end)
+                if j == W_BEHIND:
+                    _copy(w_slots[(i + STAGES - 1) % STAGES], w_ptr, w_offsets, ks, later, end)
+                if j == LAST_COPY:
+                    async_copy.commit_group()
+                if j + 1 == PIECES and i + 1 < STEPS:
                     async_copy.wait_group(STAGES - 2)
                     next_a, next_b = _fragments(x_slots[(i + 1) % STAGES], w_slots[(i + 1) % STAGES], 0, WIDTH, mma)
                 acc = mma_v2(a, b, acc)
@@ -91,8 +107,10 @@ def _accumulate(
     for i in gl.static_range(STEPS - 1):  # the steps that fill no pass
         if rest + i * BLOCK_K < end:
             async_copy.wait_group(STAGES - 2)
-            _copy(x_slots[(i + STAGES - 1) % STAGES], w_slots[(i + STAGES - 1) % STAGES], x_ptr, w_ptr,
-                  x_offsets, w_offsets, ks, rest + (i + STAGES - 1) * BLOCK_K, end)  # fmt: skip
+            later = rest + (i + STAGES - 1) * BLOCK_K
+            _copy(x_slots[(i + STAGES - 1) % STAGES], x_ptr, x_offsets, ks, later, end)
+            _copy(w_slots[(i + STAGES - 1) % STAGES], w_ptr, w_offsets, ks, later, end)
+            async_copy.commit_group()
             for j in gl.static_range(PIECES):
                 a, b = _fragments(x_slots[i % STAGES], w_slots[i % STAGES], j, WIDTH, mma)
                 acc = mma_v2(a, b, acc)
@@ -274,7 +292,7 @@ def _constants(
         ("BLOCK_N", config.block_n),
         ("BLOCK_K", config.block_k),
         ("STAGES", config.num_stages),
-        ("STEPS", config.num_stages * cdiv(PASS_K, config.num_stages * config.block_k)),
+        ("STEPS", config.num_stages * cdiv(PASS_K[config.block_k], config.num_stages * config.block_k)),
         ("WIDTH", FRAGMENT_K),
         ("RUN", _run(config)),
         ("STREAM_K", config.stream_k > 0),
