@@ -338,7 +338,7 @@ def _hopper(name: str, old: str, new: str, fault: str, expected: str = "accumula
 
 
 _AMPERE = (
-    _ampere("ampere-copy-past-k", "inside = ks + k < end", "inside = ks + k < end + 16",
+    _ampere("ampere-copy-past-k", "mask=ks + k < end)", "mask=ks + k < end + 16)",
             "16 bytes past the end of K are copied"),
     _ampere("ampere-dropped-wait",
             "STEPS * BLOCK_K):\n        async_copy.wait_group(STAGES - 2)\n", "STEPS * BLOCK_K):\n",
