@@ -102,9 +102,13 @@ def _prove(
     stamps: dict[Any, list[Any]] = {}
     jobs = [isolate.Job(name, executor) for executor in executors for name in checks.names(executor, base)]
     with progress("verifying") as (bar, task):
-        for result, passed in isolate.run_all(
-            jobs, base, examples=examples, random_seed=seed, on_example=lambda: bar.advance(task)
-        ):
+        outcomes = isolate.run_all(
+            jobs,
+            isolate.Proof(base, examples, seed),
+            processes=isolate.processes(executors[-1]),
+            on_example=lambda: bar.advance(task),
+        )
+        for result, passed in outcomes:
             results.append(result)
             for key, new in passed.items():
                 stamps.setdefault(key, []).extend(new)

@@ -140,26 +140,28 @@ def test_entries_are_stamped_only_if_they_pass(monkeypatch):
     assert set(stamps) == {GOOD.key}
 
 
-def _dying(pipe, jobs, database, examples, random_seed):
-    for job in jobs:
-        pipe.send(("example", f"an example of {job.name}"))
-        if job.name == "output":
-            os.abort()
-        pipe.send(("done", checks.Result(job.name, str(job.executor), 1), {}))
+def _dying(job, on_example):
+    on_example(f"an example of {job.name}")
+    if job.name == "output":
+        os.abort()
+    return checks.Result(job.name, str(job.executor), 1), {}
 
 
-def test_a_kernel_that_ends_its_process_is_a_failure_like_any_other():
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_a_kernel_that_ends_its_process_is_a_failure_like_any_other(processes):
     jobs = [isolate.Job(name, EXECUTOR) for name in ("accumulator", "output", "entries")]
-    results = [result for result, _ in isolate.run_all(jobs, BASE, child=_dying)]
-    assert [r.name for r in results] == ["accumulator", "output", "entries"]
-    assert [r.failure for r in results] == [
+    told = []
+    outcomes = isolate.run_all(jobs, _dying, processes=processes, on_example=lambda: told.append(1))
+    assert [r.name for r, _ in outcomes] == ["accumulator", "output", "entries"]
+    assert [r.failure for r, _ in outcomes] == [
         None, "an example of output: the kernel ended its process (SIGABRT)", None,
     ]  # fmt: skip
+    assert len(told) == 3
 
 
 def test_isolated_checks_are_the_same():
     jobs = [isolate.Job("quantize", EXECUTOR)]
-    [(result, _)] = isolate.run_all(jobs, BASE, examples=20)
+    [(result, _)] = isolate.run_all(jobs, isolate.Proof(BASE, examples=20))
     assert result == checks.run("quantize", EXECUTOR, BASE, examples=20)[0]
 
 

@@ -1,22 +1,32 @@
-"""The checks in a process of their own: a kernel that ends its process is a failure with an example, like any other.
+"""The checks in processes of their own: a kernel that ends its process is a failure with an example, like any other.
 
-The child runs the jobs in order and reports over a pipe: ("example", text) before each one, ("done", result, stamps)
-after each job. If it dies, the parent writes down the example that was being tried and starts another child behind it.
+    run_all([Job("output", executor), ...], judge, processes=2)      -> [(Result, stamps), ...], in the jobs' order
+
+A child is sent one job after another, and reports over its pipe: ("example", text) before each one, ("done", result,
+stamps) after the job. If it dies, the parent writes down the example that was being tried, and another child goes on
+with the jobs that are left. Several children at a time, since examples wait for the compiler, which uses one core.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from typing import Any
+
+import torch
 
 from int8kit.db import Database
 from int8kit.verify import checks, corpus
+from int8kit.verify.buffers import FAR_ROOM
 from int8kit.verify.checks import Result, Stamps
 from int8kit.verify.foreign import Executor
+
+MOST_PROCESSES = 16  # on a card: each keeps a context there
 
 
 @dataclass(frozen=True)
@@ -27,56 +37,127 @@ class Job:
     executor: Executor
 
 
-def _child(pipe: Connection, jobs: list[Job], database: Database, examples: int | None, random_seed: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    for job in jobs:
-        outcome = checks.run(
-            job.name, job.executor, database, examples=examples, random_seed=random_seed,
-            kept=corpus.load(job.name), on_example=lambda example: pipe.send(("example", str(example))),
+Outcome = tuple[Result, Stamps]
+Judge = Callable[[Job, Callable[[object], None]], Outcome]
+"""What a child runs, pickled: given a job, and what is told of each example before it is tried."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The judge of int8kit's own kernels: `checks.run` over a database's configurations."""
+
+    database: Database
+    examples: int | None = None
+    random_seed: int = 0
+
+    def __call__(self, job: Job, on_example: Callable[[object], None]) -> Outcome:
+        """See `Judge`."""
+        return checks.run(
+            job.name, job.executor, self.database, examples=self.examples, random_seed=self.random_seed,
+            kept=corpus.load(job.name), on_example=on_example,
         )  # fmt: skip
-        pipe.send(("done", *outcome))
+
+
+@dataclass
+class _Child:
+    """A process, and the job that it was sent."""
+
+    process: SpawnProcess
+    pipe: Connection
+    index: int = -1
+    tried: int = 0
+    last: str = ""
+
+    def take(self, index: int, job: Job) -> None:
+        self.index, self.tried, self.last = index, 0, "before its first example"
+        self.pipe.send(job)
+
+    def end(self) -> int | None:
+        self.process.terminate()
+        self.process.join()
+        self.pipe.close()
+        return self.process.exitcode
+
+
+@dataclass
+class _Children:
+    """Those that are alive, by their pipes."""
+
+    judge: Judge
+    threads: int  # of torch, in each
+    alive: dict[Connection, _Child] = field(default_factory=dict)
+
+    def start(self) -> _Child:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, self.judge, self.threads), daemon=True)
+        process.start()
+        theirs.close()
+        return self.alive.setdefault(ours, _Child(process, ours))
+
+    def end(self) -> None:
+        for child in self.alive.values():
+            child.end()
+
+
+def processes(executor: Executor) -> int:
+    """How many children to run: one a core, and on a card no more than it can hold far matrices."""
+    cores = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
+    if executor.on == "interpreter":
+        return cores
+    return max(1, min(cores, torch.cuda.mem_get_info()[0] // FAR_ROOM))
 
 
 def run_all(
-    jobs: list[Job],
-    database: Database,
-    *,
-    examples: int | None = None,
-    random_seed: int = 0,
-    on_example: Callable[[], None] = lambda: None,
-    child: Callable[..., None] = _child,
-) -> Iterator[tuple[Result, Stamps]]:
-    """Run `jobs` in a child process; yields what each came to. Closing the iterator early ends the child."""
-    context = multiprocessing.get_context("spawn")
-    todo = list(jobs)
-    while todo:
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=child, args=(theirs, todo, database, examples, random_seed), daemon=True)
-        process.start()
-        theirs.close()
-        tried, last = 0, "before its first example"
-        try:
-            while todo:
-                message: tuple[Any, ...] = ours.recv()
-                if message[0] == "example":
-                    tried, last = tried + 1, message[1]
-                    on_example()
+    jobs: list[Job], judge: Judge, *, processes: int = 1, on_example: Callable[[], None] = lambda: None
+) -> list[Outcome]:
+    """Judge `jobs`, up to `processes` at a time -> what each came to, in order. Interrupted, it ends its children."""
+    found: dict[int, Outcome] = {}
+    todo = list(enumerate(jobs))[::-1]
+    children = _Children(judge, max(1, len(os.sched_getaffinity(0)) // processes))
+    try:
+        for _ in range(min(processes, len(jobs))):
+            children.start().take(*todo.pop())
+        while len(found) < len(jobs):
+            for pipe in wait(list(children.alive)):
+                assert isinstance(pipe, Connection)
+                child = children.alive[pipe]
+                try:
+                    message: tuple[Any, ...] = pipe.recv()
+                except (EOFError, OSError):
+                    del children.alive[pipe]
+                    found[child.index] = _lost(child, jobs[child.index])
+                    child = children.start() if todo else child
                 else:
-                    todo.pop(0)
-                    tried, last = 0, "before its first example"
-                    yield message[1], message[2]
-        except EOFError:
-            process.join()
-            job = todo.pop(0)
-            why = f"{last}: the kernel ended its process ({_how(process.exitcode)})"
-            yield Result(job.name, str(job.executor), tried, why), {}
-        finally:
-            process.terminate()
-            process.join()
-            ours.close()
+                    if message[0] == "example":
+                        child.tried, child.last = child.tried + 1, message[1]
+                        on_example()
+                        continue
+                    found[child.index] = message[1:]
+                if todo:
+                    child.take(*todo.pop())
+    finally:
+        children.end()
+    return [found[index] for index in range(len(jobs))]
+
+
+def _lost(child: _Child, job: Job) -> Outcome:
+    """The failure of a job whose child has ended."""
+    child.process.join()
+    how = _how(child.end())
+    return Result(job.name, str(job.executor), child.tried, f"{child.last}: the kernel ended its process ({how})"), {}
 
 
 def _how(exit_code: int | None) -> str:
     if exit_code is not None and exit_code < 0:
         return signal.Signals(-exit_code).name
     return f"exit status {exit_code}"
+
+
+def _serve(pipe: Connection, judge: Judge, threads: int) -> None:
+    """What a child does, until it is ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(threads)
+    while True:
+        job: Job = pipe.recv()
+        pipe.send(("done", *judge(job, lambda example: pipe.send(("example", str(example))))))

@@ -1,4 +1,4 @@
-"""`verify --subject`: the same properties of several INT8 GEMMs, side by side, each subject in a process of its own.
+"""`verify --subject`: the same properties of several INT8 GEMMs, side by side, each in processes of its own.
 
 property      int8kit   torch._int_mm   mine:scaled
 accumulator   holds     holds           not applicable: it gives no sums
@@ -7,14 +7,9 @@ output        holds     n/a             fails: "1x1x1, ...: 1 of 1 differ"
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing.connection import Connection
-from typing import Any
 
-from int8kit import gpus
 from int8kit.db import Database
 from int8kit.spec import GemmShape, TileConfig, default_config
 from int8kit.verify import checks, corpus, isolate, properties, subjects
@@ -56,36 +51,35 @@ def run(
     columns = []
     for name in listed:
         jobs = [isolate.Job(kind, executor) for kind in properties.ALL]
-        done = isolate.run_all(
-            jobs, Database(gpus.get("rtx3090")), examples=examples, random_seed=random_seed, on_example=on_example,
-            child=partial(_child, name, configs),
-        )  # fmt: skip
+        judge = _Judge(name, configs, examples, random_seed)
+        done = isolate.run_all(jobs, judge, processes=isolate.processes(executor), on_example=on_example)
         columns.append(Column(name, tuple(result for result, _ in done)))
     return columns
 
 
-def _child(
-    name: str, configs: tuple[TileConfig, ...], pipe: Connection, jobs: list[isolate.Job], _: Any,
-    examples: int | None, random_seed: int,
-) -> None:  # fmt: skip
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    executor = jobs[0].executor
-    subject = subjects.find(name, executor, configs)
-    limits = checks.budget(executor, examples)
-    for job in jobs:
-        reason = properties.why_not(job.name, subject)
-        if reason:
-            pipe.send(("done", Result(job.name, name, 0, reason=reason), {}))
-            continue
-        check, kept = properties.ALL[job.name], corpus.load(job.name, name)
+@dataclass(frozen=True)
+class _Judge:
+    """Holds one subject to one property after another."""
 
-        def fitted(d: Draw, _: Executor, check: properties.Check = check) -> str | None:
+    name: str
+    configs: tuple[TileConfig, ...]
+    examples: int | None
+    random_seed: int
+
+    def __call__(self, job: isolate.Job, on_example: Callable[[object], None]) -> isolate.Outcome:
+        subject = subjects.find(self.name, job.executor, self.configs)
+        if reason := properties.why_not(job.name, subject):
+            return Result(job.name, self.name, 0, reason=reason), {}
+        check = properties.ALL[job.name]
+
+        def fitted(d: Draw, _: Executor) -> str | None:
             return check(subject.fit(d), subject)
 
-        gemms = draws(configs, min(limits.most, checks.MOST_ROWS), limits.ops // checks.SPARED)
+        limits = checks.budget(job.executor, self.examples)
+        gemms = draws(self.configs, min(limits.most, checks.MOST_ROWS), limits.ops // checks.SPARED)
         with checks.strict():
             result = checks.hold(
-                job.name, executor, gemms, fitted, examples=examples or EXAMPLES, random_seed=random_seed, always=kept,
-                on_example=lambda example: pipe.send(("example", str(example))),
+                job.name, job.executor, gemms, fitted, examples=self.examples or EXAMPLES,
+                random_seed=self.random_seed, always=corpus.load(job.name, self.name), on_example=on_example,
             )  # fmt: skip
-        pipe.send(("done", result, {}))
+        return result, {}

@@ -32,12 +32,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from int8kit.gpus import Gpu, present
 from int8kit.spec import CheckFailed, Kernel, UnknownName
-from int8kit.verify import foreign
-from int8kit.verify.buffers import FAR_ROOM
+from int8kit.verify import foreign, isolate
 from int8kit.verify.foreign import Executor
 from int8kit.verify.mutants import CATALOGUE, TILES, Mutant
 
@@ -45,7 +42,6 @@ PACKAGE = Path(__file__).parent.parent
 PROPERTIES = ("accumulator", "output", "swiglu", "quantize")
 SILENCE = 120.0
 """Seconds without an example's end that count as a hang: a start of torch and the largest example take a tenth."""
-MOST_JOBS = 8  # by default: more would crowd a card
 
 Ending = Literal["killed", "survived", "needs a card", "not applicable"]
 How = Literal["differs", "crash", "compile", "timeout"]
@@ -115,7 +111,7 @@ def run(
     silence: float = SILENCE,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Verdict]:
-    """Judge `mutants` on this machine, `jobs` at a time (default: one a core, what a card holds, at most 8), in order.
+    """Judge `mutants` on this machine, `jobs` at a time (default: as `isolate.processes` has it), in order.
 
     gpu: on a newer card, Ampere's mutants run as this card's code. examples: of each property; None: as `checks.run`.
     on_step is told how many children ended, and of how many. Raises CheckFailed if the unchanged kernels fail, or a
@@ -128,17 +124,9 @@ def run(
     idle = {mutant.name: idle for mutant in mutants if (idle := _idle(mutant, executors))}
     todo = [_job(mutant, executors) for mutant in mutants if mutant.name not in idle]
     with tempfile.TemporaryDirectory(prefix="int8kit-mutate-") as root:
-        limits = _Limits(Path(root).resolve(), examples, seed, jobs or _jobs(executors[-1]), silence)
+        limits = _Limits(Path(root).resolve(), examples, seed, jobs or isolate.processes(executors[-1]), silence)
         judged = asyncio.run(_run(todo, limits, on_step))
     return [idle.get(mutant.name) or judged[mutant.name] for mutant in mutants]
-
-
-def _jobs(executor: Executor) -> int:
-    """As many as there are cores, and on a card, as can hold a far matrix at once."""
-    cores = min(len(os.sched_getaffinity(0)), MOST_JOBS)
-    if executor.on == "interpreter":
-        return cores
-    return max(1, min(cores, torch.cuda.mem_get_info()[0] // FAR_ROOM))
 
 
 def score(verdicts: Iterable[Verdict]) -> dict[str, Any]:
