@@ -66,6 +66,15 @@ def test_contestants_are_known_by_name_and_kind():
         contestants.only(listed, ["cublas"])
 
 
+def test_another_architectures_code_is_what_was_timed_and_not_what_a_model_chose(monkeypatch):
+    asked = []
+    monkeypatch.setattr(contestants, "int8kit", lambda base, arch=None: asked.append((base.gpu.alias, arch)) or [])
+    contestants.ours(CARD, arch="sm86")
+    assert asked == [("h200", None), ("rtx3090", "sm86")]
+    contestants.ours(CARD, gpu="rtx3060")
+    assert asked[2:] == [("h200", None), ("rtx3060", "sm86")]
+
+
 def test_whose_code_is_timed():
     def names(*args, **kwargs):
         return {c.name for c in contestants.ours(*args, **kwargs)}

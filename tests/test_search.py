@@ -90,6 +90,7 @@ def test_what_is_ahead_is_untried_and_near():
     timed = search.worthwhile(trail, found, compiled_all)
     assert timed[:3] == [A, B, C]
     assert set(timed) <= {*found, A, B, C}
+    assert len(search.worthwhile(trail, space.legal(RTX3090), compiled(space.legal(RTX3090)))) <= 3 + search.FRESH
     spilling = {c: FREE.model_copy(update={"spill_bytes": 4}) for c in found}
     assert search.worthwhile(trail, found, compiled(resources=spilling)) == []
 

@@ -3,13 +3,14 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from test_bench_peers import install_stand_ins, vllm_stand_in
 
 from int8kit import cli, gpus, reference
-from int8kit.spec import GemmShape, InputError, UnknownName
+from int8kit.spec import GemmShape, InputError, Kernel, UnknownName
 from int8kit.verify import checks, corpus, foreign, matrix, properties, replay, subjects
 from int8kit.verify.strategies import Draw, from_json, to_json
 
@@ -112,12 +113,15 @@ def test_the_property_of_several_configurations():
 
     def output(d, x, w, sx, sw, bias):
         y = exact(x, w, sx, sw, bias, d.out_dtype)
-        return y + 1 if d.config == bad else y
+        return y if d.config == TILES[0] else y + 1
 
     subject = subjects.Subject("mine", "cpu", output=output, tiles=TILES)
     d = Draw(GemmShape(3, 4, 5), TILES[0], "normal", 1, None, torch.float32)
     assert "against 16x32x32" in properties.configuration(d, subject)
     assert subjects.ours(EXECUTOR, TILES).tiles == TILES
+    aligned = subjects.Subject("mine", "cpu", output=output, tiles=(replace(bad, kernel=Kernel.AMPERE), TILES[0]))
+    for seed in range(2):  # another kernel would serve K = 5 in the name of the first
+        assert properties.configuration(replace(d, seed=seed), aligned) is None
 
 
 def test_every_property_of_our_own_kernels_is_run_by_default():

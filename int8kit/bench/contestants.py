@@ -29,7 +29,7 @@ from int8kit.bench.operands import Operands, Result
 from int8kit.db import Database
 from int8kit.gpus import Gpu
 from int8kit.kernels import gemm, quantize
-from int8kit.spec import InputError, UnknownName
+from int8kit.spec import InputError, Source, UnknownName
 
 Launch = Callable[[], torch.Tensor]
 Kind = Literal["gemm", "linear"]
@@ -88,10 +88,14 @@ def ours(card: Gpu, *, gpu: str | None = None, path: Path | None = None, arch: s
 
     contestants = int8kit(database(named if named.arch == card.arch else card))
     if arch not in (None, f"sm{card.arch}"):
-        of_arch = [g for g in gpus.GPUS.values() if f"sm{g.arch}" == arch]
-        known = next((g for g in of_arch if db.find(g.alias)), of_arch[0])
-        contestants += int8kit(database(named if f"sm{named.arch}" == arch else known), arch)
+        of_arch = [database(g) for g in gpus.GPUS.values() if f"sm{g.arch}" == arch]
+        contestants += int8kit(database(named) if f"sm{named.arch}" == arch else max(of_arch, key=_timed), arch)
     return contestants
+
+
+def _timed(database: Database) -> int:
+    """How many of its entries were timed and not only modelled."""
+    return sum(entry.source is not Source.MODELLED for entry in database.entries)
 
 
 def standard(inductor: bool = False) -> list[Contestant]:

@@ -37,6 +37,7 @@ from int8kit.tune.tasks import Timed
 CONTESTANTS = 4  # of each shape and the pointer kernel, by the model; of 69 shapes on two cards only its default won
 RULED_OUT = 1.4  # times the model's best: seeds beyond it are not timed
 WORTHWHILE = 1.2  # times the leader, by the model: neighbours beyond it are not timed
+FRESH = 24  # neighbours in a round: where reading the weight is all, the model rules out next to none
 NEAR = 3  # shapes whose fastest are tried too
 ROUNDS_MAX = 3  # with the first
 LEADERS = 3  # whose neighbours are tried
@@ -197,7 +198,7 @@ def worthwhile(trail: Trail, configs: Iterable[TileConfig], found: Space) -> lis
     """What the next round times: of `configs` those that the model does not rule out, with the fastest so far."""
     leaders = trail.fastest(LEADERS)
     bound = min((us for us, *_ in rank(leaders, trail.shape, found)), default=math.inf) * WORTHWHILE
-    new = [config for us, config, _ in rank(configs, trail.shape, found) if us <= bound]
+    new = [config for us, config, _ in rank(configs, trail.shape, found) if us <= bound][:FRESH]
     return [*leaders, *new] if new else []
 
 

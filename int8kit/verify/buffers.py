@@ -12,6 +12,8 @@ surrounds it, and on a CPU nobody touches the pages in between: 2 GiB that cost 
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from int8kit.kernels.rows import CHUNKS
@@ -20,6 +22,7 @@ from int8kit.spec import DOMAINS
 POISON = 113  # int8 beyond an operand; float operands have NaN there
 SENTINEL = 77  # in every element of a fresh output buffer
 FAR = 2**30 + 16
+PATIENCE_S = 60.0  # how long a far matrix waits for other processes to free theirs
 FAR_ROOM = 3 * FAR * torch.float16.itemsize  # bytes free on a card that the largest far matrix, an output, needs
 
 
@@ -43,9 +46,14 @@ def padded(matrix: torch.Tensor, padding: int, guard: int) -> torch.Tensor:
 
 
 def far(m: int, n: int, dtype: torch.dtype, device: str | torch.device) -> torch.Tensor:
-    """An uninitialized [m, n] whose rows are FAR elements apart. A card holds one at a time."""
+    """An uninitialized [m, n] whose rows are FAR elements apart; on a card, once other processes leave room."""
+    size, end = (m - 1) * FAR + n, time.monotonic() + PATIENCE_S
     torch.cuda.empty_cache()  # of the one before; nothing without a card
-    return torch.empty((m - 1) * FAR + n, dtype=dtype, device=device).as_strided((m, n), (FAR, 1))
+    while torch.device(device).type == "cuda" and time.monotonic() < end:
+        if torch.cuda.mem_get_info()[0] > size * dtype.itemsize:
+            break
+        time.sleep(0.1)
+    return torch.empty(size, dtype=dtype, device=device).as_strided((m, n), (FAR, 1))
 
 
 class Canvas:

@@ -375,6 +375,7 @@ def _check_entries(
         shape = reduced(entry.shape, entry.config) if executor.on == "interpreter" else entry.shape
         on_example(f"{shape}, {entry.config}")
         if (shape, entry.config) not in verdicts:
+            torch.cuda.empty_cache()  # shapes differ: what one leaves, the next cannot use; nothing without a card
             try:
                 verdicts[shape, entry.config] = check_entry(entry, executor)
             except Exception as error:

@@ -161,3 +161,4 @@ def _serve(pipe: Connection, judge: Judge, threads: int) -> None:
     while True:
         job: Job = pipe.recv()
         pipe.send(("done", *judge(job, lambda example: pipe.send(("example", str(example))))))
+        torch.cuda.empty_cache()  # the other children's too is what the card has; nothing without a card

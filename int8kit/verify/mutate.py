@@ -4,7 +4,7 @@
     scales-joined   killed by output, differs: "1x1x1, 16x16x32 w1 s2 g1, ...: 1 of 1 differ, first [0, 0]: got ..."
 
 The child's working folder and PYTHONPATH are the scratch folder, and it says which copy it judges. The installation is
-never written to, and compiled kernels go to a cache in the scratch folder. The unchanged copy is judged first and must
+never written to, and compiled kernels go to a cache in the scratch folder. The unchanged copy is judged too, and must
 hold: a verifier that fails sound kernels proves nothing.
 
 A mutant is caught by a property in one of four ways: "differs", a wrong bit or a write outside the output; "crash", an
@@ -175,7 +175,7 @@ def _executor(kernel: Kernel, executors: list[Executor]) -> Executor:
 
 
 async def _run(todo: list[_Job], limits: _Limits, on_step: Callable[[int, int], None]) -> dict[str, Verdict]:
-    """The unchanged kernels, then all of `todo`: verdicts by the mutants' names."""
+    """The unchanged kernels, and all of `todo`: verdicts by the mutants' names."""
     kernels = {job.kernel: job.executor for job in todo}
     sound = [_Job(None, kernel, (name,), kernels[kernel]) for kernel in kernels for name in _properties(kernel)]
     done, total = 0, len(sound) + len(todo)
@@ -186,17 +186,17 @@ async def _run(todo: list[_Job], limits: _Limits, on_step: Callable[[int, int], 
         nonlocal done
         async with gate:
             verdict = await _judge(job, limits)
-        done += 1
-        on_step(done, total)
-        return verdict
-
-    for verdict in await asyncio.gather(*map(one, sound)):
-        if verdict.ending != "survived":
+        if job.mutant is None and verdict.ending != "survived":
             raise CheckFailed(
                 f"the unchanged kernels fail {verdict.by} ({verdict.how}): {verdict.evidence}; "
                 "faults prove nothing before `int8kit verify` holds"
             )
-    return {verdict.name: verdict for verdict in await asyncio.gather(*map(one, todo))}
+        done += 1
+        on_step(done, total)
+        return verdict
+
+    verdicts = await asyncio.gather(*map(one, (*sound, *todo)))
+    return {verdict.name: verdict for verdict in verdicts[len(sound) :]}
 
 
 async def _judge(job: _Job, limits: _Limits) -> Verdict:

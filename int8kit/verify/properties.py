@@ -25,7 +25,7 @@ import torch
 from int8kit import reference
 from int8kit.verify.bits import difference, operands
 from int8kit.verify.buffers import POISON
-from int8kit.verify.strategies import Draw
+from int8kit.verify.strategies import Draw, served
 from int8kit.verify.subjects import Subject
 
 Check = Callable[[Draw, Subject], str | None]
@@ -111,7 +111,8 @@ def repeats(d: Draw, subject: Subject) -> str | None:
 def configuration(d: Draw, subject: Subject) -> str | None:
     """See the module."""
     x, w, sx, sw, bias = operands(d, subject.device)
-    other = replace(d, config=subject.tiles[d.seed % len(subject.tiles)])
+    tiles = [config for config in subject.tiles if served(d, config)]
+    other = replace(d, config=tiles[d.seed % len(tiles)])
     why = difference(subject.run(other, x, w, sx, sw, bias), subject.run(d, x, w, sx, sw, bias))
     return f"against {other.config}: {why}" if why else None
 

@@ -71,14 +71,20 @@ def sizes(block: int, most: int) -> st.SearchStrategy[int]:
     return st.one_of(st.integers(1, most), around)
 
 
+def served(d: Draw, config: TileConfig) -> bool:
+    """False if another kernel than that of `config` would serve operands like those of `d`, and be judged."""
+    aligned = d.shape.n % 8 == d.shape.k % 16 == d.padding % 16 == 0
+    return aligned or config.kernel is Kernel.POINTER
+
+
 @st.composite
 def draws(draw: st.DrawFn, configs: tuple[TileConfig, ...], most: int, ops: int) -> Draw:
     """An example with M and N up to `most` and 2 M N K up to about `ops`."""
     config = draw(st.sampled_from(configs))
     m, n = draw(sizes(config.block_m, most)), draw(sizes(config.block_n, most))
     k = draw(sizes(config.block_k, max(config.block_k + 1, min(4096, ops // (2 * m * n)))))
-    aligned = config.kernel is not Kernel.POINTER  # else another kernel would serve, and be judged
-    if aligned:
+    aligned = config.kernel is not Kernel.POINTER
+    if aligned:  # see `served`
         n, k = -(-n // 8) * 8, -(-k // 16) * 16
     return Draw(
         GemmShape(m, n, k),
@@ -128,18 +134,28 @@ def int8_matrix(m: int, k: int, kind: str, seed: int, device: str) -> torch.Tens
     Of the last, sums pass 2**24 from K of about 1500 on, with their low bits set: float32 cannot hold them.
     """
     g = torch.Generator(device).manual_seed(seed)
+    q = torch.empty(m, k, dtype=torch.int8, device=device)
+    for rows in q.split(max(1, _SLAB // k)):
+        rows.copy_(_slab(rows, kind, g))
+    return q
+
+
+_SLAB = 2**26  # elements drawn at once: normal ones are float32, and the largest entry's operand has 2**30
+
+
+def _slab(like: torch.Tensor, kind: str, g: torch.Generator) -> torch.Tensor:
     if kind == "ones":
-        return torch.ones(m, k, dtype=torch.int8, device=device)
+        return torch.ones_like(like)
     if kind == "normal":
-        return (torch.randn(m, k, generator=g, device=device) * 34).round().clamp(-127, 127).to(torch.int8)
+        return (torch.randn(like.shape, generator=g, device=like.device) * 34).round().clamp(-127, 127)
     if kind == "uniform":
-        return torch.randint(-128, 128, (m, k), generator=g, dtype=torch.int8, device=device)
+        return torch.randint(-128, 128, like.shape, generator=g, dtype=torch.int8, device=like.device)
     if kind == "extremes":
-        choice = torch.randint(0, 3, (m, k), generator=g, dtype=torch.int8, device=device)
-        return torch.where(choice == 0, -128, torch.where(choice == 1, -127, 127)).to(torch.int8)
+        choice = torch.randint(0, 3, like.shape, generator=g, dtype=torch.int8, device=like.device)
+        return torch.tensor((-128, -127, 127), dtype=torch.int8, device=like.device)[choice.int()]
     if kind == "positive":
-        return torch.randint(90, 128, (m, k), generator=g, dtype=torch.int8, device=device)
-    return torch.full((m, k), -128, dtype=torch.int8, device=device)
+        return torch.randint(90, 128, like.shape, generator=g, dtype=torch.int8, device=like.device)
+    return torch.full_like(like, -128)
 
 
 def scales(length: int, kind: str, seed: int, device: str) -> torch.Tensor:
