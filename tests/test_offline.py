@@ -170,6 +170,31 @@ def test_a_launch_finds_what_was_compiled_offline(monkeypatch, config, code):
         assert pool.apply(_sought, (90, config, code))
 
 
+def _key(config, before):
+    """Triton's key of a kernel's offline source in a process that has used another function before."""
+    from int8kit.kernels import activations, gemm, swiglu_quantize
+    from int8kit.kernels.operands import settle
+
+    if before == "silu":
+        settle(activations.silu)
+    elif before == "swiglu_quantize":
+        settle(swiglu_quantize._swiglu_quantize)
+    source, _ = gemm.module(config.kernel).source(config)
+    settle(source.fn)
+    return source.hash()
+
+
+@pytest.mark.parametrize("config", [SAMPLE[3], AMPERE[0], HOPPER[0]], ids=str)
+def test_what_was_compiled_is_found_whatever_was_used_before(monkeypatch, config):
+    """Triton's own key of a function depends on it: the timing process compiled again what the others had."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # for the children
+    keys = set()
+    for before in ("", "silu", "swiglu_quantize"):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            keys.add(pool.apply(_key, (config, before)))
+    assert len(keys) == 1
+
+
 @pytest.mark.parametrize(("shape", "measured"), list(exhaustive("2026-11-23-h200-exhaustive-rtx3090.json").items()))
 def test_the_model_ranks_what_was_measured(shape, measured):
     """On the run that it was fit to; the card with the older one's code, as a proxy is estimated."""

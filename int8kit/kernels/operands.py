@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -151,11 +152,12 @@ def run(
     if interpreted():
         key = None
     device = -1 if key is None else torch.cuda.current_device()
-    kernel = _COMPILED.get((function, device, key, options))
+    kernel = _COMPILED.get((function.fn, device, key, options))
     if kernel is None:
+        settle(function)
         kernel = function[grid](*args, **dict(constants), **COMPILE_OPTIONS, **dict(options))
         if key is not None:
-            _COMPILED[function, device, key, options] = kernel
+            _COMPILED[function.fn, device, key, options] = kernel
         return
     stream = triton.runtime.driver.active.get_current_stream(device)
     metadata = kernel.packed_metadata
@@ -164,7 +166,28 @@ def run(
     kernel.run(*grid, 1, stream, kernel.function, metadata, None, None, None, *args, *values)
 
 
-_COMPILED: dict[tuple[Any, ...], Any] = {}  # for the process, like Triton's own
+def settle(function: Any) -> None:
+    """Have Triton compute the key of `function`, by which its cache holds it, after the keys of all that it calls.
+
+    Such a key covers the constants of those callees alone whose own keys are computed by then. Processes that use
+    kernels in another order would look for them under other keys, and compile again what is there. Nothing in
+    Triton's interpreter.
+    """
+    if interpreted() or function.fn in _SETTLED:
+        return
+    _SETTLED.add(function.fn)
+    code, space = function.fn.__code__, function.fn.__globals__
+    used = [space[name] for name in code.co_names if name in space]
+    modules = [value for value in used if isinstance(value, ModuleType)]
+    used += [getattr(module, name) for module in modules for name in code.co_names if hasattr(module, name)]
+    for value in used:
+        if isinstance(value, triton.runtime.jit.JITCallable):
+            settle(value)
+    function.cache_key  # noqa: B018  computed at its first use
+
+
+_SETTLED: set[Any] = set()  # the Python functions: a function of Triton's hashes by its key, and so computes it
+_COMPILED: dict[tuple[Any, ...], Any] = {}  # for the process, like Triton's own, which hashes by the key each time
 FREE = ("M", "workers", "group_m")  # integers that no kernel is compiled for: a new prompt length compiles nothing
 
 

@@ -54,10 +54,12 @@ def assemble(arch: int, config: TileConfig, *, even_k: bool = True, code: str | 
     from triton.backends.compiler import GPUTarget
 
     from int8kit.kernels import gemm
+    from int8kit.kernels.operands import settle
 
     if gemm.interpreted():
         raise ConfigError("TRITON_INTERPRET is set: compile in a process without it")
     source, options = gemm.module(config.kernel).source(config, even_k=even_k)
+    settle(source.fn)
     if code is not None:
         options["arch"] = code
     try:
