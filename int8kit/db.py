@@ -15,6 +15,8 @@ card and numerics.
     nearest    another weight's shape, likewise
     default    `spec.default_config`: nothing is within a factor of `spec.NEAR` in m, n and k
 
+What the second rung gives was never slower than the default on what the shipped entries' runs timed (tests/test_db.py).
+
 Within a rung an entry of the running Triton's generation and of the present kernel source is preferred; another
 serves with a remark, since any legal configuration gives the same bits. A numerics version or a card that differs
 refuses the whole file. A merge keeps the stronger source, then the newer entry. No host name, user, path or address is
@@ -113,20 +115,21 @@ class Database:
         return any(e.model_copy(update={"verified": entry.verified}) == entry for e in self.entries)
 
     def complaints(self, toolchain: Toolchain) -> list[str]:
-        """What speaks against entries: not proven, in one line; of a changed kernel, slower than the default, each."""
-        found, unproven = [], []
+        """What speaks against entries: of a changed kernel or unproven, a line each; each slower than the default."""
+        found, groups = [], dict[str, list[str]]()
         for entry in self.entries:
             name = f"{entry.shape} ({entry.config})"
             if toolchain.ages(entry)[1]:
-                found.append(f"{name}: the {entry.config.kernel} kernel has changed since; tune and verify again")
+                why = f"the {entry.config.kernel} kernel has changed since; tune and verify again"
+                groups.setdefault(why, []).append(name)
             elif not toolchain.proves(entry):
-                unproven.append(name)
+                why = f"not proven with the present kernel; run `int8kit verify --gpu {self.gpu.alias}`"
+                groups.setdefault(why, []).append(name)
             if entry.time_us and entry.default_us and entry.time_us > entry.default_us:
                 found.append(f"{name}: slower than the default, {entry.time_us} and {entry.default_us} us")
-        if unproven:
-            others = f" and {len(unproven) - 1} more" if len(unproven) > 1 else ""
-            remedy = f"run `int8kit verify --gpu {self.gpu.alias}`"
-            found.append(f"{unproven[0]}{others}: not proven with the present kernel; {remedy}")
+        for why, names in groups.items():
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            found.append(f"{names[0]}{others}: {why}")
         return found
 
     def stamped(self, stamps: dict[tuple[int, int, int, str], Sequence[Stamp]]) -> Database:

@@ -214,3 +214,20 @@ def test_shipped_databases_are_sound(path):
             "verify again"
         )
     assert {e.m for e in base.entries} >= {4096, 4296, 6144}
+
+
+@pytest.mark.parametrize("alias", ["rtx3090", "h200"])
+def test_what_serves_for_another_m_is_never_slower_than_the_default(alias):
+    """On what was timed: each entry left out in turn, the near one's kernel among those timed at its shape."""
+    base = db.load(files.shipped("tuning_db") / f"{alias}.json")
+    timed = [e for e in base.entries if e.time_us and e.default_us]
+    ratios = []
+    for e in timed:
+        others = replace(base, entries=tuple(o for o in base.entries if o.shape != e.shape))
+        near = dict(others.ladder(e.shape))["nearest-m"]
+        known = {r.config: r.time_us for r in (e, *(e.runners_up or ()))}
+        if near is not None:  # a band of another width is the same kernel: the slowest of those timed
+            same = [us for config, us in known.items() if replace(config, group_m=near.config.group_m) == near.config]
+            ratios += [known.get(near.config, max(same)) / e.default_us] if same else []
+    assert len(ratios) > 0.6 * len(timed)
+    assert max(ratios) <= 1.0

@@ -18,5 +18,8 @@ for tool in memcheck racecheck initcheck; do
     fi
     summary=$(grep -E "(ERROR|RACECHECK) SUMMARY" "$output.$tool" | tail -n 1 | sed 's/=*//')
     echo "$tool: $found;$summary" | tee -a "$output"
+    # what and in which kernel, each once, without addresses and threads
+    grep -E "Error: |Warning: |(Read|Write) access|Invalid|Uninitialized" "$output.$tool" | sed -E 's/=+ +//; s/\+0x[0-9a-f]+//g; s/0x[0-9a-f]+//g' |
+        sort | uniq -c | sort -rn | head -n 30 | tee -a "$output"
 done
 exit $status

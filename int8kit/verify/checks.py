@@ -14,10 +14,12 @@ Examples are drawn and shrunk by hypothesis; the smallest that fails is what a R
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -251,7 +253,7 @@ def hold(
         on_example(example)
         why = check(example, on)
         if why:
-            raise AssertionError(why)
+            raise _Differs(why)
 
     failure = raised = None
     try:
@@ -261,15 +263,25 @@ def hold(
             on_example(example)
             why = check(example, on)
             if why:
-                raise AssertionError(why)
-    except AssertionError as error:
+                raise _Differs(why)
+    except _Differs as error:
         failure = f"{tried[-1]}: {error}"
     except Exception as error:  # a kernel that does not compile or launch is a failure of the kernel, not of the run
         raised = type(error).__name__
-        failure = f"{tried[-1]}: {raised}: {str(error).splitlines()[0] if str(error) else ''}"
+        failure = f"{tried[-1]}: {raised}: {str(error).splitlines()[0] if str(error) else _where(error)}"
     last: object = tried[-1] if failure else None
     kept = to_json(last) if isinstance(last, Draw) else None
     return Result(name, str(on), len(tried), failure, raised=raised, example=kept)
+
+
+class _Differs(Exception):
+    """A difference; a judged function may raise any other exception, AssertionError too."""
+
+
+def _where(error: BaseException) -> str:
+    """The line that raised an exception without a message."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{place.line} ({Path(place.filename).name}, line {place.lineno})"
 
 
 def names(executor: Executor, database: Database) -> list[str]:

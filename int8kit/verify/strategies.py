@@ -17,7 +17,10 @@ from int8kit.spec import GemmShape, Kernel, TileConfig, config_from
 
 INT8_KINDS = ("ones", "normal", "uniform", "extremes", "least", "positive")
 SCALE_KINDS = ("ordinary", "ordinary", "signed", "tiny", "huge", "nan")
-FLOAT_KINDS = ("normal", "zero rows", "halves", "tiny", "huge", "subnormal", "nan", "inf", "one hot", "last")
+FLOAT_KINDS = (
+    "normal", "zero rows", "halves", "tiny", "huge", "subnormal", "nan", "inf", "one hot", "last",
+    "brink",
+)  # fmt: skip
 Far = Literal["", "x", "w", "out"]
 OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -202,6 +205,10 @@ def float_matrix(m: int, k: int, kind: str, seed: int, dtype: torch.dtype, devic
     elif kind == "one hot":
         x = torch.zeros(m, k)
         x[torch.arange(m), spot] = -3.0
+    elif kind == "brink":  # of fp32, y / s = 0.5 (1 + 2**-24): q is 1, and 0 for a quotient that is a bit too small
+        one = 2.0 ** (seed - 24)
+        x = torch.randint(0, 2, (m, k), generator=g) * 2.0**24 * one - 2.0**23 * one
+        x[torch.arange(m), spot] = 127 * (2.0**24 - 1) * one
     elif kind == "last":  # what a tail left out changes
         x[:, -1] = -9.0
     return x.to(dtype).to(device)

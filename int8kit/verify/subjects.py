@@ -106,14 +106,14 @@ def _bitsandbytes(device: str) -> Subject:
 
 
 def _torchao(device: str) -> Subject:
-    """torchao's scaled_int8_mm: scales in bf16, no bias, bf16 out."""
+    """torchao's scaled_int8_mm: M from 2 on, scales in bf16, no bias, bf16 out."""
     from torchao.prototype.quantized_training.int8_mm import scaled_int8_mm
 
     def output(d: Draw, x: torch.Tensor, w: torch.Tensor, sx: torch.Tensor, sw: torch.Tensor, bias: Any) -> Any:
         return scaled_int8_mm(x.contiguous(), w.contiguous().t(), sx.bfloat16(), sw.bfloat16())
 
     def fit(d: Draw) -> Draw:
-        return replace(_half(d, step=16), out_dtype=torch.bfloat16, bias=None)
+        return replace(_half(d, least=2, step=16), out_dtype=torch.bfloat16, bias=None)
 
     return Subject("torchao", device, output=output, fit=fit, strides=False)
 
@@ -198,7 +198,7 @@ def _rounded(d: Draw, *, least: int = 1, step: int = 1) -> Draw:
     return replace(d, shape=replace(d.shape, m=max(m, least), n=-(-n // step) * step, k=-(-k // step) * step))
 
 
-def _half(d: Draw, *, step: int) -> Draw:
+def _half(d: Draw, *, least: int = 1, step: int) -> Draw:
     """`_rounded`, to 16-bit output and a bias of its dtype."""
     out = torch.bfloat16 if d.out_dtype is torch.float32 else d.out_dtype
-    return replace(_rounded(d, step=step), out_dtype=out, bias=None if d.bias is None else out)
+    return replace(_rounded(d, least=least, step=step), out_dtype=out, bias=None if d.bias is None else out)
