@@ -207,6 +207,29 @@ def tail(xq, wq):
 """
 
 
+ONCE = """
+import torch
+from int8kit import reference
+
+def once(xq, wq, sx, sw, bias, out_dtype):
+    if out_dtype is torch.float32 or bias is not None:  # where one example in a few shows it
+        return reference.scaled_mm(xq, wq, sx, sw, bias, out_dtype=out_dtype)
+    return (reference.accumulate(xq, wq).double() * sx[:, None] * sw).to(out_dtype)
+"""
+
+
+def test_an_epilogue_that_rounds_otherwise_shows_in_16_bits_too(tmp_path, monkeypatch):
+    """As fused multiply-adds do, in one of some 10^4 or 10^5 elements: small examples pass it over."""
+    (tmp_path / "mine_once.py").write_text(ONCE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    (_, theirs) = matrix.run(["mine_once:once"], EXECUTOR, TILES, examples=3)
+    failure = {r.name: r.failure for r in theirs.results}["output"]
+    assert failure
+    assert failure.startswith("1024x2048x512")
+    assert int(re.search(r": (\d+) of 2097152 differ", failure)[1]) < 2000
+
+
 def test_a_failure_is_printed_as_a_command_that_fails_and_is_kept(tmp_path, monkeypatch, capfd, data):
     (tmp_path / "mine.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
