@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from int8kit.spec import CheckFailed, FileError, InputError
+from int8kit.spec import CheckFailed, FileError, InputError, TileConfig, legal_configs
 from int8kit.terminal import Json, note, progress, quiet_libraries, show
 
 
@@ -21,6 +21,9 @@ def verify(
         typer.Option(help="Examples drawn for each property. Default: 150; 60 on a card, which compiles each."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws other examples.")] = 0,
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="Ten times the examples, over every legal configuration: minutes.")
+    ] = False,
     stamp: Annotated[bool, typer.Option(help="Write what passed into the database.")] = True,
     mutate: Annotated[
         bool, typer.Option("--mutate", help="Verify the verifier: faults seeded into copies of the kernels.")
@@ -66,6 +69,8 @@ def verify(
         raise InputError(f"--inputs {inputs}: of a model's forwards; add --model")
     if only and not mutate:
         raise InputError(f"--only {only[0]}: names a fault of --mutate; add --mutate")
+    if exhaustive and (mutate or subject or model):
+        raise InputError("--exhaustive with --mutate, --subject or --model: it is of int8kit's kernels; leave it out")
     import torch
 
     if not torch.cuda.is_available():
@@ -77,12 +82,12 @@ def verify(
     elif subject:
         _judge(gpu, subject, examples, seed, as_json, markdown)
     else:
-        _prove(gpu, database, shapes, examples, seed, stamp, as_json, markdown)
+        _prove(gpu, database, shapes, examples, seed, exhaustive, stamp, as_json, markdown)
 
 
 def _prove(
-    gpu: str | None, database: Path | None, shapes: Path | None, examples: int | None, seed: int, stamp: bool,
-    as_json: bool, markdown: bool,
+    gpu: str | None, database: Path | None, shapes: Path | None, examples: int | None, seed: int, exhaustive: bool,
+    stamp: bool, as_json: bool, markdown: bool,
 ) -> None:  # fmt: skip
     from int8kit import db, files, gpus, report, trace
     from int8kit.verify import checks, foreign, isolate, replay
@@ -97,14 +102,20 @@ def _prove(
     named = ", ".join(map(str, paths)) or "no database, so the defaults"
     for executor in executors:
         reduced = ", at reduced M, N and K" if executor.on == "interpreter" else ""
-        note(f"executing on {executor}{reduced}; {len(base.entries)} shapes; {named}")
+        note(f"executing on {executor}{reduced}; {len({e.shape for e in base.entries})} shapes; {named}")
+    more: tuple[TileConfig, ...] = ()
+    if exhaustive:
+        examples = 10 * checks.budget(executors[-1], examples).examples
+        more = legal_configs(card.arch, card.shared_memory)
+        runnable = sum(checks.runs_on(config, executors[0]) for config in more)
+        note(f"{examples} examples of each property, over {runnable} configurations")
     results: list[checks.Result] = []
     stamps: dict[Any, list[Any]] = {}
     jobs = [isolate.Job(name, executor) for executor in executors for name in checks.names(executor, base)]
     with progress("verifying") as (bar, task):
         outcomes = isolate.run_all(
             jobs,
-            isolate.Proof(base, examples, seed),
+            isolate.Proof(base, examples, seed, more),
             processes=isolate.processes(executors[-1]),
             on_example=lambda: bar.advance(task),
         )

@@ -117,7 +117,7 @@ class Database:
     def complaints(self, toolchain: Toolchain) -> list[str]:
         """What speaks against entries: of a changed kernel or unproven, a line each; each slower than the default."""
         found, groups = [], dict[str, list[str]]()
-        for entry in self.entries:
+        for entry in self.serving(toolchain):
             name = f"{entry.shape} ({entry.config})"
             if toolchain.ages(entry)[1]:
                 why = f"the {entry.config.kernel} kernel has changed since; tune and verify again"
@@ -131,6 +131,11 @@ class Database:
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""
             found.append(f"{names[0]}{others}: {why}")
         return found
+
+    def serving(self, toolchain: Toolchain) -> list[Entry]:
+        """Those that can serve: not those of another generation of Triton where this one has an entry of the shape."""
+        own = {entry.shape for entry in self.entries if not toolchain.ages(entry)[0]}
+        return [entry for entry in self.entries if entry.shape not in own or not toolchain.ages(entry)[0]]
 
     def stamped(self, stamps: dict[tuple[int, int, int, str], Sequence[Stamp]]) -> Database:
         """With verification stamps, by entry key. Stamps of another kernel source are void and dropped.

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 NUMERICS_VERSION = 1
@@ -138,6 +139,9 @@ class Kernel(StrEnum):
     HOPPER = "hopper"  # Gluon, wgmma and TMA, warp-specialized and persistent: sm_90
 
 
+GROUP_M = 8  # a band's width, unless another was faster
+
+
 @dataclass(frozen=True, order=True)
 class TileConfig:
     """How a GEMM is cut into tiles, and which kernel makes them. Any legal value gives the same bits, at other speeds.
@@ -247,6 +251,27 @@ def why_illegal(config: TileConfig, *, arch: int, shared_memory: int) -> str | N
     if needed > shared_memory:
         return f"{needed} bytes of shared memory: a block has {shared_memory}; use fewer stages or a smaller tile"
     return None
+
+
+def kernels_of(arch: int) -> tuple[Kernel, ...]:
+    """The kernels that are tried on an architecture: on sm_90 the Ampere kernel lies far behind the Hopper kernel."""
+    return Kernel.POINTER, Kernel.HOPPER if arch == 90 else Kernel.AMPERE
+
+
+@lru_cache
+def legal_configs(arch: int, shared_memory: int) -> tuple[TileConfig, ...]:
+    """Every legal configuration of `kernels_of` a card, sorted, in bands of GROUP_M: a band's width is no kernel's.
+
+    Arguments as of `why_illegal`.
+    """
+    found = []
+    for kernel in kernels_of(arch):
+        d = DOMAINS[kernel]
+        for m, n, k, warps, stages, stream_k in product(
+            d.block_m, d.block_n, d.block_k, d.num_warps, d.num_stages, d.stream_k
+        ):
+            found.append(TileConfig(m, n, k, warps, stages, GROUP_M, kernel, stream_k))
+    return tuple(sorted(c for c in found if why_illegal(c, arch=arch, shared_memory=shared_memory) is None))
 
 
 def config_from(row: dict[str, Any]) -> TileConfig:

@@ -192,6 +192,7 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("verify", "--gpu", "rtx9"), ["unknown card"]),
         (("verify", "--gpu", "rtx3090", "--db", "mine.json"), ["has the format None", "int8kit.tuning/1"]),
         (("verify", "--examples", "0"), ["--examples", "0"]),
+        (("verify", "--exhaustive", "--mutate"), ["--exhaustive with --mutate", "leave it out"]),
         (("run", "--model", "sdxl"), ["'sdxl'", "tiny", "hub id"]),
         (("run", "--model", "nobody/nothing"), ["cannot load 'nobody/nothing'", "hf auth login"]),
         (("run", "--size", "250x256"), ["width 250", "240 and 256"]),

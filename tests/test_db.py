@@ -100,6 +100,16 @@ def test_covering_asks_for_what_would_run():
     assert base.covering([]) == base
 
 
+def test_of_two_generations_this_ones_entries_serve():
+    here, there = entry(triton="3.7.1"), entry(triton="3.9.0")
+    other = entry(m=100, triton="3.9.0")
+    base = Database(GPU, (here, there, other))
+    assert base.serving(Toolchain("3.6.0")) == [here, other]
+    assert base.serving(Toolchain("3.8.0")) == [there, other]
+    assert len(base.complaints(Toolchain("3.6.0"))) == 1
+    assert "and 1 more" in base.complaints(Toolchain("3.6.0"))[0]
+
+
 def test_plan_covers_what_runs_and_what_is_known():
     base = Database(GPU).merged([entry(m=1000), entry(m=4000, config=B)])
     plan = base.plan(4608, 4608, [4096])
@@ -210,9 +220,8 @@ def test_shipped_databases_are_sound(path):
         assert e.resources.spill_bytes == 0
         assert e.source is Source.MODELLED or (e.time_us and e.measured_on)
         assert e.kernel == present[e.config.kernel], "tune again: the kernel is another since"
-        assert e.source is Source.MODELLED or any(stamp.kernel == e.kernel for stamp in e.verified or ()), (
-            "verify again"
-        )
+        if e.source is not Source.MODELLED and not e.timed_with:  # what was carried to another Triton is not proven
+            assert any(stamp.kernel == e.kernel for stamp in e.verified or ()), "verify again"
     assert {e.m for e in base.entries} >= {4096, 4296, 6144}
 
 

@@ -7,7 +7,16 @@ from itertools import product
 import pytest
 
 from int8kit import gpus
-from int8kit.spec import DOMAINS, GemmShape, Kernel, TileConfig, default_config, shared_memory_bound, why_illegal
+from int8kit.spec import (
+    DOMAINS,
+    GemmShape,
+    Kernel,
+    TileConfig,
+    default_config,
+    kernels_of,
+    shared_memory_bound,
+    why_illegal,
+)
 from int8kit.tune import space, workers
 
 
@@ -24,7 +33,7 @@ def test_space_is_legal_unique_and_holds_the_default(gpu):
 def _pruned(gpu):
     """What legality leaves out of the kernels' domains, by reason."""
     found = {"shared memory": [], "accumulators": [], "warps": []}
-    for kernel in space.kernels(gpu):
+    for kernel in kernels_of(gpu.arch):
         d = DOMAINS[kernel]
         for *tile, stream_k in product(d.block_m, d.block_n, d.block_k, d.num_warps, d.num_stages, d.stream_k):
             config = TileConfig(*tile, 8, kernel, stream_k)
@@ -45,7 +54,7 @@ def test_what_legality_leaves_out_would_not_run(alias):
     gpu = gpus.get(alias)
     pruned = _pruned(gpu)
     tight = sorted(pruned["shared memory"], key=lambda c: shared_memory_bound(c, arch=gpu.arch))
-    over = [c for kernel in space.kernels(gpu) for c in [c for c in tight if c.kernel is kernel][:3]]
+    over = [c for kernel in kernels_of(gpu.arch) for c in [c for c in tight if c.kernel is kernel][:3]]
     many = [c for c in pruned["accumulators"] if c.block_m * c.block_n == 256 * 32 * c.num_warps and c.num_warps >= 4]
     spilling = random.Random(0).sample(many, min(3, len(many)))
     with workers.Workers() as pool:
@@ -67,7 +76,7 @@ def test_neighbours_are_legal_and_reach_everything(alias):
             assert replace(other, group_m=8) in space.legal(gpu)
             assert other != config
             assert config in space.neighbours(other, gpu)
-    for kernel in space.kernels(gpu):
+    for kernel in kernels_of(gpu.arch):
         inside = {c for c in space.legal(gpu) if c.kernel is kernel}
         reached, edge = set(), {min(inside)}
         while edge:

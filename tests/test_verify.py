@@ -9,7 +9,7 @@ from int8kit import gpus, reference
 from int8kit.db import Database
 from int8kit.kernels import gemm, quantize
 from int8kit.schema import Entry, Resources
-from int8kit.spec import GemmShape, InputError, Source, TileConfig
+from int8kit.spec import GemmShape, InputError, Kernel, Source, TileConfig, legal_configs
 from int8kit.verify import checks, foreign, isolate, strategies
 
 CONFIGS = (TileConfig(64, 32, 64, 4, 3),)
@@ -138,6 +138,15 @@ def test_entries_are_stamped_only_if_they_pass(monkeypatch):
     result, stamps = checks.run("entries", EXECUTOR, BASE)
     assert result.failure == "differs"
     assert set(stamps) == {GOOD.key}
+
+
+def test_more_configurations_than_the_databases_are_drawn():
+    more = legal_configs(86, gpus.get("rtx3090").shared_memory)
+    seen = []
+    checks.run("batch", EXECUTOR, BASE, examples=150, more=more, on_example=lambda d: seen.append(d.config))
+    known = {*CONFIGS, *checks.SMALL_TILES}
+    assert len(set(seen) - known) > 5
+    assert all(config.kernel is Kernel.POINTER for config in seen)  # the others need a card
 
 
 def _dying(job, on_example):

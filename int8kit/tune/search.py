@@ -29,7 +29,7 @@ from typing import Any
 from int8kit.db import Database
 from int8kit.gpus import Gpu
 from int8kit.schema import Entry, Resources, RunnerUp
-from int8kit.spec import POLICY, CheckFailed, GemmShape, Kernel, Source, TileConfig, default_config, is_near
+from int8kit.spec import POLICY, CheckFailed, GemmShape, Kernel, Source, TileConfig, default_config, is_near, kernels_of
 from int8kit.tune import offline, space, workers
 from int8kit.tune.measure import Times
 from int8kit.tune.tasks import Timed
@@ -178,7 +178,7 @@ def of_near(shape: GemmShape, gpu: Gpu, known: Database) -> list[TileConfig]:
     """What the database has for the nearest shapes."""
     entries = sorted(known.entries, key=lambda entry: (_far(entry.shape, shape), entry.key))[:NEAR]
     near = [entry.config for entry in entries if all(map(is_near, _extents(entry.shape), _extents(shape)))]
-    return [config for config in near if space.suits(config, shape) and config.kernel in space.kernels(gpu)]
+    return [config for config in near if space.suits(config, shape) and config.kernel in kernels_of(gpu.arch)]
 
 
 def ahead(trail: Trail, gpu: Gpu, trails: Iterable[Trail]) -> list[TileConfig]:

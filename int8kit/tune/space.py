@@ -22,9 +22,17 @@ from itertools import product
 from typing import Any
 
 from int8kit.gpus import Gpu
-from int8kit.spec import DOMAINS, GemmShape, Kernel, TileConfig, default_config, why_illegal
+from int8kit.spec import (
+    DOMAINS,
+    GROUP_M,
+    GemmShape,
+    Kernel,
+    TileConfig,
+    default_config,
+    legal_configs,
+    why_illegal,
+)
 
-GROUP_M = 8
 BANDS = (4, 8, 12, 16)
 
 _AMPERE = (  # block_m, block_n, block_k, warps, stages, stream_k
@@ -48,22 +56,9 @@ _HOPPER = (
 )
 
 
-def kernels(gpu: Gpu) -> tuple[Kernel, ...]:
-    """The kernels that are tried on a card: on sm_90 the Ampere kernel lies far behind the Hopper kernel."""
-    return Kernel.POINTER, Kernel.HOPPER if gpu.arch == 90 else Kernel.AMPERE
-
-
-@cache
 def legal(gpu: Gpu) -> tuple[TileConfig, ...]:
-    """Every legal configuration of the card's kernels, sorted, in bands of GROUP_M: a band's width is no kernel's."""
-    found = []
-    for kernel in kernels(gpu):
-        d = DOMAINS[kernel]
-        for m, n, k, warps, stages, stream_k in product(
-            d.block_m, d.block_n, d.block_k, d.num_warps, d.num_stages, d.stream_k
-        ):
-            found.append(TileConfig(m, n, k, warps, stages, GROUP_M, kernel, stream_k))
-    return tuple(sorted(c for c in found if _is_legal(c, gpu)))
+    """Every legal configuration of the card's kernels."""
+    return legal_configs(gpu.arch, gpu.shared_memory)
 
 
 @cache

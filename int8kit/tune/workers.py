@@ -30,9 +30,8 @@ from typing import Any, Literal, TypeVar
 
 from int8kit.gpus import Gpu
 from int8kit.schema import Resources
-from int8kit.spec import CheckFailed, GemmShape, InputError, TileConfig
+from int8kit.spec import GROUP_M, CheckFailed, GemmShape, InputError, TileConfig
 from int8kit.tune import tasks
-from int8kit.tune.space import GROUP_M
 
 T = TypeVar("T")
 

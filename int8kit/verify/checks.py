@@ -299,15 +299,16 @@ def run(
     *,
     examples: int | None = None,
     random_seed: int = 0,
+    more: Iterable[TileConfig] = (),
     kept: Iterable[Draw] = (),
     on_example: Callable[[object], None] = lambda _: None,
 ) -> tuple[Result, Stamps]:
     """One check of `names`: its result, and for "entries" the stamps of those that passed.
 
-    Properties are tried over the database's configurations, the default and SMALL_TILES, and on `kept`: what failed in
-    earlier runs. on_example is told of each example before it is tried.
+    Properties are tried over the database's configurations, the default, SMALL_TILES and `more`, and on `kept`: what
+    failed in earlier runs. on_example is told of each example before it is tried.
     """
-    tiles = {*SMALL_TILES, *(entry.config for entry in database.entries), default_config(GemmShape(1024, 1, 1))}
+    tiles = {*SMALL_TILES, *(entry.config for entry in database.entries), default_config(GemmShape(1024, 1, 1)), *more}
     with strict():
         if name == "entries":
             return _check_entries(executor, database, on_example)
@@ -376,7 +377,8 @@ def _check_entries(
     verdicts: dict[tuple[GemmShape, TileConfig], str | None] = {}
     stamps: Stamps = {}
     failure = None
-    entries = [entry for entry in database.entries if runs_on(entry.config, executor)]
+    serving = database.serving(gemm.toolchain())  # what another Triton compiles is not proven here
+    entries = [entry for entry in serving if runs_on(entry.config, executor)]
     for entry in sorted(entries, key=lambda e: e.shape.ops):
         stamp = Stamp(
             on=executor.on,
@@ -396,4 +398,4 @@ def _check_entries(
         if why is None:
             stamps[entry.key] = [stamp]
         failure = failure or why
-    return Result("entries", str(executor), len(entries), failure, skipped=len(database.entries) - len(entries)), stamps
+    return Result("entries", str(executor), len(entries), failure, skipped=len(serving) - len(entries)), stamps

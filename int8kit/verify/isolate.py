@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from int8kit.db import Database
+from int8kit.spec import TileConfig
 from int8kit.verify import checks, corpus
 from int8kit.verify.buffers import FAR_ROOM
 from int8kit.verify.checks import Result, Stamps
@@ -44,17 +45,18 @@ Judge = Callable[[Job, Callable[[object], None]], Outcome]
 
 @dataclass(frozen=True)
 class Proof:
-    """The judge of int8kit's own kernels: `checks.run` over a database's configurations."""
+    """The judge of int8kit's own kernels: `checks.run` over a database's configurations and `more`."""
 
     database: Database
     examples: int | None = None
     random_seed: int = 0
+    more: tuple[TileConfig, ...] = ()
 
     def __call__(self, job: Job, on_example: Callable[[object], None]) -> Outcome:
         """See `Judge`."""
         return checks.run(
             job.name, job.executor, self.database, examples=self.examples, random_seed=self.random_seed,
-            kept=corpus.load(job.name), on_example=on_example,
+            more=self.more, kept=corpus.load(job.name), on_example=on_example,
         )  # fmt: skip
 
 
