@@ -90,7 +90,7 @@ def _prove(
     stamp: bool, as_json: bool, markdown: bool,
 ) -> None:  # fmt: skip
     from int8kit import db, files, gpus, report, trace
-    from int8kit.verify import checks, foreign, isolate, replay
+    from int8kit.verify import checks, foreign, hold, isolate, replay
 
     if database is not None and gpu is None:
         card = db.load(database).gpu
@@ -109,7 +109,7 @@ def _prove(
         more = legal_configs(card.arch, card.shared_memory)
         runnable = sum(checks.runs_on(config, executors[0]) for config in more)
         note(f"{examples} examples of each property, over {runnable} configurations")
-    results: list[checks.Result] = []
+    results: list[hold.Result] = []
     stamps: dict[Any, list[Any]] = {}
     jobs = [isolate.Job(name, executor) for executor in executors for name in checks.names(executor, base)]
     with progress("verifying") as (bar, task):
@@ -217,14 +217,26 @@ def _mutate(gpu: str | None, only: list[str], examples: int | None, seed: int, a
 
     mutants = mutate.find(only)
     card = gpus.get(gpu) if gpu else gpus.present() or gpus.get("rtx3090")
-    with progress("judging") as (bar, task):
-        verdicts = mutate.run(
-            mutants, card, examples=examples, seed=seed,
-            on_step=lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
-    score = mutate.score(verdicts)
-    table = report.mutation_table(verdicts, score, markdown)
-    show({"gpu": card.alias, **score, "mutants": [vars(v) for v in verdicts]}, table, as_json)
+    verdicts: list[mutate.Verdict] = []
+
+    def tell() -> None:
+        score = mutate.score(verdicts)
+        document = {"gpu": card.alias, **score, "mutants": [vars(v) for v in verdicts]}
+        show(document, report.mutation_table(verdicts, score, markdown), as_json)
+
+    try:
+        with progress("judging") as (bar, task):
+            verdicts = mutate.run(
+                mutants, card, examples=examples, seed=seed, on_verdict=verdicts.append,
+                on_step=lambda done, total: bar.update(task, completed=done, total=total),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        note(f"{len(verdicts)} of {len(mutants)} faults judged before this was interrupted")
+        if verdicts:
+            tell()
+        raise
+    tell()
     survivors = [v.name for v in verdicts if v.ending == "survived"]
     if survivors:
-        raise CheckFailed(f"{len(survivors)} of {score['ran']} faults survived: {', '.join(survivors)}")
+        ran = mutate.score(verdicts)["ran"]
+        raise CheckFailed(f"{len(survivors)} of {ran} faults survived: {', '.join(survivors)}")

@@ -14,7 +14,7 @@ from int8kit.spec import GemmShape, default_config
 if TYPE_CHECKING:  # a verb needs the packages of its own stage, not those of all
     from int8kit.runtime.compare import Branch
     from int8kit.runtime.generate import Outcome
-    from int8kit.verify.checks import Result
+    from int8kit.verify.hold import Result
     from int8kit.verify.matrix import Column
     from int8kit.verify.mutate import Verdict
 

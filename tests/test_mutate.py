@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from int8kit import cli, gpus
+from int8kit import cli, cli_verify, gpus
 from int8kit.spec import CheckFailed, Kernel, UnknownName, why_illegal
 from int8kit.verify import checks, foreign, mutate
 from int8kit.verify.mutants import CATALOGUE, TILES, Mutant
@@ -190,6 +190,19 @@ def test_a_survivor_is_listed_and_fails_the_verb(monkeypatch, capfd):
     assert "2 of 3 killed (67%), 1 need a card, 1 not applicable here" in out
     assert out.endswith("survived: c (fault c); tried 7 examples of output\n")
     assert err == "int8kit: 1 of 3 faults survived: c\n"
+
+
+def test_interrupted_it_tells_what_is_known(monkeypatch, capfd):
+    def run(*_, on_verdict, **__):
+        on_verdict(Verdict("a", POINTER, "fault a", "killed", "output", "differs", "1x1x1: 1 of 1 differ", {}, 1.2))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mutate, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        cli_verify._mutate(None, [], None, 0, as_json=False, markdown=False)
+    out, err = capfd.readouterr()
+    assert "fault a" in out
+    assert f"1 of {len(CATALOGUE)} faults judged before this was interrupted" in err
 
 
 @pytest.mark.parametrize(

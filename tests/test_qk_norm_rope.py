@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from int8kit import reference
 from int8kit.kernels.qk_norm_rope import HEAD_DIMS, HeadTile, qk_norm_rope
 from int8kit.spec import ConfigError, ShapeError
-from int8kit.verify.checks import difference
+from int8kit.verify.bits import difference
 from int8kit.verify.strategies import FLOAT_KINDS, OUT_DTYPES, float_matrix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,7 +6,7 @@ import torch
 from int8kit import reference
 from int8kit.kernels.quantize import quantize
 from int8kit.spec import ShapeError
-from int8kit.verify.checks import difference
+from int8kit.verify.bits import difference
 from int8kit.verify.strategies import FLOAT_KINDS, float_matrix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,7 +9,7 @@ from int8kit import reference
 from int8kit.kernels.residual_norm_quantize import residual_norm_quantize
 from int8kit.kernels.rows import CHUNKS, RowTile
 from int8kit.spec import ShapeError
-from int8kit.verify.checks import difference
+from int8kit.verify.bits import difference
 from int8kit.verify.strategies import FLOAT_KINDS, OUT_DTYPES, float_matrix, rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

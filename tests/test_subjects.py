@@ -11,7 +11,7 @@ from test_bench_peers import install_stand_ins, vllm_stand_in
 
 from int8kit import cli, gpus, reference
 from int8kit.spec import GemmShape, InputError, Kernel, UnknownName
-from int8kit.verify import checks, corpus, foreign, matrix, properties, replay, subjects
+from int8kit.verify import checks, corpus, foreign, hold, matrix, properties, replay, subjects
 from int8kit.verify.strategies import Draw, from_json, to_json
 
 EXECUTOR = foreign.executors(gpus.get("rtx3090"))[-1]
@@ -80,8 +80,8 @@ def judge(function, name, examples=40):
                           {"output": lambda d, *operands: function(*operands, d.out_dtype)})
     )  # fmt: skip
     assert properties.why_not(name, subject) is None
-    with checks.strict():
-        return checks.hold(
+    with hold.strict():
+        return hold.hold(
             name, EXECUTOR, checks.draws(TILES, 60, 100_000), lambda d, _: properties.ALL[name](d, subject),
             examples=examples, random_seed=0,
         )  # fmt: skip
@@ -162,7 +162,7 @@ def test_the_calls_of_the_peers(monkeypatch, name, exact):
     install_stand_ins(monkeypatch)
     monkeypatch.setattr(torch.ops, "_C", vllm_stand_in(), raising=False)
     subject = subjects.find(name, EXECUTOR)
-    result = checks.hold(
+    result = hold.hold(
         "output", EXECUTOR, checks.draws(TILES, 40, 50_000), lambda d, _: properties.output(subject.fit(d), subject),
         examples=20, random_seed=0,
     )  # fmt: skip

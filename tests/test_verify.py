@@ -10,7 +10,7 @@ from int8kit.db import Database
 from int8kit.kernels import gemm, quantize
 from int8kit.schema import Entry, Resources
 from int8kit.spec import GemmShape, InputError, Kernel, Source, TileConfig, legal_configs
-from int8kit.verify import checks, foreign, isolate, strategies
+from int8kit.verify import checks, foreign, hold, isolate, strategies
 
 CONFIGS = (TileConfig(64, 32, 64, 4, 3),)
 EXECUTOR = foreign.executors(gpus.get("rtx3090"))[-1]
@@ -153,7 +153,7 @@ def _dying(job, on_example):
     on_example(f"an example of {job.name}")
     if job.name == "output":
         os.abort()
-    return checks.Result(job.name, str(job.executor), 1), {}
+    return hold.Result(job.name, str(job.executor), 1), {}
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

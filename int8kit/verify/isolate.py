@@ -24,8 +24,9 @@ from int8kit.db import Database
 from int8kit.spec import TileConfig
 from int8kit.verify import checks, corpus
 from int8kit.verify.buffers import FAR_ROOM
-from int8kit.verify.checks import Result, Stamps
+from int8kit.verify.checks import Stamps
 from int8kit.verify.foreign import Executor
+from int8kit.verify.hold import Result
 
 MOST_PROCESSES = 16  # on a card: each keeps a context there
 

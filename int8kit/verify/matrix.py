@@ -15,8 +15,8 @@ import torch
 from int8kit.db import Database
 from int8kit.spec import GemmShape, TileConfig, default_config
 from int8kit.verify import checks, corpus, isolate, properties, subjects
-from int8kit.verify.checks import Result
 from int8kit.verify.foreign import Executor
+from int8kit.verify.hold import Result, hold, strict
 from int8kit.verify.strategies import Draw, draws
 
 EXAMPLES = 40
@@ -86,8 +86,8 @@ class _Judge:
             always += WIDE
         limits = checks.budget(job.executor, self.examples)
         gemms = draws(self.configs, min(limits.most, checks.MOST_ROWS), limits.ops // checks.SPARED)
-        with checks.strict():
-            result = checks.hold(
+        with strict():
+            result = hold(
                 job.name, job.executor, gemms, fitted, examples=self.examples or EXAMPLES,
                 random_seed=self.random_seed, always=always, on_example=on_example,
             )  # fmt: skip

@@ -110,12 +110,14 @@ def run(
     jobs: int | None = None,
     silence: float = SILENCE,
     on_step: Callable[[int, int], None] = lambda done, total: None,
+    on_verdict: Callable[[Verdict], None] = lambda verdict: None,
 ) -> list[Verdict]:
     """Judge `mutants` on this machine, `jobs` at a time (default: as `isolate.processes` has it), in order.
 
     gpu: on a newer card, Ampere's mutants run as this card's code. examples: of each property; None: as `checks.run`.
-    on_step is told how many children ended, and of how many. Raises CheckFailed if the unchanged kernels fail, or a
-    mutant's text is not found once. Interrupted, it ends its children and removes its folders.
+    on_step is told how many children ended, and of how many; on_verdict what became of each mutant that is run. Raises
+    CheckFailed if the unchanged kernels fail, or a mutant's text is not found once. Interrupted, it ends its children
+    and removes its folders.
     """
     mutants = tuple(mutants)
     for mutant in mutants:
@@ -125,7 +127,7 @@ def run(
     todo = [_job(mutant, executors) for mutant in mutants if mutant.name not in idle]
     with tempfile.TemporaryDirectory(prefix="int8kit-mutate-") as root:
         limits = _Limits(Path(root).resolve(), examples, seed, jobs or isolate.processes(executors[-1]), silence)
-        judged = asyncio.run(_run(todo, limits, on_step))
+        judged = asyncio.run(_run(todo, limits, on_step, on_verdict))
     return [idle.get(mutant.name) or judged[mutant.name] for mutant in mutants]
 
 
@@ -174,7 +176,9 @@ def _executor(kernel: Kernel, executors: list[Executor]) -> Executor:
     return executors[0 if kernel is Kernel.AMPERE else -1]
 
 
-async def _run(todo: list[_Job], limits: _Limits, on_step: Callable[[int, int], None]) -> dict[str, Verdict]:
+async def _run(
+    todo: list[_Job], limits: _Limits, on_step: Callable[[int, int], None], on_verdict: Callable[[Verdict], None]
+) -> dict[str, Verdict]:
     """The unchanged kernels, and all of `todo`: verdicts by the mutants' names."""
     kernels = {job.kernel: job.executor for job in todo}
     sound = [_Job(None, kernel, (name,), kernels[kernel]) for kernel in kernels for name in _properties(kernel)]
@@ -191,6 +195,8 @@ async def _run(todo: list[_Job], limits: _Limits, on_step: Callable[[int, int], 
                 f"the unchanged kernels fail {verdict.by} ({verdict.how}): {verdict.evidence}; "
                 "faults prove nothing before `int8kit verify` holds"
             )
+        if job.mutant:
+            on_verdict(verdict)
         done += 1
         on_step(done, total)
         return verdict

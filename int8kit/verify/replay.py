@@ -12,7 +12,7 @@ import torch
 
 from int8kit import gpus
 from int8kit.verify import checks, foreign, properties, subjects
-from int8kit.verify.checks import Result
+from int8kit.verify.hold import Result, strict
 from int8kit.verify.strategies import from_json
 
 
@@ -23,7 +23,7 @@ def again(name: str, example: str, *, subject: str = "int8kit", arch: str | None
     """
     drawn = from_json(example)
     executor = next(e for e in foreign.executors(gpus.get("rtx3090")) if e.arch == arch)
-    with checks.strict():
+    with strict():
         if subject == "int8kit" and name in checks.CHECKS:
             why = checks.CHECKS[name](drawn, executor)
         else:

@@ -13,7 +13,7 @@ from int8kit.kernels.residual_norm_quantize import residual_norm_quantize
 from int8kit.kernels.rms_norm_quantize import _rms_norm_quantize, rms_norm_quantize
 from int8kit.kernels.rows import CHUNKS, WARPS, RowTile
 from int8kit.kernels.swiglu_quantize import swiglu_quantize
-from int8kit.verify.checks import difference
+from int8kit.verify.bits import difference
 from int8kit.verify.strategies import FLOAT_KINDS, OUT_DTYPES, float_matrix
 
 KERNELS = {
