@@ -12,7 +12,7 @@ from measured import exhaustive
 from int8kit import db, gpus
 from int8kit.schema import Resources
 from int8kit.spec import CheckFailed, FileError, GemmShape, Kernel, Source, default_config, shared_memory_bound
-from int8kit.tune import offline, search, session, space
+from int8kit.tune import offline, search, session, space, workers
 from int8kit.tune.measure import Times
 from int8kit.tune.tasks import Timed
 from int8kit.tune.workers import Ended
@@ -63,6 +63,8 @@ class Pool:
                         result = getattr(self, batch.function.__name__)(*call)
                         running[program][call] = result
                         batch.on_result(call, result)
+                        if batch.halt and isinstance(result, Ended):
+                            break
         finally:
             for program in running:
                 program.close()
@@ -77,6 +79,7 @@ class Pool:
 
     def time_configs(self, shape, arch, configs, rounds, sample_us, bf16):
         if any(self.lethal(shape, config) for config in configs):
+            self.calls["ended"] += 1
             return Ended("crash", 1)
         self.calls["time", shape, arch, rounds, sample_us, configs] += 1
         times = {c: Times(us * 0.999, us, us * 1.001) for c in configs for us in [truth(shape, c)]}
@@ -84,7 +87,10 @@ class Pool:
         return Timed(times, {}, last)
 
     def launch(self, shape, arch, config):
-        return Ended("crash", 1) if self.lethal(shape, config) else None
+        if not self.lethal(shape, config):
+            return None
+        self.calls["ended alone", *workers.job(config, shape)] += 1
+        return Ended("timeout", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +138,20 @@ def test_an_entry_says_where_it_is_from(tmp_path):
     assert entry.time_us <= min(times) * (1 + search.MARGIN)
 
 
+def test_a_kernel_that_hangs_costs_its_time_once_and_not_at_every_shape(tmp_path):
+    def lethal(shape, config):
+        return config.kernel is Kernel.AMPERE and config.num_stages == 3
+
+    pool = Pool(H200, lethal=lethal)
+    (outcome,) = session.run(SHAPES, proxy(tmp_path / "t.json"), pool)
+    assert outcome.failed == {}
+    assert not any(lethal(e.shape, e.config) for e in outcome.entries)
+    alone = {key[1:]: count for key, count in pool.calls.items() if key[0] == "ended alone"}
+    assert alone
+    assert set(alone.values()) == {1}
+    assert pool.calls["ended"] <= len(alone)
+
+
 def test_what_ends_its_process_is_found_alone_and_never_chosen(tmp_path):
     def lethal(shape, config):
         return shape == SHAPES[0] and config.kernel is Kernel.AMPERE and config.num_stages == 3
@@ -139,7 +159,7 @@ def test_what_ends_its_process_is_found_alone_and_never_chosen(tmp_path):
     (outcome,) = session.run(SHAPES, proxy(tmp_path / "t.json"), Pool(H200, lethal=lethal))
     assert outcome.failed == {}
     assert len(outcome.entries) == len(SHAPES)
-    assert outcome.rejected["crash"] > 1
+    assert outcome.rejected["timeout"] > 1
     first = next(e for e in outcome.entries if e.shape == SHAPES[0])
     assert not any(lethal(first.shape, c) for c in (first.config, *(o.config for o in first.runners_up)))
 
@@ -149,7 +169,7 @@ def test_a_shape_whose_default_dies_fails_and_the_others_do_not(tmp_path):
         return shape == SHAPES[2] and config == default_config(shape)
 
     (outcome,) = session.run(SHAPES, proxy(tmp_path / "t.json"), Pool(H200, lethal=lethal))
-    assert "the default is out: crash" in outcome.failed[SHAPES[2]]
+    assert "the default is out: timeout" in outcome.failed[SHAPES[2]]
     assert len(db.load(tmp_path / "t.json").entries) == len(SHAPES) - 1
 
 

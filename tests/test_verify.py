@@ -1,6 +1,7 @@
 """verify/: the verifier verified. Broken kernels must be caught, with a small example; sound ones must hold."""
 
 import os
+import time
 
 import pytest
 import torch
@@ -166,6 +167,21 @@ def test_a_kernel_that_ends_its_process_is_a_failure_like_any_other(processes):
         None, "an example of output: the kernel ended its process (SIGABRT)", None,
     ]  # fmt: skip
     assert len(told) == 3
+
+
+def _hanging(job, on_example):
+    on_example(f"an example of {job.name}")
+    if job.name == "output":
+        while True:
+            time.sleep(60)
+    return hold.Result(job.name, str(job.executor), 1), {}
+
+
+def test_a_kernel_that_waits_for_ever_is_a_failure_like_any_other(monkeypatch):
+    monkeypatch.setattr(isolate, "SILENCE_S", 20.0)  # a child's start takes some of it
+    jobs = [isolate.Job(name, EXECUTOR) for name in ("output", "accumulator", "entries")]
+    outcomes = isolate.run_all(jobs, _hanging, processes=2)
+    assert [r.failure for r, _ in outcomes] == ["an example of output: no end in 20 s", None, None]
 
 
 def test_isolated_checks_are_the_same():

@@ -181,3 +181,15 @@ def test_once_is_once(pool, tmp_path):
 
     ((_, ended),) = pool.drive([program()])[0].items()
     assert isinstance(ended, workers.Ended)
+
+
+def test_what_ends_its_process_halts_its_batch(pool):
+    def program():
+        calls = [("a", ""), ("b", "abort"), ("c", ""), ("d", "")]
+        halted = yield workers.Batch(_where, calls, card="h200", once=True, halt=True)
+        rest = yield workers.Batch(_where, [call for call in calls if call not in halted], card="h200")
+        return halted, rest
+
+    halted, rest = pool.drive([program()])[0]
+    assert [isinstance(halted[call], workers.Ended) for call in halted] == [False, True]
+    assert [call[0] for call in rest] == ["c", "d"]

@@ -49,7 +49,8 @@ from int8kit.spec import TileConfig
 tma = schedule.with_names(
     hopper.tma, async_copy_global_to_shared="async_load", async_copy_shared_to_global="async_store"
 )
-# Steps that the second multiplier of a shared tile stays behind, so that one's epilogue meets the other's products.
+# Steps that the second multiplier of a shared tile stays behind, so that one's epilogue meets the other's products. At
+# most num_stages: the first would wait for slots that the second, which waits for the first, has yet to release.
 LAG: gl.constexpr = gl.constexpr(3)
 CHUNK_BYTES = 64  # of a row, in one TMA store
 
@@ -148,6 +149,7 @@ def _multiply(
     STAGES: gl.constexpr = x_ring.shape[0]
     ROWS: gl.constexpr = x_ring.shape[1] // 2 if SHARED else x_ring.shape[1]
     BLOCK_N: gl.constexpr = w_ring.shape[1]
+    lag: gl.constexpr = LAG if LAG < STAGES else STAGES
     acc = gl.zeros([ROWS, BLOCK_N], gl.int32, layout)
     if ME == 1 or not SHARED:
         mbarrier.wait(turn.index(ME), parity)
@@ -160,7 +162,7 @@ def _multiply(
         acc = hopper.warpgroup_mma(x, w_ring.index(slot).permute((1, 0)), acc, is_async=True)
         acc = hopper.warpgroup_mma_wait(1, deps=(acc,))
         if SHARED and ME == 0:
-            mbarrier.arrive(turn.index(1), pred=(step == gl.minimum(first + LAG, last) - 1) & (not alone))
+            mbarrier.arrive(turn.index(1), pred=(step == gl.minimum(first + lag, last) - 1) & (not alone))
         # not by a variable that holds the slot before: Triton 3.6 takes that for loop-invariant
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=step > first)
         if SHARED and ME == 0:

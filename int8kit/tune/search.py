@@ -57,6 +57,7 @@ class Space:
     machine: Gpu
     resources: dict[workers.Job, Resources] = field(default_factory=dict)
     failed: dict[workers.Job, str] = field(default_factory=dict)
+    banned: set[workers.Job] = field(default_factory=set)  # ended a process that launched them, at whatever shape
 
     def add(self, job: workers.Job, outcome: workers.Outcome) -> None:
         """Sort one outcome in."""
@@ -131,11 +132,11 @@ def hot(trail: Trail) -> list[TileConfig]:
 
 
 def rank(configs: Iterable[TileConfig], shape: GemmShape, found: Space) -> list[tuple[float, TileConfig, Resources]]:
-    """(estimated microseconds, configuration, resources) of those that compiled without spills, best first."""
+    """(estimated microseconds, configuration, resources), best first, of those that compile without spills and run."""
     rows = []
     for config in configs:
         resources = found.of(config, shape)
-        if resources is not None and resources.spill_bytes == 0:
+        if resources is not None and resources.spill_bytes == 0 and workers.job(config, shape) not in found.banned:
             rows.append((offline.estimate(shape, config, resources, found.machine), config, resources))
     return sorted(rows, key=lambda row: row[:2])
 
@@ -170,7 +171,7 @@ def first(shape: GemmShape, gpu: Gpu, found: Space, known: Database) -> list[Til
     # the model of wgmma code is fit to no card, and its seeds are few
     fitted = [config for us, config, _ in ranked if config.kernel is Kernel.AMPERE and us <= bound]
     others = [*fitted, *(config for _, config, _ in ranked if config.kernel is Kernel.HOPPER)]
-    theirs = [c for c in of_near(shape, gpu, known) if (r := found.of(c, shape)) and not r.spill_bytes]
+    theirs = [config for _, config, _ in rank(of_near(shape, gpu, known), shape, found)]
     return list(dict.fromkeys([default_config(shape), *plain, *others, *theirs]))
 
 

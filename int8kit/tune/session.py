@@ -9,8 +9,9 @@ needs is compiled on every core, then timed, a shape at a time on each card. Eve
 entry is in the journal (`journal`) before the next one begins: a run that is killed goes on by the same command. At the
 end shapes share kernels where that costs next to nothing (`portfolio`).
 
-A configuration that ends its process while it is timed takes its shape's round with it. Then all of the round are
-launched one by one, in processes that may end, and the round is timed again without those that do.
+A configuration that ends its process or hangs while it is timed takes its shape's round with it. Then the round halts,
+all of that shape's are launched one by one, in processes that may end, and the round goes on, for every shape without
+the kernels that did: what hangs at one shape does so at the next, for a minute each.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ from int8kit import db
 from int8kit.db import Database
 from int8kit.gpus import Gpu
 from int8kit.schema import Entry
-from int8kit.spec import POLICY, CheckFailed, GemmShape, Source, TileConfig
+from int8kit.spec import POLICY, CheckFailed, GemmShape, Source, TileConfig, default_config
 from int8kit.tune import measure, portfolio, search, space, tasks, workers
 from int8kit.tune.journal import Journal
 from int8kit.tune.workers import Batch, Ended, Program, Workers
 
-ROUND_S = 120.0  # of one shape's round, which takes seconds; longer where kernels are compiled at their launch
+ROUND_S = 120.0  # of one shape's round, which takes seconds; longer where another host has compiled its kernels
+LAUNCH_S = 30.0  # of one launch, with the operands made and checked
+
+ENDED = ("crash:", "timeout:")  # what `workers.Ended` opens with
 
 Stage = Callable[[str, int], Callable[[], None]]
 """What shows progress: told a description and a total, it gives what is called after each step."""
@@ -137,6 +141,7 @@ def _tune(
         found = search.Space(target.machine)
         for job, result in journal.compiled.items():
             found.add(job, result)
+        found.banned |= {workers.job(c, s) for (s, c), why in journal.wrong.items() if why.startswith(ENDED)}
         left = [shape for shape in wanted if shape not in journal.chosen]
         one = _Run(target, journal, found, stage)
 
@@ -231,45 +236,51 @@ class _Run:
 
         yield from self._timed("choosing", plans, search.FINAL_SAMPLES, measure.HOT_US, True, choose)
         for shape in set(left) - set(self.journal.chosen) - set(outcome.failed):
-            outcome.failed[shape] = "its round ended its process again, with every configuration proven alone"
+            why = self.journal.trail(shape).wrong.get(default_config(shape))
+            outcome.failed[shape] = why or "its round ended its process again, with every configuration proven alone"
 
     def _timed(
         self, name: str, plans: dict[GemmShape, list[TileConfig]], samples: int, sample_us: int, bf16: bool,
         on_timed: Callable[[GemmShape, tasks.Timed], None],
     ) -> Program[None]:  # fmt: skip
-        """Time every plan; after a round that ended its process, again without what ended it."""
+        """Time every plan; where a shape's round ends its process, again without the kernels that do."""
         assert self.target.card is not None
         card, arch = self.target.card.alias, self.target.arch
         step = self.stage(f"{self.target.gpu.alias}: {name}", len(plans)) if plans else lambda: None
-        lost: dict[GemmShape, list[TileConfig]] = {}
+        todo, lost, twice = dict(plans), set[GemmShape](), set[GemmShape]()
 
         def keep(call: tuple[Any, ...], result: Any) -> None:
             shape = call[0]
             if isinstance(result, Ended):
-                lost[shape] = plans[shape]
+                (twice if shape in lost else lost).add(shape)
                 return
+            del todo[shape]
             for config, reason in result.wrong.items():
                 self.journal.add_wrong(shape, config, reason)
             on_timed(shape, result)
             step()
 
-        def batch(todo: dict[GemmShape, list[TileConfig]]) -> Batch:
-            calls = [(shape, arch, tuple(configs), samples, sample_us, bf16) for shape, configs in todo.items()]
-            return Batch(tasks.time_configs, calls, keep, card, ROUND_S, once=True)
-
         def blame(call: tuple[Any, ...], result: Any) -> None:
             shape, _, config = call
             if isinstance(result, Ended):
+                self.found.banned.add(workers.job(config, shape))
                 result = str(result)
             if result is not None:
                 self.journal.add_wrong(shape, config, result)
-                lost[shape] = [other for other in lost[shape] if other != config]
 
-        yield batch(plans)
-        again = dict(lost)
-        yield Batch(tasks.launch, [(s, arch, c) for s, configs in again.items() for c in configs], blame, card)
-        again, lost = lost, {}
-        yield batch({shape: configs for shape, configs in again.items() if configs})
+        while todo:
+            suspects = lost.copy()
+            calls = [(shape, arch, tuple(configs), samples, sample_us, bf16) for shape, configs in todo.items()]
+            yield Batch(tasks.time_configs, calls, keep, card, ROUND_S, once=True, halt=True)
+            alone = [(shape, arch, config) for shape in lost - suspects for config in todo[shape]]
+            yield Batch(tasks.launch, alone, blame, card, LAUNCH_S, once=True)
+            todo = {shape: self._runnable(shape, configs) for shape, configs in todo.items() if shape not in twice}
+            todo = {shape: configs for shape, configs in todo.items() if configs}
+
+    def _runnable(self, shape: GemmShape, configs: list[TileConfig]) -> list[TileConfig]:
+        """Those of `configs` not known to be out; the default, which no shape can do without, is tried at each."""
+        wrong, banned, default = self.journal.trail(shape).wrong, self.found.banned, default_config(shape)
+        return [c for c in configs if c not in wrong and (c == default or workers.job(c, shape) not in banned)]
 
     def attempt(self, shape: GemmShape, choose: Callable[[], None], outcome: Outcome) -> None:
         """`choose`, or why the shape has no entry."""

@@ -71,6 +71,7 @@ class Batch:
     card: str | None = None  # alias of the card that a worker must have; None: a worker without one, if there are any
     limit_s: float | None = None  # of one call; None: LIMIT_S
     once: bool = False  # what ends its process is not tried again
+    halt: bool = False  # once a call has the result Ended, those not begun are left out of the results
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ class _Running:
         assert self.batch is not None
         self.results[call] = result
         self.batch.on_result(call, result)
+        if self.batch.halt and isinstance(result, Ended):
+            self.todo.clear()
 
 
 @dataclass(frozen=True)

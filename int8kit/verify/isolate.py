@@ -3,8 +3,9 @@
     run_all([Job("output", executor), ...], judge, processes=2)      -> [(Result, stamps), ...], in the jobs' order
 
 A child is sent one job after another, and reports over its pipe: ("example", text) before each one, ("done", result,
-stamps) after the job. If it dies, the parent writes down the example that was being tried, and another child goes on
-with the jobs that are left. Several children at a time, since examples wait for the compiler, which uses one core.
+stamps) after the job. If it dies, or is silent for SILENCE_S as where a kernel waits for ever, the parent writes down
+the example that was being tried, and another child goes on with the jobs that are left. Several children at a time,
+since examples wait for the compiler, which uses one core.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -29,6 +31,8 @@ from int8kit.verify.foreign import Executor
 from int8kit.verify.hold import Result
 
 MOST_PROCESSES = 16  # on a card: each keeps a context there
+SILENCE_S = 120.0  # between two reports of a child: a start of torch and the largest example take a tenth
+TICK_S = 1.0  # between looks for silent ones
 
 
 @dataclass(frozen=True)
@@ -70,16 +74,28 @@ class _Child:
     index: int = -1
     tried: int = 0
     last: str = ""
+    busy: bool = False
+    heard: float = 0.0  # when, by the monotonic clock
 
     def take(self, index: int, job: Job) -> None:
         self.index, self.tried, self.last = index, 0, "before its first example"
+        self.busy, self.heard = True, time.monotonic()
         self.pipe.send(job)
 
-    def end(self) -> int | None:
-        self.process.terminate()
+    def hear(self) -> tuple[Any, ...]:
+        """Its next message. Raises EOFError or OSError if it has ended."""
+        message: tuple[Any, ...] = self.pipe.recv()
+        self.heard = time.monotonic()
+        if message[0] == "example":
+            self.tried, self.last = self.tried + 1, message[1]
+        else:
+            self.busy = False
+        return message
+
+    def end(self) -> None:
+        self.process.kill()  # also where it is inside a kernel that waits for ever
         self.process.join()
         self.pipe.close()
-        return self.process.exitcode
 
 
 @dataclass
@@ -87,20 +103,39 @@ class _Children:
     """Those that are alive, by their pipes."""
 
     judge: Judge
+    most: int
     threads: int  # of torch, in each
     alive: dict[Connection, _Child] = field(default_factory=dict)
 
-    def start(self) -> _Child:
+    def free(self, wanted: int) -> list[_Child]:
+        """Up to `wanted` that have nothing to do, started where there are fewer than `most`."""
+        idle = [child for child in self.alive.values() if not child.busy]
+        while len(idle) < wanted and len(self.alive) < self.most:
+            idle.append(self._start())
+        return idle[:wanted]
+
+    def silent(self) -> list[_Child]:
+        """Those that have said nothing for too long."""
+        now = time.monotonic()
+        return [child for child in self.alive.values() if child.busy and now - child.heard > SILENCE_S]
+
+    def lose(self, child: _Child, job: Job, why: str) -> Outcome:
+        """The failure of a job whose child has ended or is to end."""
+        del self.alive[child.pipe]
+        child.end()
+        return Result(job.name, str(job.executor), child.tried, f"{child.last}: {why}"), {}
+
+    def end(self) -> None:
+        for child in self.alive.values():
+            child.end()
+
+    def _start(self) -> _Child:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self.judge, self.threads), daemon=True)
         process.start()
         theirs.close()
         return self.alive.setdefault(ours, _Child(process, ours))
-
-    def end(self) -> None:
-        for child in self.alive.values():
-            child.end()
 
 
 def processes(executor: Executor) -> int:
@@ -117,38 +152,32 @@ def run_all(
     """Judge `jobs`, up to `processes` at a time -> what each came to, in order. Interrupted, it ends its children."""
     found: dict[int, Outcome] = {}
     todo = list(enumerate(jobs))[::-1]
-    children = _Children(judge, max(1, len(os.sched_getaffinity(0)) // processes))
+    children = _Children(judge, min(processes, len(jobs)), max(1, len(os.sched_getaffinity(0)) // processes))
     try:
-        for _ in range(min(processes, len(jobs))):
-            children.start().take(*todo.pop())
+        for child in children.free(len(todo)):
+            child.take(*todo.pop())
         while len(found) < len(jobs):
-            for pipe in wait(list(children.alive)):
+            for pipe in wait(list(children.alive), timeout=TICK_S):
                 assert isinstance(pipe, Connection)
                 child = children.alive[pipe]
                 try:
-                    message: tuple[Any, ...] = pipe.recv()
+                    message = child.hear()
                 except (EOFError, OSError):
-                    del children.alive[pipe]
-                    found[child.index] = _lost(child, jobs[child.index])
-                    child = children.start() if todo else child
+                    child.process.join()
+                    how = f"the kernel ended its process ({_how(child.process.exitcode)})"
+                    found[child.index] = children.lose(child, jobs[child.index], how)
+                    continue
+                if message[0] == "example":
+                    on_example()
                 else:
-                    if message[0] == "example":
-                        child.tried, child.last = child.tried + 1, message[1]
-                        on_example()
-                        continue
                     found[child.index] = message[1:]
-                if todo:
-                    child.take(*todo.pop())
+            for child in children.silent():
+                found[child.index] = children.lose(child, jobs[child.index], f"no end in {SILENCE_S:g} s")
+            for child in children.free(len(todo)):
+                child.take(*todo.pop())
     finally:
         children.end()
     return [found[index] for index in range(len(jobs))]
-
-
-def _lost(child: _Child, job: Job) -> Outcome:
-    """The failure of a job whose child has ended."""
-    child.process.join()
-    how = _how(child.end())
-    return Result(job.name, str(job.executor), child.tried, f"{child.last}: the kernel ended its process ({how})"), {}
 
 
 def _how(exit_code: int | None) -> str:

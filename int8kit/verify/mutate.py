@@ -40,8 +40,6 @@ from int8kit.verify.mutants import CATALOGUE, TILES, Mutant
 
 PACKAGE = Path(__file__).parent.parent
 PROPERTIES = ("accumulator", "output", "swiglu", "quantize")
-SILENCE = 120.0
-"""Seconds without an example's end that count as a hang: a start of torch and the largest example take a tenth."""
 
 Ending = Literal["killed", "survived", "needs a card", "not applicable"]
 How = Literal["differs", "crash", "compile", "timeout"]
@@ -108,7 +106,7 @@ def run(
     examples: int | None = None,
     seed: int = 0,
     jobs: int | None = None,
-    silence: float = SILENCE,
+    silence: float = isolate.SILENCE_S,
     on_step: Callable[[int, int], None] = lambda done, total: None,
     on_verdict: Callable[[Verdict], None] = lambda verdict: None,
 ) -> list[Verdict]:

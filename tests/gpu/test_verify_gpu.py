@@ -5,8 +5,9 @@ import torch
 
 from int8kit import db, files, gpus, reference
 from int8kit.kernels import gemm, quantize
-from int8kit.spec import TileConfig
-from int8kit.verify import checks, foreign
+from int8kit.spec import GemmShape, Kernel, TileConfig, legal_configs
+from int8kit.verify import checks, foreign, hold, isolate
+from int8kit.verify.strategies import Draw
 
 DATABASES = sorted(files.shipped("tuning_db").glob("*.json"))
 
@@ -28,7 +29,32 @@ def test_every_shipped_entry(path):
     for executor in foreign.executors(database.gpu):
         result, stamps = checks.run("entries", executor, database)
         assert result.failure is None
-        assert len(stamps) == len(database.entries)
+        assert len(stamps) == len(database.serving(gemm.toolchain()))
+
+
+HOPPER = [c for c in legal_configs(90, gpus.get("h200").shared_memory) if c.kernel is Kernel.HOPPER]
+LOTS = 8  # processes that share them
+
+
+def _each_is_exact(job, on_example):
+    """What a child of the next test runs: every LOTS'th tile, over tiles that fill no wave, tails, and many steps."""
+    failure = None
+    for config in HOPPER[int(job.name) :: LOTS]:
+        for shape, kind in ((GemmShape(300, 1160, 4112), "extremes"), (GemmShape(2304, 2304, 272), "normal")):
+            d = Draw(shape, config, kind, 1, torch.bfloat16, torch.bfloat16, padding=16)
+            on_example(d)
+            failure = failure or checks.check_accumulator(d, job.executor) or checks.check_output(d, job.executor)
+    return hold.Result(job.name, str(job.executor), len(HOPPER) // LOTS, failure), {}
+
+
+def test_every_legal_tile_of_the_hopper_kernel_ends_and_is_exact():
+    """Its groups of warps wait for each other: a tile of too few stages once waited for ever."""
+    native = [executor for executor in executors() if executor.arch is None]
+    if gpus.present().arch != 90:
+        pytest.skip("no wgmma here")
+    jobs = [isolate.Job(str(i), native[0]) for i in range(LOTS)]
+    outcomes = isolate.run_all(jobs, _each_is_exact, processes=LOTS)
+    assert [result.failure for result, _ in outcomes] == [None] * LOTS
 
 
 @pytest.mark.parametrize("m", [1, 16, 17, 127, 129])
