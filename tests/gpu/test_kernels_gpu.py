@@ -9,6 +9,7 @@ from int8kit import Int8Linear, Int8SwiGLU, gpus, reference
 from int8kit.kernels import gemm
 from int8kit.spec import GemmShape, Kernel, Plan, TileConfig, why_illegal
 from int8kit.verify import checks, foreign
+from int8kit.verify.bits import operands
 from int8kit.verify.strategies import Draw
 
 
@@ -87,7 +88,7 @@ def test_deepest_sums(config, executor):
 @pytest.mark.parametrize(("config", "executor"), [c for c in cases() if c.values[0].stream_k])
 def test_stream_k_is_the_same_every_time_and_on_two_streams_at_once(config, executor):
     d = Draw(GemmShape(400, 1160, 8192), config, "normal", 0, None, torch.float32)
-    x, w, sx, sw, _ = checks._operands(d, "cuda")
+    x, w, sx, sw, _ = operands(d, "cuda")
     want = reference.scaled_mm(x, w, sx, sw, out_dtype=torch.float32)
     streams = [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
@@ -103,7 +104,7 @@ def test_stream_k_is_the_same_every_time_and_on_two_streams_at_once(config, exec
 @pytest.mark.parametrize("config", [c.values[0] for c in cases() if c.values[1].arch is None])
 def test_captures_in_a_graph(config):
     d = Draw(GemmShape(300, 520, 1040), config, "normal", 0, torch.bfloat16, torch.bfloat16)
-    x, w, sx, sw, bias = checks._operands(d, "cuda")
+    x, w, sx, sw, bias = operands(d, "cuda")
     want = gemm.scaled_mm(x, w, sx, sw, bias, config=config)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
