@@ -272,8 +272,8 @@ class _Run:
             suspects = lost.copy()
             calls = [(shape, arch, tuple(configs), samples, sample_us, bf16) for shape, configs in todo.items()]
             yield Batch(tasks.time_configs, calls, keep, card, ROUND_S, once=True, halt=True)
-            alone = [(shape, arch, config) for shape in lost - suspects for config in todo[shape]]
-            yield Batch(tasks.launch, alone, blame, card, LAUNCH_S, once=True)
+            alone = {(s, workers.job(c, s)): (s, arch, c) for s in lost - suspects for c in todo[s]}  # each kernel once
+            yield Batch(tasks.launch, list(alone.values()), blame, card, LAUNCH_S, once=True)
             todo = {shape: self._runnable(shape, configs) for shape, configs in todo.items() if shape not in twice}
             todo = {shape: configs for shape, configs in todo.items() if configs}
 
