@@ -25,7 +25,7 @@ REGISTERS_SM = 65536
 BLOCKS_SM = 16
 SHARED_BYTES_CLOCK = 128  # a multiprocessor's shared memory reads this much a clock
 
-# A fit to 6167 times of sm_86 code on an H200 (docs/results), which no other card has seen:
+# Of mma.sync code, a fit to 6167 times as sm_86 code on an H200 (docs/results), which no other card has seen:
 FRAGMENT_CLOCKS = 12.0  # of a warp's load of 512 bytes of fragments, in the way of its products
 L2_REACH = 1.8  # times `Gpu.l2_gb_s`
 STEP_CLOCKS = {Kernel.POINTER: 290.0, Kernel.AMPERE: 5.0}  # of a step that a lone warp a scheduler does not hide
@@ -33,8 +33,15 @@ BLOCK_CLOCKS = 190.0  # of a tile that nothing hides
 STREAM_CLOCKS = 28000.0  # of putting and fetching the sums of 128 x 128
 LAUNCH_US = 2.1
 
-# of wgmma code, a fit to no card
-LOOSE = {Kernel.POINTER: 0.3, Kernel.HOPPER: 0.1}  # what a lone warp group's copies do not hide
+# A fit to 1339 times of wgmma code on an H200 (docs/results), which no other card has seen:
+TENSOR = {Kernel.POINTER: 1.57, Kernel.HOPPER: 1.08}  # times what the tensor cores' peak takes
+WGMMA_L2_REACH = 2.86  # times `Gpu.l2_gb_s`: TMA, and tiles that several multiprocessors read at once
+COPY_CLOCKS = 1500.0  # until a step of few bytes is in shared memory, shared by the steps in flight
+TILE_CLOCKS = {Kernel.POINTER: 21000.0, Kernel.HOPPER: 3140.0}  # of a tile beside its steps; pointer: of 128 x 128
+EPILOGUE_CLOCKS = 6120.0  # of 128 x 128 of a tile that both multipliers share, and nothing hides
+SUMS_CLOCKS = 55600.0  # of 128 x 128 that are put and fetched
+DRAM_REACH = 0.64  # times `Gpu.dram_gb_s`
+SMOOTH = 5.0  # the norm that stands for the most of several, each of which shows where they are near
 
 
 def compile_for(arch: int, config: TileConfig, *, even_k: bool = True) -> Resources:
@@ -133,13 +140,13 @@ def estimate(shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gp
     if resident == 0:
         return math.inf
     tiles = math.ceil(shape.m / config.block_m) * math.ceil(shape.n / config.block_n)
+    dram_us = (shape.m * shape.k + shape.n * shape.k + 2 * shape.m * shape.n) / gpu.dram_gb_s / 1e3
     warpgroups = gpu.arch in (90, 100) and config.num_warps >= 4 and config.block_m >= 64
     if config.kernel is Kernel.HOPPER or (config.kernel is Kernel.POINTER and warpgroups):
-        clocks = _wgmma_clocks(shape, config, resources, gpu, tiles, resident)
-    else:
-        clocks = _mma_clocks(shape, config, resources, gpu, tiles, resident)
-    dram = shape.m * shape.k + shape.n * shape.k + 2 * shape.m * shape.n
-    return LAUNCH_US + max(clocks / gpu.clock_mhz, dram / gpu.dram_gb_s / 1e3)
+        clocks = _wgmma_clocks(shape, config, gpu, tiles, resident)
+        return LAUNCH_US + _most(clocks / gpu.clock_mhz, dram_us / DRAM_REACH)
+    clocks = _mma_clocks(shape, config, resources, gpu, tiles, resident)
+    return LAUNCH_US + max(clocks / gpu.clock_mhz, dram_us)
 
 
 def _mma_clocks(
@@ -182,38 +189,42 @@ def _mma_clocks(
     return clocks + (rounds + (rest > 0)) * BLOCK_CLOCKS * (1 + size) / 2
 
 
-def _wgmma_clocks(
-    shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gpu, tiles: int, resident: int
-) -> float:
-    """Clocks of the busiest multiprocessor's tiles by `wgmma`, one after the other as far as its units go.
+def _wgmma_clocks(shape: GemmShape, config: TileConfig, gpu: Gpu, tiles: int, resident: int) -> float:
+    """Clocks of the busiest multiprocessor's tiles by `wgmma`.
 
-    A step is the most of three: products, operands out of L2, and out of shared memory. They overlap better the more
-    warps are resident and the more stages are in flight. Filling the pipeline and storing a tile is added, shared by
-    the resident blocks.
+    A step of K takes the most of three: products; operands out of L2; and the time until its copies are there, which is
+    shared by the steps in flight. A tile adds a constant, and its epilogue if no other multiplier works meanwhile.
     """
-    clock_ghz = gpu.clock_mhz / 1e3
     bm, bn, bk = config.block_m, config.block_n, config.block_k
-    busiest = float(math.ceil(tiles / gpu.sms))
-    resident = min(resident, int(busiest))
-    tensor = 2 * bm * bn * bk / (gpu.int8_tops * 1e3 / (gpu.sms * clock_ghz))
-    l2_clock = gpu.l2_gb_s / (gpu.sms * clock_ghz)  # bytes a clock for one multiprocessor
-    l2 = (bm + bn) * bk / l2_clock
-    warp_m, warp_n = _warp_tile(config)
-    shared = (bm // warp_m) * (bn // warp_n) * (warp_m + warp_n) * bk / SHARED_BYTES_CLOCK
-    spill = 2 * resources.spill_bytes * 32 * config.num_warps / SHARED_BYTES_CLOCK
-    flying = config.num_stages - (config.kernel is Kernel.POINTER)
-    waits = 1 + LOOSE[config.kernel] / (resident * config.num_warps / 4 * math.sqrt(flying))
-    per_step = max(tensor, l2, shared) * waits + spill
-    fill = 800 + (config.num_stages - 1) * l2  # one trip to DRAM, then the ring
-    store = 2 * bm * bn / l2_clock
-    hidden = resident
-    if config.kernel is Kernel.HOPPER:
-        hidden = 4 if config.block_m < 256 else 1  # in turn, the other multiplier covers most of it
+    steps = math.ceil(shape.k / bk)
+    clock = gpu.clock_mhz * 1e6
+    size = bm * bn / 128**2
+    tensor = TENSOR[config.kernel] * 2 * bm * bn * bk / (gpu.int8_tops * 1e12 / (gpu.sms * clock))
+    l2 = (bm + bn) * bk / (WGMMA_L2_REACH * gpu.l2_gb_s * 1e9 / (gpu.sms * clock))
+    if config.kernel is Kernel.POINTER:
+        copies = COPY_CLOCKS / (config.num_stages - 1)
+        rounds, left = divmod(tiles, gpu.sms * resident)
+        rest = math.ceil(left / gpu.sms)
+        full, last = (max(blocks * max(tensor, l2), copies) for blocks in (resident, rest))
+        tile = TILE_CLOCKS[config.kernel] * size
+        return rounds * (steps * full + tile) + (steps * last + tile if rest else 0.0)
+    copies = COPY_CLOCKS * (1 + (bm + bn) / 400) / (config.num_stages - 0.5)
+    tile = EPILOGUE_CLOCKS * size if bm == 256 else TILE_CLOCKS[config.kernel]
+    waves, left = divmod(tiles, gpu.sms)
     sums = 0.0
-    if config.stream_k and tiles % (config.stream_k * gpu.sms):
-        busiest = tiles / gpu.sms
-        sums = 4 * (2 * 2 * bm * bn * 4) / l2_clock  # two tiles written and read, at a quarter of L2's rate
-    return busiest * (math.ceil(shape.k / bk) * per_step + (fill + store) / hidden) + sums
+    if config.stream_k:
+        mine = tiles / gpu.sms
+        sums = SUMS_CLOCKS * size if left else 0.0
+    elif bm == 256 and 2 * left <= gpu.sms:
+        mine = waves + (0.5 if left else 0.0)  # the last wave's tiles are halved
+    else:
+        mine = waves + (left > 0)
+    return mine * (steps * _most(tensor, l2, copies) + tile) + sums
+
+
+def _most(*parts: float) -> float:
+    """The greatest of `parts`, and more where others come near it."""
+    return float(sum(part**SMOOTH for part in parts) ** (1 / SMOOTH))
 
 
 def _warp_tile(config: TileConfig) -> tuple[int, int]:
@@ -221,8 +232,6 @@ def _warp_tile(config: TileConfig) -> tuple[int, int]:
     m, n, warps = config.block_m, config.block_n, config.num_warps
     if config.kernel is Kernel.AMPERE:
         return m // warp_grid(config)[0], n // warp_grid(config)[1]
-    if config.kernel is Kernel.HOPPER:
-        return min(m, 64), n  # what one wgmma reads
     while warps > 1:
         if m >= n:
             m //= 2

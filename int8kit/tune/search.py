@@ -168,7 +168,7 @@ def first(shape: GemmShape, gpu: Gpu, found: Space, known: Database) -> list[Til
     ranked = rank(space.candidates(shape, gpu), shape, found)
     bound = ranked[0][0] * RULED_OUT if ranked else 0.0
     plain = [config for _, config, _ in ranked if config.kernel is Kernel.POINTER][:CONTESTANTS]
-    # the model of wgmma code is fit to no card, and its seeds are few
+    # the seeds of wgmma code are few
     fitted = [config for us, config, _ in ranked if config.kernel is Kernel.AMPERE and us <= bound]
     others = [*fitted, *(config for _, config, _ in ranked if config.kernel is Kernel.HOPPER)]
     theirs = [config for _, config, _ in rank(of_near(shape, gpu, known), shape, found)]
