@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -32,6 +34,68 @@ def test_launches_and_what_sanitizes_them(tmp_path):
     done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert done.stderr == "sanitize: no compute-sanitizer; it is part of the CUDA toolkit\n"
+
+
+RACE = """\
+========= COMPUTE-SANITIZER
+========= Error: Race reported between Read access at _gemm_hopper+0x100 in gemm_hopper.py:{start}
+=========     and Write access at _gemm_hopper+0x8f10 in gemm_hopper.py:{start} [233 hazards]
+=========     and Write access at _gemm_hopper+0x10020 in gemm_hopper.py:{other} [203 hazards]
+=========
+10 configurations at 2 shapes, 5 kernels over rows: launched
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+
+
+@pytest.mark.parametrize(
+    ("other", "cut", "code", "said"),
+    [
+        ("gl.warp_specialize(", "", 0, "1 hazards, 0 of them ours"),
+        ("acc = ", "", 1, "OURS"),
+        ("gl.warp_specialize(", "in gemm_hopper.py:", 1, "a kernel: an of no known line:0"),
+        ("gl.warp_specialize(", ": launched", 1, "not every kernel was launched"),
+        ("gl.warp_specialize(", "RACECHECK SUMMARY", 1, "the report cannot be read: no summary"),
+    ],
+)  # fmt: skip
+def test_a_race_is_ours_unless_triton_starts_warps_there(tmp_path, other, cut, code, said):
+    """As racecheck prints it: the lines of today's kernel, one of them changed, or the report incomplete."""
+    lines = (ROOT / "int8kit" / "kernels" / "gemm_hopper.py").read_text().splitlines()
+    start, end = (next(i for i, line in enumerate(lines, 1) if text in line) for text in ("def _gemm_hopper(", other))
+    report = tmp_path / "s.txt.racecheck"
+    text = RACE.format(start=start, other=end)
+    report.write_text(text.replace(cut, "") if cut else text)
+    done = subprocess.run([sys.executable, ROOT / "tools" / "hazards.py", report], capture_output=True, text=True)
+    assert done.returncode == code, done.stdout
+    assert said in done.stdout
+
+
+def test_sanitize_asks_every_tool_and_judges_what_it_found(tmp_path):
+    """With stand-ins for the sanitizer, which finds a race of Triton's and nothing else, and for the launches."""
+    lines = (ROOT / "int8kit" / "kernels" / "gemm_hopper.py").read_text().splitlines()
+    start, end = (
+        next(i for i, t in enumerate(lines, 1) if s in t) for s in ("def _gemm_hopper(", "gl.warp_specialize(")
+    )
+    (tmp_path / "report").write_text(RACE.format(start=start, other=end))
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text(
+        f'#!/bin/sh\n[ "$2" = racecheck ] && {{ cat {tmp_path}/report; exit 1; }}\n'
+        'echo "launched"; echo "========= ERROR SUMMARY: ${ERRORS:-0} errors"; exit ${ERRORS:-0}\n'
+    )
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = tools/launches.py ] || exec {sys.executable} "$@"\n')
+    for file in (tool, python):
+        file.chmod(0o755)
+    environment = {"PATH": f"{tool.parent}:/usr/bin:/bin"}
+    script = ["sh", "tools/sanitize.sh", tmp_path / "s.txt"]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "memcheck: nothing found; ERROR SUMMARY: 0 errors" in done.stdout
+    assert "1 hazards, 0 of them ours" in done.stdout
+    assert (tmp_path / "s.txt").read_text() == done.stdout
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, env={**environment, "ERRORS": "1"})
+    assert done.returncode == 1
+    assert "memcheck: FOUND" in done.stdout
 
 
 def test_exhaustive_runs_dry(tmp_path):

@@ -119,6 +119,7 @@ def _silus(g_ptr, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + at, activations.silu(tl.load(g_ptr + at)))
 
 
+@pytest.mark.xdist_group("large")
 def test_silu_of_every_float():
     """All 2**32 bit patterns, in parts: the card's silu is the reference's, and the reference's on a CPU for some."""
     step = 2**26

@@ -23,6 +23,7 @@ def test_properties(executor, name):
     assert result.failure is None
 
 
+@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("path", DATABASES, ids=lambda p: p.stem)
 def test_every_shipped_entry(path):
     database = db.load(path)
@@ -69,6 +70,7 @@ def test_deep_extremes(m, k):
             assert (got == 128 * 128 * k).all()
 
 
+@pytest.mark.xdist_group("large")
 def test_offsets_beyond_32_bits():
     """Rows whose first element lies past 2**31 in x and in out: the last of them against the same row alone."""
     m, k = 2**31 // 53248 + 200, 53248
