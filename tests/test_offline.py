@@ -15,6 +15,7 @@ from int8kit.tune import offline, workers
 
 RTX3090 = gpus.get("rtx3090")
 SHAPE = GemmShape(4296, 4608, 4608)
+SM86 = replace(gpus.get("h200"), arch=86)  # as a proxy is estimated
 FREE = Resources(registers=128, spill_bytes=0, shared_bytes=49152)
 
 SAMPLE = [
@@ -197,26 +198,31 @@ def test_what_was_compiled_is_found_whatever_was_used_before(monkeypatch, config
 
 @pytest.mark.parametrize(("shape", "measured"), list(exhaustive("2026-11-23-h200-exhaustive-rtx3090.json").items()))
 def test_the_model_ranks_what_was_measured(shape, measured):
-    """On the run that it was fit to; the card with the older one's code, as a proxy is estimated."""
-    machine = replace(gpus.get("h200"), arch=86)
-    rows = [(offline.estimate(shape, config, r, machine), us) for config, (us, r) in measured.items()]
+    """On the run that it was fit to."""
+    rows = [(offline.estimate(shape, config, r, SM86), us) for config, (us, r) in measured.items()]
     best = min(us for _, us in rows)
     times = [us for _, us in sorted(rows)]
     assert len(times) > 2000
     assert times[0] <= best * 1.10
-    assert min(times[:8]) <= best * 1.025
+    assert min(times[:8]) <= best * 1.02
     middle = len(times) // 2  # and it tells good from bad throughout
     assert sum(times[:middle]) < 0.5 * sum(times[middle:])
 
 
-ROUNDS = exhaustive("2026-11-23-h200-rounds.json")  # what the tuner timed on its way, 9 to 60 of 1488 a shape
+# What tuners timed on their way, 9 to 60 of thousands a shape; the card with the older one's code, as before.
+ROUNDS = [
+    pytest.param(shape, measured, machine, id=f"{machine.arch}, {shape}")
+    for name, machine in (("h200-rounds.json", gpus.get("h200")), ("h200-rounds-rtx3090.json", SM86))
+    for shape, measured in exhaustive(f"2026-11-23-{name}").items()
+]
 
 
-@pytest.mark.parametrize(("shape", "measured"), list(ROUNDS.items()))
-def test_the_model_ranks_the_hopper_kernels(shape, measured):
+@pytest.mark.parametrize(("shape", "measured", "machine"), ROUNDS)
+def test_the_model_ranks_what_tuners_timed(shape, measured, machine):
     """On what it was fit to: whole kernels, in bands of one width, which no model tells apart."""
     kernels = {config: value for config, value in measured.items() if config.group_m == GROUP_M}
-    rows = sorted((offline.estimate(shape, config, r, gpus.get("h200")), us) for config, (us, r) in kernels.items())
+    rows = sorted((offline.estimate(shape, config, r, machine), us) for config, (us, r) in kernels.items())
     best = min(us for _, us in rows)
-    assert min(us for _, us in rows[:8]) <= best * 1.02
-    assert rows[0][1] <= best * (1.10 if shape.m > 1024 and shape.n > 128 else 1.30)  # with few rows it knows less
+    traced = shape.m > 1024 and shape.n > 128
+    assert min(us for _, us in rows[:8]) <= best * (1.06 if machine is SM86 and traced else 1.02)
+    assert rows[0][1] <= best * (1.10 if traced else 1.28)  # with few rows it knows less

@@ -25,23 +25,26 @@ REGISTERS_SM = 65536
 BLOCKS_SM = 16
 SHARED_BYTES_CLOCK = 128  # a multiprocessor's shared memory reads this much a clock
 
-# Of mma.sync code, a fit to 6167 times as sm_86 code on an H200 (docs/results), which no other card has seen:
-FRAGMENT_CLOCKS = 12.0  # of a warp's load of 512 bytes of fragments, in the way of its products
-L2_REACH = 1.8  # times `Gpu.l2_gb_s`
-STEP_CLOCKS = {Kernel.POINTER: 290.0, Kernel.AMPERE: 5.0}  # of a step that a lone warp a scheduler does not hide
-BLOCK_CLOCKS = 190.0  # of a tile that nothing hides
-STREAM_CLOCKS = 28000.0  # of putting and fetching the sums of 128 x 128
-LAUNCH_US = 2.1
-
-# A fit to 1339 times of wgmma code on an H200 (docs/results), which no other card has seen:
-TENSOR = {Kernel.POINTER: 1.57, Kernel.HOPPER: 1.08}  # times what the tensor cores' peak takes
-WGMMA_L2_REACH = 2.86  # times `Gpu.l2_gb_s`: TMA, and tiles that several multiprocessors read at once
-COPY_CLOCKS = 1500.0  # until a step of few bytes is in shared memory, shared by the steps in flight
-TILE_CLOCKS = {Kernel.POINTER: 21000.0, Kernel.HOPPER: 3140.0}  # of a tile beside its steps; pointer: of 128 x 128
-EPILOGUE_CLOCKS = 6120.0  # of 128 x 128 of a tile that both multipliers share, and nothing hides
-SUMS_CLOCKS = 55600.0  # of 128 x 128 that are put and fetched
-DRAM_REACH = 0.64  # times `Gpu.dram_gb_s`
+# What a part takes and what hides it. Fits to times on an H200 (docs/results); no other card has been asked: of sm_86
+# code 6167 of an exhaustive run and 3211 of a tuner's, of wgmma code 1339 of a tuner's.
+L2_REACH = 3.0  # times `Gpu.l2_gb_s`: several multiprocessors read a tile at once
 SMOOTH = 5.0  # the norm that stands for the most of several, each of which shows where they are near
+LAUNCH_US = 10.3  # of a launch, its first copies and its last stores
+
+# mma.sync code
+FRAGMENT_CLOCKS = 17.4  # of a warp's load of 512 bytes of fragments, in the way of its products
+STEP_CLOCKS = {Kernel.POINTER: 290.0, Kernel.AMPERE: 51.0}  # of a step that a lone warp a scheduler does not hide
+COPY_CLOCKS = 1150.0  # until a step of few bytes is in shared memory, shared by the steps in flight
+COPY_BYTES = 32768  # of a step that takes twice as long
+BLOCK_CLOCKS = 320.0  # of a tile that nothing hides
+STREAM_CLOCKS = 41600.0  # of putting and fetching the sums of 128 x 128
+
+# wgmma code
+TENSOR = {Kernel.POINTER: 1.54, Kernel.HOPPER: 1.07}  # times what the tensor cores' peak takes
+WGMMA_COPY_CLOCKS = 1460.0
+TILE_CLOCKS = {Kernel.POINTER: 22500.0, Kernel.HOPPER: 3270.0}  # of a tile beside its steps; pointer: of 128 x 128
+EPILOGUE_CLOCKS = 7030.0  # of 128 x 128 of a tile that both multipliers share, and nothing hides
+SUMS_CLOCKS = 57700.0  # of 128 x 128 that are put and fetched
 
 
 def compile_for(arch: int, config: TileConfig, *, even_k: bool = True) -> Resources:
@@ -131,22 +134,50 @@ def estimate(shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gp
 
     The tiles are made in rounds of one a resident block and multiprocessor, the last by as many as are left, so
 
-        t = launch + max(sum over rounds of clocks(blocks resident in it) / clock, DRAM bytes / DRAM rate)
+        t = launch + most(sum over rounds of clocks(blocks resident in it) / clock, DRAM bytes / DRAM rate)
 
     Stream-K deals all of them out evenly, for the price of putting and fetching sums. See `_mma_clocks` and
-    `_wgmma_clocks` for what a round takes.
+    `_wgmma_clocks` for what a round takes, `_dram_bytes` for what passes L2 by.
     """
     resident = blocks_per_sm(config, resources, gpu)
     if resident == 0:
         return math.inf
     tiles = math.ceil(shape.m / config.block_m) * math.ceil(shape.n / config.block_n)
-    dram_us = (shape.m * shape.k + shape.n * shape.k + 2 * shape.m * shape.n) / gpu.dram_gb_s / 1e3
+    dram_us = _dram_bytes(shape, config, gpu, resident) / gpu.dram_gb_s / 1e3
     warpgroups = gpu.arch in (90, 100) and config.num_warps >= 4 and config.block_m >= 64
     if config.kernel is Kernel.HOPPER or (config.kernel is Kernel.POINTER and warpgroups):
         clocks = _wgmma_clocks(shape, config, gpu, tiles, resident)
-        return LAUNCH_US + _most(clocks / gpu.clock_mhz, dram_us / DRAM_REACH)
-    clocks = _mma_clocks(shape, config, resources, gpu, tiles, resident)
-    return LAUNCH_US + max(clocks / gpu.clock_mhz, dram_us)
+    else:
+        clocks = _mma_clocks(shape, config, resources, gpu, tiles, resident)
+    return LAUNCH_US + _most(clocks / gpu.clock_mhz, dram_us)
+
+
+def _dram_bytes(shape: GemmShape, config: TileConfig, gpu: Gpu, resident: int) -> float:
+    """Bytes between DRAM and L2: what is written, and what is read again because it has left L2 meanwhile.
+
+    The tiles of a wave walk along K together: each of their rows and columns is read once. A part of stream-K walks by
+    itself, and reads what no other part needs at that time. An operand that L2 holds is read once all the same.
+    """
+    m, n, k = shape.m, shape.n, shape.k
+    rows, columns = math.ceil(m / config.block_m), math.ceil(n / config.block_n)
+    written = 2 * m * n
+    if (m + n) * k <= gpu.l2_bytes:
+        return (m + n) * k + written
+    at_once = gpu.sms * (config.stream_k or resident)
+    parts = rows * columns % at_once if config.stream_k else 0
+    waves = (rows * columns - parts) / at_once
+    high = min(rows, config.group_m)
+    wide = min(columns, math.ceil(at_once / high))
+    band = high * config.block_m * k
+    x = waves * band if band > gpu.l2_bytes else m * k
+    w = min(waves * wide * config.block_n * k, math.ceil(rows / high) * n * k)
+    if n * k <= gpu.l2_bytes / 2:
+        w = n * k
+    if m * k > gpu.l2_bytes / 2:
+        x += parts * config.block_m * k
+    if n * k > gpu.l2_bytes / 2:
+        w += parts * config.block_n * k
+    return max((m + n) * k, x + w) + written
 
 
 def _mma_clocks(
@@ -154,9 +185,10 @@ def _mma_clocks(
 ) -> float:
     """Clocks of all tiles by `mma.sync`.
 
-    A step of K takes the most of three: products and loads of fragments, which take turns in a warp and are spread over
-    four schedulers; what goes through shared memory; what comes from the multiprocessor's share of L2. Added is a part
-    of its latency, which shrinks with warps a scheduler and with stages in flight, and spills.
+    A step of K takes the most of four: products and loads of fragments, which take turns in a warp and are spread over
+    four schedulers; what goes through shared memory; what comes from the multiprocessor's share of L2; and the time
+    until its copies are there, which is shared by the steps in flight. Added is a part of its latency, which shrinks
+    with warps a scheduler, and spills.
     """
     bm, bn, bk, warps = config.block_m, config.block_n, config.block_k, config.num_warps
     steps = math.ceil(shape.k / bk)
@@ -167,25 +199,27 @@ def _mma_clocks(
     mma = bm * bn * bk / (16 * 8 * 32) * product + fragments / 512 * FRAGMENT_CLOCKS
     shared = (fragments + (bm + bn) * bk) / SHARED_BYTES_CLOCK
     l2 = (bm + bn) * bk / (L2_REACH * gpu.l2_gb_s * 1e9 / (gpu.sms * clock))
-    flying = config.num_stages - (config.kernel is Kernel.POINTER)
-    latency = STEP_CLOCKS[config.kernel] * max(1.0, 3 / flying)
+    flying = config.num_stages - (1.2 if config.kernel is Kernel.POINTER else 0.2)
+    copies = COPY_CLOCKS * (1 + (bm + bn) * bk / COPY_BYTES) / flying
     spill = 2 * resources.spill_bytes * 32 * warps / SHARED_BYTES_CLOCK
     size = bm * bn / 128**2
 
     def step(blocks: int) -> float:
         """Clocks of a step of `blocks` tiles on a multiprocessor."""
-        busy = max(blocks * mma / min(4, blocks * warps), blocks * shared, blocks * l2)
-        return busy + latency / max(blocks * warps / 4, 0.25) + blocks * spill
+        if blocks == 0:
+            return 0.0
+        busy = _most(blocks * mma / min(4, blocks * warps), blocks * shared, blocks * l2, copies)
+        return busy + STEP_CLOCKS[config.kernel] / max(blocks * warps / 4, 0.25) + blocks * spill
 
     if config.stream_k:
         workers = config.stream_k * gpu.sms
         rounds, rest = divmod(config.stream_k, resident)
-        share = tiles * steps / workers * (rounds * step(resident) + (step(rest) if rest else 0.0))
+        share = tiles * steps / workers * (rounds * step(resident) + step(rest))
         sums = STREAM_CLOCKS * size * min(config.stream_k, resident) if tiles % workers else 0.0
         return share + sums + math.ceil(tiles / workers) * BLOCK_CLOCKS * (1 + size) / 2
     rounds, left = divmod(tiles, gpu.sms * resident)
     rest = math.ceil(left / gpu.sms)
-    clocks = steps * (rounds * step(resident) + (step(rest) if rest else 0.0))
+    clocks = steps * (rounds * step(resident) + step(rest))
     return clocks + (rounds + (rest > 0)) * BLOCK_CLOCKS * (1 + size) / 2
 
 
@@ -200,15 +234,15 @@ def _wgmma_clocks(shape: GemmShape, config: TileConfig, gpu: Gpu, tiles: int, re
     clock = gpu.clock_mhz * 1e6
     size = bm * bn / 128**2
     tensor = TENSOR[config.kernel] * 2 * bm * bn * bk / (gpu.int8_tops * 1e12 / (gpu.sms * clock))
-    l2 = (bm + bn) * bk / (WGMMA_L2_REACH * gpu.l2_gb_s * 1e9 / (gpu.sms * clock))
+    l2 = (bm + bn) * bk / (L2_REACH * gpu.l2_gb_s * 1e9 / (gpu.sms * clock))
     if config.kernel is Kernel.POINTER:
-        copies = COPY_CLOCKS / (config.num_stages - 1)
+        copies = WGMMA_COPY_CLOCKS / (config.num_stages - 1)
         rounds, left = divmod(tiles, gpu.sms * resident)
         rest = math.ceil(left / gpu.sms)
         full, last = (max(blocks * max(tensor, l2), copies) for blocks in (resident, rest))
         tile = TILE_CLOCKS[config.kernel] * size
         return rounds * (steps * full + tile) + (steps * last + tile if rest else 0.0)
-    copies = COPY_CLOCKS * (1 + (bm + bn) / 400) / (config.num_stages - 0.5)
+    copies = WGMMA_COPY_CLOCKS * (1 + (bm + bn) / 400) / (config.num_stages - 0.5)
     tile = EPILOGUE_CLOCKS * size if bm == 256 else TILE_CLOCKS[config.kernel]
     waves, left = divmod(tiles, gpu.sms)
     sums = 0.0
