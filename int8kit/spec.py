@@ -199,7 +199,7 @@ def shared_memory_bound(config: TileConfig, *, arch: int, out_bytes: int = 2) ->
     and the epilogue reuses it for the output tile. Hopper (wgmma) keeps all steps.
     Ampere kernel: the ring and, for stream-K, a counter. Hopper kernel: the ring, four chunks of 64 bytes a row that
     wait for their store, scales and bias of two tiles, and the barriers.
-    Never under the compiler's own figure (tests/test_tune.py compiles and compares); `tune` records the exact one.
+    Never under the compiler's own figure (tests/test_offline.py compiles and compares); `tune` records the exact one.
     """
     step = (config.block_m + config.block_n) * config.block_k
     if config.kernel is Kernel.HOPPER:
