@@ -114,9 +114,8 @@ class Bench:
         call(0)  # a library may set itself up
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.stream(
-            self._stream
-        ):  # not torch.cuda.graph: it collects garbage, for longer than all else takes
+        # not torch.cuda.graph: it collects garbage, for longer than all else takes
+        with torch.cuda.stream(self._stream):
             graph.capture_begin()
             for copy in range(len(self.weights)):
                 call(copy)
