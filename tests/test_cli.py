@@ -86,7 +86,8 @@ def test_verify_stamps_what_it_proved(workshop):
     names = {r["name"] for r in json.loads(done.stdout)["results"]}
     assert names == {
         "accumulator", "output", "swiglu", "batch", "linearity", "zero rows", "nan rows", "strided", "repeats",
-        "configuration", "quantize", "entries",
+        "configuration", "quantize", "rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope",
+        "entries",
     }  # fmt: skip
     assert "up to date" in done.stderr
 

@@ -3,64 +3,42 @@
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from int8kit import reference
-from int8kit.kernels.qk_norm_rope import HEAD_DIMS, HeadTile, qk_norm_rope
+from int8kit import gpus, reference
+from int8kit.kernels.qk_norm_rope import HeadTile, qk_norm_rope
 from int8kit.spec import ConfigError, ShapeError
-from int8kit.verify.bits import difference
-from int8kit.verify.strategies import FLOAT_KINDS, OUT_DTYPES, float_matrix
+from int8kit.verify import foreign, fused
+from int8kit.verify.fused import Fused
+from int8kit.verify.strategies import FLOAT_KINDS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXECUTOR = foreign.executors(gpus.get("rtx3090"))[-1]
 pytestmark = pytest.mark.usefixtures("quiet_interpreter")
-TILES = (None, HeadTile(1, 1, 1), HeadTile(2, 3, 1), HeadTile(4, 2, 2), HeadTile(16, 1, 4))
 
 
-def operands(m, heads, d, kind, seed, dtype, vector_dtype, period, padding=0):
-    width = 3 * heads * d
-    qkv = float_matrix(m, width + padding, kind, seed, dtype, DEVICE)[:, :width]
-    g = torch.Generator().manual_seed(seed)
-    weights = (torch.randn(2, d, generator=g) * 0.5 + 1).to(vector_dtype).to(DEVICE)
-    angles = torch.rand(period, d, generator=g) * 100
-    cos, sin = (t.to(vector_dtype).to(DEVICE) for t in (angles.cos(), angles.sin()))
-    return qkv, weights[0], weights[1], cos, sin, heads
-
-
-def assert_equal(got, want):
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype == b.dtype
-        assert difference(a, b) is None
+def operands(heads, d, dtype, period):
+    """Of two images of `period` rows, and eps."""
+    return fused.operands(Fused("qk_norm_rope", 2, period, d, "normal", 2, dtype, dtype, heads=heads), DEVICE)
 
 
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    heads=st.integers(1, 7),
-    d=st.sampled_from(HEAD_DIMS),
-    kind=st.sampled_from(FLOAT_KINDS),
-    seed=st.integers(0, 7),
-    dtypes=st.tuples(st.sampled_from(OUT_DTYPES), st.sampled_from(OUT_DTYPES)),
-    images=st.integers(1, 3),
-    period=st.integers(1, 3),
-    padding=st.sampled_from([0, 3]),
-    tile=st.sampled_from(TILES),
-)
-def test_equals_the_reference(heads, d, kind, seed, dtypes, images, period, padding, tile):
-    args = operands(images * period, heads, d, kind, seed, *dtypes, period, padding)
-    assert_equal(qk_norm_rope(*args, tile=tile), reference.qk_norm_rope(*args))
+@given(fused.examples("qk_norm_rope"))
+def test_equals_the_reference(f):
+    assert fused.check(f, EXECUTOR) is None
 
 
 @pytest.mark.parametrize("kind", FLOAT_KINDS)
 def test_equals_the_reference_at_the_models_width(kind):
-    args = operands(2, 18, 256, kind, 1, torch.bfloat16, torch.bfloat16, 2)
-    assert_equal(qk_norm_rope(*args), reference.qk_norm_rope(*args))
+    f = Fused("qk_norm_rope", 1, 2, 256, kind, 1, torch.bfloat16, torch.bfloat16, heads=18)
+    assert fused.check(f, EXECUTOR) is None
 
 
 def test_agrees_with_the_stock_models_steps():
     """The eager model's own modules in float32, where its roundings are as ours but for the order of the mean."""
     norms = pytest.importorskip("diffusers.models.normalization")
     stock = pytest.importorskip("diffusers.models.transformers.transformer_ideogram4")
-    args = operands(6, 3, 256, "normal", 2, torch.float32, torch.float32, 3)
-    qkv, q_weight, k_weight, cos, sin, heads = (t.cpu() if isinstance(t, torch.Tensor) else t for t in args)
+    args = operands(3, 256, torch.float32, 3)
+    qkv, q_weight, k_weight, cos, sin, heads = (t.cpu() if isinstance(t, torch.Tensor) else t for t in args[:6])
     got = reference.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, heads)
     for third, weight, ours in zip(qkv.chunk(3, -1), (q_weight, k_weight), got, strict=False):
         norm = norms.RMSNorm(256, eps=1e-5)
@@ -71,7 +49,7 @@ def test_agrees_with_the_stock_models_steps():
 
 
 def test_v_is_not_touched_and_empty():
-    args = operands(2, 2, 64, "normal", 0, torch.bfloat16, torch.bfloat16, 1)
+    args = operands(2, 64, torch.bfloat16, 1)
     before = args[0].clone()
     qk_norm_rope(*args)
     assert torch.equal(args[0], before)

@@ -3,52 +3,30 @@
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from int8kit import reference
+from int8kit import gpus, reference
 from int8kit.kernels.rms_norm_quantize import rms_norm_quantize
-from int8kit.kernels.rows import CHUNKS, RowTile
+from int8kit.kernels.rows import RowTile
 from int8kit.spec import ConfigError, ShapeError
-from int8kit.verify.bits import difference
-from int8kit.verify.strategies import FLOAT_KINDS, OUT_DTYPES, float_matrix, rows
+from int8kit.verify import foreign, fused
+from int8kit.verify.fused import Fused
+from int8kit.verify.strategies import FLOAT_KINDS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXECUTOR = foreign.executors(gpus.get("rtx3090"))[-1]
 pytestmark = pytest.mark.usefixtures("quiet_interpreter")
 
 
-def vectors(count, k, seed, dtype):
-    """[count, k] around zero, as modulations and gates are, and as weights minus one are."""
-    return (torch.randn(count, k, generator=torch.Generator().manual_seed(seed)) * 0.5).to(dtype).to(DEVICE)
-
-
-def assert_equal(got, want):
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype == b.dtype
-        assert difference(a, b) is None
-
-
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    case=rows(5000),
-    tile=st.sampled_from([None, *(RowTile(chunk, chunk // 256) for chunk in CHUNKS[:4])]),
-    dtype=st.sampled_from(OUT_DTYPES),
-    has_weight=st.booleans(),
-    images=st.sampled_from([0, 1, 2]),
-)
-def test_equals_the_reference(case, tile, dtype, has_weight, images):
-    m = case.m * max(images, 1)
-    x = float_matrix(m, case.k + case.padding, case.kind, case.seed, case.dtype, DEVICE)[:, : case.k]
-    weight = vectors(1, case.k, case.seed, dtype)[0] + 1 if has_weight else None
-    modulation = vectors(images, case.k, case.seed + 1, dtype) if images else None
-    got = rms_norm_quantize(x, weight, modulation, 1e-5, tile=tile)
-    assert_equal(got, reference.rms_norm_quantize(x, weight, modulation, 1e-5))
+@given(fused.examples("rms_norm_quantize"))
+def test_equals_the_reference(f):
+    assert fused.check(f, EXECUTOR) is None
 
 
 @pytest.mark.parametrize("kind", FLOAT_KINDS)
 def test_equals_the_reference_at_the_models_width(kind):
-    x = float_matrix(4, 4608, kind, 1, torch.bfloat16, DEVICE)
-    weight, modulation = vectors(1, 4608, 1, torch.bfloat16)[0] + 1, vectors(2, 4608, 2, torch.bfloat16)
-    assert_equal(rms_norm_quantize(x, weight, modulation), reference.rms_norm_quantize(x, weight, modulation))
+    f = Fused("rms_norm_quantize", 2, 2, 4608, kind, 1, torch.bfloat16, torch.bfloat16)
+    assert fused.check(f, EXECUTOR) is None
 
 
 def test_is_the_norm():

@@ -25,7 +25,7 @@ from int8kit.db import Database
 from int8kit.kernels import gemm, quantize
 from int8kit.schema import Entry, Stamp
 from int8kit.spec import GemmShape, Kernel, TileConfig, default_config
-from int8kit.verify import properties, subjects
+from int8kit.verify import fused, properties, subjects
 from int8kit.verify.bits import difference, operands
 from int8kit.verify.buffers import FAR_ROOM, Canvas, chunk_guard, far, padded, tile_guard
 from int8kit.verify.foreign import Executor
@@ -63,11 +63,9 @@ _FAR: dict[str, tuple[Draw, ...]] = {  # rows beyond 2**31 elements, in one oper
 _EVERY = tuple(  # each kind in each dtype, which a draw may leave out
     Rows(3, 300, kind, 0, dtype, 3) for kind in FLOAT_KINDS for dtype in OUT_DTYPES
 )
-_LONG = tuple(  # rows in one pass and in several
+_LONG = tuple(  # rows in one pass and, of each kind, in several
     Rows(3, k, kind, 0, dtype, 3)
-    for k, kind in (
-        (12288, "normal"), (17000, "normal"), (17000, "last"), (40000, "nan"), (53248, "one hot"), (53248, "inf"),
-    )
+    for k, kind in ((12288, "normal"), (53248, "one hot"), (53248, "inf"), *((17000, kind) for kind in FLOAT_KINDS))
     for dtype in (torch.bfloat16, torch.float32)
 )  # fmt: skip
 
@@ -204,8 +202,8 @@ def reduced(shape: GemmShape, config: TileConfig) -> GemmShape:
 def names(executor: Executor, database: Database) -> list[str]:
     """The checks that apply, in the order in which they are run."""
     found = ["accumulator", "output", "swiglu", *MORE]
-    if executor.arch is None:  # the row quantization has one source and no configuration
-        found.append("quantize")
+    if executor.arch is None:  # the kernels over rows have one source and no configuration
+        found += ["quantize", *fused.KERNELS]
     return [*found, "entries"] if database.entries else found
 
 
@@ -259,6 +257,9 @@ def _property(
     more: dict[str, Any] = {"examples": limits.examples, "random_seed": random_seed, "on_example": on_example}
     if name == "quantize":
         return hold(name, executor, rows(2000), check_quantize, always=(*_EVERY, *_LONG), **more)
+    if name in fused.KERNELS:
+        more["examples"] = max(1, limits.examples // 5)
+        return hold(name, executor, fused.examples(name), fused.check, always=fused.always(name), **more)
     runnable = sorted({config for config in tiles if runs_on(config, executor)})
     again = tuple(d for d in kept if runs_on(d.config, executor))
     if name in MORE:
@@ -267,11 +268,25 @@ def _property(
         gemms = draws(ours.tiles, min(limits.most, MOST_ROWS), limits.ops // SPARED)
         return hold(name, executor, gemms, lambda d, _: properties.ALL[name](d, ours), always=again, **more)
     check = CHECKS[name]
-    always = (*(_DEEP if limits.deep else _DEEP[:2]), *(_FAR[name] if limits.far else ()))
-    if all(config.kernel is not Kernel.POINTER for config in runnable):
-        always = ()  # they are the plain kernel's
+    always = _many(runnable) if name != "swiglu" else ()
+    if any(config.kernel is Kernel.POINTER for config in runnable):  # whose these are
+        always += (*(_DEEP if limits.deep else _DEEP[:2]), *(_FAR[name] if limits.far else ()))
     gemms = draws(tuple(runnable), limits.most, limits.ops)
     return hold(name, executor, gemms, check, always=(*again, *always), **more)
+
+
+def _many(tiles: Iterable[TileConfig]) -> tuple[Draw, ...]:
+    """More than 2**16 rows, and columns: by tall and wide tiles of the plain kernel, and by the largest of the others.
+
+    Of these fewest are needed, which the interpreter makes one after the other.
+    """
+    tall, wide = (TileConfig(*block, num_warps=4, num_stages=2) for block in ((256, 16, 32), (16, 256, 32)))
+    largest = {config.kernel: config for config in sorted(tiles, key=lambda c: c.block_m * c.block_n)}
+    shapes = (GemmShape(65600, 16, 64), GemmShape(16, 65600, 64))
+    pairs = [(config, config) if kernel is not Kernel.POINTER else (tall, wide) for kernel, config in largest.items()]
+    return tuple(
+        Draw(s, tile, "uniform", 1, None, torch.float32) for pair in pairs for s, tile in zip(shapes, pair, strict=True)
+    )
 
 
 CHECKS = {"accumulator": check_accumulator, "output": check_output, "swiglu": check_swiglu}

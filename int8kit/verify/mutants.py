@@ -6,7 +6,8 @@
 
 `old` stands exactly once in its file, which a test holds, so that the catalogue cannot go stale unseen. The faults are
 those that a person makes in such kernels, one by one. Operators that a tool applies everywhere (swap + and -) were
-rejected: most of what they give does not compile or changes nothing, and nobody reads the list.
+rejected: most of what they give does not compile or changes nothing, and nobody reads the list. It is one table, and so
+one file.
 
 A fault that changes no bit by definition is not in it: reading past M or N, which the store's mask drops anyway.
 
@@ -72,6 +73,8 @@ def _pointer(name: str, old: str, new: str, fault: str, expected: str = "accumul
 
 
 _POINTER = (
+    _pointer("scale-row-wraps", "sx = tl.load(sx_ptr + rows, mask", "sx = tl.load(sx_ptr + rows % 32768, mask",
+             "rows from 32768 on take the scales of the first", "output"),
     _pointer(
         "tile-rows-floored",
         "tiles_m = (M + BLOCK_M - 1) // BLOCK_M", "tiles_m = tl.maximum(M // BLOCK_M, 1)",
@@ -325,6 +328,42 @@ _ROWS = (
 )  # fmt: skip
 
 
+_FUSED = (
+    Mutant(
+        "long-subnormal-scale", "kernels/quantize.py",
+        "divisor = tl.where(s > 0, s, 1.0)", "divisor = tl.where(s > 1e-38, s, 1.0)",
+        "rows of more than 16384 elements are not divided by a subnormal scale", "quantize",
+    ),
+    Mutant(
+        "root-of-the-reciprocal", "kernels/rows.py",
+        "tl.div_rn(1.0, tl.sqrt_rn(mean + eps))", "tl.sqrt_rn(tl.div_rn(1.0, mean + eps))",
+        "the norm's two roundings are taken in the other order", "rms_norm_quantize",
+    ),
+    Mutant(
+        "mean-over-padding", "kernels/rows.py",
+        "_sum_eighths(parts[0]), K * 1.0)", "_sum_eighths(parts[0]), (K + CHUNK - 1) // CHUNK * CHUNK * 1.0)",
+        "the zeros that fill the last chunk count in the mean of squares", "rms_norm_quantize",
+    ),
+    Mutant(
+        "first-images-modulation", "kernels/rms_norm_quantize.py", ".to(tl.int64) * stride_mb", ".to(tl.int64) * 0",
+        "every image gets the modulation of the first", "rms_norm_quantize",
+    ),
+    Mutant(
+        "residual-not-rounded", "kernels/residual_norm_quantize.py", "new = round_to(new, DTYPE)", "new = new * 1.0",
+        "the next norm is of the sum before it was rounded to what is stored", "residual_norm_quantize",
+    ),
+    Mutant(
+        "gate-for-up", "kernels/swiglu_quantize.py", "g, u = tl.split", "u, g = tl.split",
+        "gate and up are exchanged before the quantization", "swiglu_quantize",
+    ),
+    Mutant(
+        "rotation-the-other-way", "kernels/qk_norm_rope.py",
+        "x_1 * cos_1 + x_0 * sin_1", "x_1 * cos_1 - x_0 * sin_1",
+        "the second half of a head is rotated by the opposite angle", "qk_norm_rope",
+    ),
+)  # fmt: skip
+
+
 def _ampere(name: str, old: str, new: str, fault: str, expected: str = "accumulator") -> Mutant:
     return Mutant(name, "kernels/gemm_ampere.py", old, new, fault, expected)
 
@@ -384,5 +423,5 @@ _HOPPER = (
             "the bias overwrites the column scales in shared memory", "output"),
 )  # fmt: skip
 
-CATALOGUE: tuple[Mutant, ...] = (*_POINTER, *_SILU, *_ROWS, *_AMPERE, *_HOPPER)
+CATALOGUE: tuple[Mutant, ...] = (*_POINTER, *_SILU, *_ROWS, *_FUSED, *_AMPERE, *_HOPPER)
 """Every fault that `int8kit verify --mutate` seeds."""

@@ -34,12 +34,12 @@ from typing import Any, Literal
 
 from int8kit.gpus import Gpu, present
 from int8kit.spec import CheckFailed, Kernel, UnknownName
-from int8kit.verify import foreign, isolate
+from int8kit.verify import foreign, fused, isolate
 from int8kit.verify.foreign import Executor
 from int8kit.verify.mutants import CATALOGUE, TILES, Mutant
 
 PACKAGE = Path(__file__).parent.parent
-PROPERTIES = ("accumulator", "output", "swiglu", "quantize")
+PROPERTIES = ("accumulator", "output", "swiglu", "quantize", *fused.KERNELS)
 
 Ending = Literal["killed", "survived", "needs a card", "not applicable"]
 How = Literal["differs", "crash", "compile", "timeout"]

@@ -9,45 +9,24 @@ from int8kit import ops_prologue as ops
 from int8kit import reference
 from int8kit.kernels import activations, rows
 from int8kit.kernels.qk_norm_rope import HeadTile, qk_norm_rope
-from int8kit.kernels.residual_norm_quantize import residual_norm_quantize
 from int8kit.kernels.rms_norm_quantize import _rms_norm_quantize, rms_norm_quantize
 from int8kit.kernels.rows import CHUNKS, WARPS, RowTile
 from int8kit.kernels.swiglu_quantize import swiglu_quantize
+from int8kit.verify import fused
 from int8kit.verify.bits import difference
-from int8kit.verify.strategies import FLOAT_KINDS, OUT_DTYPES, float_matrix
+from int8kit.verify.fused import KERNELS, Fused
+from int8kit.verify.strategies import FLOAT_KINDS, OUT_DTYPES
 
-KERNELS = {
-    "rms_norm_quantize": rms_norm_quantize,
-    "residual_norm_quantize": residual_norm_quantize,
-    "swiglu_quantize": swiglu_quantize,
-    "qk_norm_rope": qk_norm_rope,
-}
 TILES = [RowTile(chunk, warps) for chunk in CHUNKS for warps in WARPS if 2 * warps <= chunk // 64 <= 16 * warps]
 SIZES = [(4352, 4608, 18), (2504, 4608, 18), (333, 416, 3), (17, 4607, 5), (1, 4600, 1), (64, 1, 2)]
 
 
 def operands(name, m, k, heads, *, kind="normal", dtype=torch.bfloat16, images=1, padding=0, seed=0):
-    """The arguments of a kernel; matrices are rows of wider ones if there is padding. K is F for SwiGLU."""
-
-    def matrix(width, salt=0):
-        return float_matrix(m, width + padding, kind, seed + salt, dtype, "cuda")[:, :width]
-
-    g = torch.Generator("cuda").manual_seed(seed)
-
-    def vectors(count, width):
-        return (torch.randn(count, width, generator=g, device="cuda") * 0.5).to(dtype)
-
-    if name == "rms_norm_quantize":
-        return matrix(k), vectors(1, k)[0] + 1, vectors(images, k), 1e-5
-    if name == "residual_norm_quantize":
-        gate, modulation = vectors(images, k).tanh(), vectors(images, k)
-        return matrix(k), matrix(k, 1), vectors(1, k)[0] + 1, gate, vectors(1, k)[0] + 1, modulation, 1e-5
-    if name == "swiglu_quantize":
-        return (matrix(2 * k),)
-    d = 256 if k >= 4600 else 64
-    angles = torch.rand(m // images, d, generator=g, device="cuda") * 100
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    return matrix(3 * heads * d), vectors(1, d)[0] + 1, vectors(1, d)[0] + 1, cos, sin, heads, 1e-5
+    """The arguments of a kernel; K is F for SwiGLU, and for heads says whether they are the model's."""
+    if name == "qk_norm_rope":
+        k = 256 if k >= 4600 else 64
+    example = Fused(name, images, m // images, k, kind, seed, dtype, dtype, padding, heads)
+    return fused.operands(example, "cuda")
 
 
 def assert_equal(got, want):
