@@ -81,7 +81,8 @@ def check(
     lines = [f"{path}: {line}" for path, complaints in found.items() for line in complaints or ["sound"]]
     show({"databases": found}, "\n".join(lines) or "no database", as_json)
     if count := sum(map(len, found.values())):
-        raise CheckFailed(f"{count} complaints about {sum(map(bool, found.values()))} of {len(found)} databases")
+        many = f"{count} complaint{'s' if count > 1 else ''}"
+        raise CheckFailed(f"{many} about {sum(map(bool, found.values()))} of {len(found)} databases")
 
 
 @app.command()

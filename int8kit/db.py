@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -70,9 +71,9 @@ class Toolchain:
         return bool(self.triton) and generation(entry.triton) != generation(self.triton), entry.kernel != mine
 
     def proves(self, entry: Entry) -> bool:
-        """Whether `entry`'s configuration was verified with the present source of its kernel."""
+        """Whether `entry`, as it is, was verified with the present source of its kernel."""
         present = self.kernels.get(entry.config.kernel, entry.kernel)
-        return any(stamp.kernel == present for stamp in entry.verified or ())
+        return any((stamp.kernel, stamp.of) == (present, entry.subject) for stamp in entry.verified or ())
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,9 @@ class Database:
             if toolchain.ages(entry)[1]:
                 why = f"the {entry.config.kernel} kernel has changed since; tune and verify again"
                 groups.setdefault(why, []).append(name)
+            elif any(stamp.of != entry.subject for stamp in entry.verified or ()):
+                why = f"changed since it was proven; run `int8kit verify --gpu {self.gpu.alias}`"
+                groups.setdefault(why, []).append(name)
             elif not toolchain.proves(entry):
                 why = f"not proven with the present kernel; run `int8kit verify --gpu {self.gpu.alias}`"
                 groups.setdefault(why, []).append(name)
@@ -146,7 +150,7 @@ class Database:
         for entry in self.entries:
             new = stamps.get(entry.key, ())
             kernels = {stamp.kernel for stamp in new}
-            old = [s for s in entry.verified or () if not kernels or s.kernel in kernels]
+            old = [s for s in entry.verified or () if s.of == entry.subject and (not kernels or s.kernel in kernels)]
             kept = sorted({(s.on, s.device): s for s in (*old, *new)}.values(), key=lambda s: (s.on, s.device))
             if any(s.on != "interpreter" for s in kept):
                 kept = [s for s in kept if s.on != "interpreter"]
@@ -245,6 +249,11 @@ def load(path: Path, alias: str | None = None) -> Database:
             reason = why_illegal(entry.config, arch=card.arch, shared_memory=card.shared_memory)
             if reason:
                 raise TypeError(f"{shape}: {reason}")
+            if entry.source is not Source.MODELLED and entry.time_us is None:
+                raise TypeError(f"{shape}: {entry.source} without time_us")
+        if twice := [key for key, count in Counter(entry.key for entry in entries).items() if count > 1]:
+            n, k, m, triton = twice[0]
+            raise TypeError(f"{GemmShape(m, n, k)} stands twice for Triton {triton}")
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

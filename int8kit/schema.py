@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from int8kit.spec import GemmShape, Source, TileConfig
 
 FORMAT = "int8kit.tuning/1"
+Microseconds = Annotated[float, Field(gt=0)]
 
 
 class _Row(BaseModel):
@@ -21,18 +22,18 @@ class _Row(BaseModel):
 class Resources(_Row):
     """What the compiled kernel takes, read from the cubin."""
 
-    registers: int  # a thread
-    spill_bytes: int  # local memory a thread
-    shared_bytes: int  # a block
+    registers: int = Field(ge=0)  # a thread
+    spill_bytes: int = Field(ge=0)  # local memory a thread
+    shared_bytes: int = Field(ge=0)  # a block
 
 
 class Stamp(_Row):
-    """A verification that passed: what executed the entry's configuration."""
+    """A verification that passed: what executed which configuration."""
 
-    on: Literal[
-        "native", "foreign", "interpreter"
-    ]  # the device's own code; the entry's card's code there; reduced size
+    # the device's own code; the entry's card's code there; reduced size
+    on: Literal["native", "foreign", "interpreter"]
     device: str
+    of: str  # `Entry.subject` then: an entry that was changed since is not proven by it
     kernel: str
     triton: str
 
@@ -53,10 +54,10 @@ class RunnerUp(_Row):
     config: TileConfig
     kernel: str
     resources: Resources
-    model_us: float | None = None
-    time_us: float
-    p20_us: float | None = None
-    p80_us: float | None = None
+    model_us: Microseconds | None = None
+    time_us: Microseconds
+    p20_us: Microseconds | None = None
+    p80_us: Microseconds | None = None
 
 
 class Entry(_Row):
@@ -71,12 +72,12 @@ class Entry(_Row):
     kernel: str
     resources: Resources
     tried: int = Field(ge=0)  # configurations ranked or timed for this shape
-    model_us: float | None = None  # the offline model's estimate, microseconds
-    time_us: float | None = None  # median, microseconds, GEMM with epilogue and no quantization
-    p20_us: float | None = None
-    p80_us: float | None = None
-    default_us: float | None = None  # default_config in the same rounds
-    bf16_us: float | None = None  # torch's bf16 matmul in the same rounds
+    model_us: Microseconds | None = None  # the offline model's estimate, microseconds
+    time_us: Microseconds | None = None  # median, microseconds, GEMM with epilogue and no quantization
+    p20_us: Microseconds | None = None
+    p80_us: Microseconds | None = None
+    default_us: Microseconds | None = None  # default_config in the same rounds
+    bf16_us: Microseconds | None = None  # torch's bf16 matmul in the same rounds
     measured_on: str | None = None  # the card that was timed
     timed_with: str | None = None  # the Triton whose code was timed, if not `triton`'s: `db carry`
     card_state: CardState | None = None
@@ -88,6 +89,11 @@ class Entry(_Row):
     def shape(self) -> GemmShape:
         """(m, n, k) as a GemmShape."""
         return GemmShape(self.m, self.n, self.k)
+
+    @property
+    def subject(self) -> str:
+        """What a verification of the entry is of: shape and configuration."""
+        return f"{self.shape}, {self.config}"
 
     @property
     def key(self) -> tuple[int, int, int, str]:

@@ -66,7 +66,7 @@ def test_a_weaker_or_outdated_entry_of_the_users_covers_nothing():
 def test_stamps_go_to_entries_of_the_configuration_that_was_proven(home):
     path = home / "a.json"
     db.update(path, RTX3090, [entry()])
-    stamps = {entry().key: [Stamp(on="foreign", device="d", kernel="k", triton="3.6.0")]}
+    stamps = {entry().key: [Stamp(on="foreign", device="d", of=entry().subject, kernel="k", triton="3.6.0")]}
     other = db.Database(RTX3090, (entry().model_copy(update={"config": replace(TILE, num_stages=4)}),))
     assert not db.stamp(path, stamps, other)
     assert db.stamp(path, stamps, db.Database(RTX3090, (entry(),)))

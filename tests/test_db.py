@@ -77,10 +77,10 @@ def test_generations_of_triton():
 
 
 def test_stamps_follow_the_kernel_and_the_configuration():
-    native = Stamp(on="native", device="RTX", kernel="k1", triton="3.7.1")
-    weak = Stamp(on="interpreter", device="CPU", kernel="k1", triton="3.7.1")
     base = Database(GPU).merged([entry()])
-    key = base.entries[0].key
+    key, of = base.entries[0].key, base.entries[0].subject
+    native = Stamp(on="native", device="RTX", of=of, kernel="k1", triton="3.7.1")
+    weak = Stamp(on="interpreter", device="CPU", of=of, kernel="k1", triton="3.7.1")
     both = base.stamped({key: [weak]}).stamped({key: [native]})
     assert both.entries[0].verified == (native,)
     assert both.stamped({key: [weak]}) == both
@@ -90,6 +90,20 @@ def test_stamps_follow_the_kernel_and_the_configuration():
     assert both.stamped({key: [newer]}).entries[0].verified == (newer,)
     assert both.merged([entry()]).entries[0].verified == both.entries[0].verified
     assert both.merged([entry(config=B)]).entries[0].verified is None
+
+
+def test_an_entry_that_was_edited_is_not_proven():
+    proven = entry()
+    toolchain = Toolchain(proven.triton, {proven.config.kernel: proven.kernel})
+    stamp = Stamp(on="native", device="RTX", of=proven.subject, kernel=proven.kernel, triton=proven.triton)
+    base = Database(GPU).merged([proven]).stamped({proven.key: [stamp]})
+    assert base.complaints(toolchain) == []
+    for edit in ({"config": B}, {"m": proven.m + 1}):
+        edited = base.entries[0].model_copy(update=edit)
+        assert not toolchain.proves(edited)
+        [line] = Database(GPU, (edited,)).complaints(toolchain)
+        assert "changed since it was proven; run `int8kit verify" in line
+        assert Database(GPU, (edited,)).stamped({}).entries[0].verified is None
 
 
 def test_covering_asks_for_what_would_run():
@@ -140,6 +154,9 @@ def test_file_is_one_line_an_entry_and_round_trips(tmp_path):
             lambda d: d["entries"][0]["config"].update(block_m=48),
             "4096x4608x4608: block_m = 48: legal for the pointer kernel are",
         ),
+        (lambda d: d["entries"][0].update(time_us=-4), "entries.0.time_us: Input should be greater"),
+        (lambda d: d["entries"][0].update(source="measured"), "4096x4608x4608: measured without time_us"),
+        (lambda d: d["entries"].append(d["entries"][0]), "4096x4608x4608 stands twice for Triton 3.6"),
         (lambda d: d["gpu"].update(sms=0), "sms: Input should be greater"),
         (lambda d: d.update(host="pc"), "Document.host: Extra inputs"),
         (lambda d: d.update(entries=3), "is damaged"),

@@ -47,7 +47,7 @@ def test_bands_are_no_kernels():
 def test_what_was_not_timed_stays_and_a_swap_voids_the_stamp():
     from int8kit.schema import Stamp
 
-    stamp = Stamp(on="foreign", device="d", kernel="k", triton="3.6.0")
+    stamp = Stamp(on="foreign", device="d", of="what it was", kernel="k", triton="3.6.0")
     modelled = entry(1, (A, 1.0)).model_copy(update={"time_us": None, "source": Source.MODELLED})
     entries = [modelled, entry(2, (A, 100.0), (B, 100.5), verified=(stamp,)), entry(3, (B, 9.0)), entry(4, (B, 9.0))]
     reduced = portfolio.reduce(entries)

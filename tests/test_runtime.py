@@ -245,6 +245,9 @@ def test_strict_refuses_what_is_not_proven(outcome, tmp_path):
     with pytest.raises(CheckFailed, match=r"configurations are not proven .* see `int8kit verify --gpu rtx3090`"):
         generate.generate(request)
     assert len(generate.unproven_of(generate.generate(replace(request, strict=False)).choices)) > 1
-    stamp = Stamp(on="native", device="d", kernel=gemm.kernel_hash(), triton="3.7.1")
-    db.stamp(path, {entry.key: [stamp] for entry in entries})
+    stamps = {
+        e.key: [Stamp(on="native", device="d", of=e.subject, kernel=gemm.kernel_hash(), triton="3.7.1")]
+        for e in entries
+    }
+    db.stamp(path, stamps)
     assert generate.unproven_of(generate.generate(request).choices) == []

@@ -328,7 +328,9 @@ class Workers:
 
         spec = {f"core-{i}": worker("", "auto") for i in range(self.processes)}
         spec |= {f"card-{device}": worker(device, 0) for device in _devices()}
-        scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard": False}}
+        # any port: a second run's scheduler would warn that the usual one is taken
+        options = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
+        scheduler = {"cls": Scheduler, "options": options}
         cluster = SpecCluster(spec, scheduler=scheduler, silence_logs=logging.CRITICAL)
         client = self._stack.enter_context(Client(self._stack.enter_context(cluster), set_as_default=False))
         client.wait_for_workers(len(spec))

@@ -306,6 +306,7 @@ def _check_entries(
         stamp = Stamp(
             on=executor.on,
             device=executor.name,
+            of=entry.subject,
             kernel=gemm.kernel_hash(entry.config.kernel),
             triton=triton.__version__,
         )
