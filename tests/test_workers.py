@@ -43,7 +43,7 @@ def test_a_compiler_that_aborts_or_hangs_costs_one_configuration(monkeypatch):
 
 def test_a_cluster_of_somebody_elses_compiles_and_is_compared(monkeypatch):
     with LocalCluster(
-        n_workers=1, threads_per_worker=1, dashboard_address=None, env={"TRITON_INTERPRET": "0"}
+        n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0", env={"TRITON_INTERPRET": "0"}
     ) as other:
         with workers.Workers(other.scheduler_address) as pool:
             ((job, outcome),) = pool.compile_all(86, [(TILE, True)]).items()
