@@ -5,7 +5,9 @@ three groups of warps that meet in shared memory:
 
   loader         1 warp, 24 registers a thread: TMA copies of block_m x 128 of x and block_n x 128 of w into the next of
                  num_stages slots of a ring, for every step of every tile, as far ahead as slots are free. TMA fills
-                 with zeros past M, N and K and clips what is stored: there is no tail code.
+                 with zeros past M, N and K and clips what is stored: there is no tail code. But a row of zeros costs
+                 as much as a row or more, so a box of x wholly past M is not copied: what its slot held before is
+                 multiplied, and not stored. A tile of 64 rows has boxes of 16, others one a multiplier.
   multipliers    2 x 4 warps, 240 registers a thread: m64n128k32 wgmma out of the slots into up to 128 sums a thread,
                  then epilogue in chunks of 64 bytes a row through two staging buffers, stored by TMA.
 
@@ -53,6 +55,7 @@ tma = schedule.with_names(
 # most num_stages: the first would wait for slots that the second, which waits for the first, has yet to release.
 LAG: gl.constexpr = gl.constexpr(3)
 CHUNK_BYTES = 64  # of a row, in one TMA store
+BOX_ROWS = 16  # of x, in one TMA copy of a tile of 64
 
 
 @gluon.jit
@@ -111,6 +114,7 @@ def _load(x_desc, w_desc, x_ring, w_ring, full, empty, M, N, K, group_m, STREAM_
     BLOCK_N: gl.constexpr = w_ring.shape[1]
     BLOCK_K: gl.constexpr = x_ring.shape[2]
     ROWS: gl.constexpr = x_desc.block_shape[0]
+    BOXES: gl.constexpr = BLOCK_M // ROWS
     steps, total, parts, waves, half = _work(M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, STREAM_K)
     step = 0
     for i in range(parts + waves + half):
@@ -118,22 +122,20 @@ def _load(x_desc, w_desc, x_ring, w_ring, full, empty, M, N, K, group_m, STREAM_
         row, col = tile_corner(tile, M, N, group_m, BLOCK_M, BLOCK_N)
         whole = i < parts + waves
         row += gl.where(whole, 0, gl.program_id(0) % 2 * ROWS)
+        boxes = gl.where(whole, gl.minimum(gl.cdiv(M - row, ROWS), BOXES), 1)
         for k in range(k0, k1):
             slot = step % STAGES
             x_slot = x_ring.index(slot)
             mbarrier.wait(empty.index(slot), step // STAGES & 1 ^ 1)
             # TMA counts the zeros that it fills in, too
-            if ROWS == BLOCK_M:
-                mbarrier.expect(full.index(slot), (BLOCK_M + BLOCK_N) * BLOCK_K)
-            else:
-                mbarrier.expect(full.index(slot), (BLOCK_M + BLOCK_N) * BLOCK_K, pred=whole)
-                mbarrier.expect(full.index(slot), (ROWS + BLOCK_N) * BLOCK_K, pred=not whole)
+            for box in gl.static_range(BOXES):
+                mbarrier.expect(full.index(slot), ((box + 1) * ROWS + BLOCK_N) * BLOCK_K, pred=boxes == box + 1)
             tma.async_copy_global_to_shared(w_desc, [col, k * BLOCK_K], full.index(slot), w_ring.index(slot))
-            tma.async_copy_global_to_shared(x_desc, [row, k * BLOCK_K], full.index(slot), x_slot.slice(0, ROWS, dim=0))
-            if ROWS < BLOCK_M:
+            for box in gl.static_range(BOXES):
                 tma.async_copy_global_to_shared(
-                    x_desc, [row + ROWS, k * BLOCK_K], full.index(slot), x_slot.slice(ROWS, ROWS, dim=0), pred=whole
-                )
+                    x_desc, [row + box * ROWS, k * BLOCK_K], full.index(slot), x_slot.slice(box * ROWS, ROWS, dim=0),
+                    pred=box < boxes,
+                )  # fmt: skip
             step += 1
 
 
@@ -284,8 +286,8 @@ def _gemm_hopper(
     SUMS_ONLY: gl.constexpr,
     SWIGLU: gl.constexpr,
 ):
-    ROWS: gl.constexpr = x_desc.block_shape[0] * (2 if SHARED else 1)
-    x_ring = gl.allocate_shared_memory(gl.int8, [STAGES, ROWS, x_desc.block_shape[1]], x_desc.layout)
+    BLOCK_M: gl.constexpr = out_desc.block_shape[0] * (2 if SHARED else 1)
+    x_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, x_desc.block_shape[1]], x_desc.layout)
     w_ring = gl.allocate_shared_memory(gl.int8, [STAGES] + w_desc.block_shape, w_desc.layout)
     staging = gl.allocate_shared_memory(out_desc.dtype, [4] + out_desc.block_shape, out_desc.layout)
     vectors = gl.allocate_shared_memory(gl.float32, [4, w_desc.block_shape[0]], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -326,7 +328,8 @@ def _blocks(config: TileConfig, out_dtype: torch.dtype) -> tuple[tuple[int, int]
     """What one TMA copy moves of x, w and out."""
     rows = min(config.block_m, 128)  # one multiplier's
     chunk = CHUNK_BYTES // out_dtype.itemsize
-    return (rows, config.block_k), (config.block_n, config.block_k), (rows, chunk)
+    box = rows if config.block_m > 64 else BOX_ROWS
+    return (box, config.block_k), (config.block_n, config.block_k), (rows, chunk)
 
 
 @cache

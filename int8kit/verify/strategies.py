@@ -69,7 +69,7 @@ def sizes(block: int, most: int) -> st.SearchStrategy[int]:
     around = st.builds(
         lambda times, off: max(1, min(most, times * block + off)),
         st.integers(0, max(1, most // block)),
-        st.sampled_from((-1, 0, 0, 1, 3, block // 2)),
+        st.sampled_from((-1, 0, 0, 1, 3, 16, 17, block // 2)),  # 16: what a tile may be copied in
     )
     return st.one_of(st.integers(1, most), around)
 

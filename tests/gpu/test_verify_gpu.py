@@ -34,14 +34,15 @@ def test_every_shipped_entry(path):
 
 
 HOPPER = [c for c in legal_configs(90, gpus.get("h200").shared_memory) if c.kernel is Kernel.HOPPER]
+SHAPES = (GemmShape(300, 1160, 4112), GemmShape(2304, 2304, 272), GemmShape(81, 520, 1040))
 LOTS = 8  # processes that share them
 
 
 def _each_is_exact(job, on_example):
-    """What a child of the next test runs: every LOTS'th tile, over tiles that fill no wave, tails, and many steps."""
+    """What a child of the next test runs: every LOTS'th tile, over tiles that fill no wave, many steps, and tails."""
     failure = None
     for config in HOPPER[int(job.name) :: LOTS]:
-        for shape, kind in ((GemmShape(300, 1160, 4112), "extremes"), (GemmShape(2304, 2304, 272), "normal")):
+        for shape, kind in zip(SHAPES, ("extremes", "normal", "uniform"), strict=True):
             d = Draw(shape, config, kind, 1, torch.bfloat16, torch.bfloat16, padding=16)
             on_example(d)
             failure = failure or checks.check_accumulator(d, job.executor) or checks.check_output(d, job.executor)
