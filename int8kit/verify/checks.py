@@ -268,7 +268,7 @@ def _property(
         gemms = draws(ours.tiles, min(limits.most, MOST_ROWS), limits.ops // SPARED)
         return hold(name, executor, gemms, lambda d, _: properties.ALL[name](d, ours), always=again, **more)
     check = CHECKS[name]
-    always = _many(runnable) if name != "swiglu" else ()
+    always = (*_many(runnable), *_shared(runnable)) if name != "swiglu" else ()
     if any(config.kernel is Kernel.POINTER for config in runnable):  # whose these are
         always += (*(_DEEP if limits.deep else _DEEP[:2]), *(_FAR[name] if limits.far else ()))
     gemms = draws(tuple(runnable), limits.most, limits.ops)
@@ -286,6 +286,21 @@ def _many(tiles: Iterable[TileConfig]) -> tuple[Draw, ...]:
     pairs = [(config, config) if kernel is not Kernel.POINTER else (tall, wide) for kernel, config in largest.items()]
     return tuple(
         Draw(s, tile, "uniform", 1, None, torch.float32) for pair in pairs for s, tile in zip(shapes, pair, strict=True)
+    )
+
+
+def _shared(tiles: Iterable[TileConfig]) -> tuple[Draw, ...]:
+    """100 tiles of nine steps, the last a partial one, for the smallest and the largest stream-K tile of each kernel.
+
+    No card's workers share those evenly: parts begin and end inside tiles, and many are a worker's second.
+    """
+    sharing = sorted((c for c in tiles if c.stream_k), key=lambda c: c.block_m * c.block_n)
+    of = [[c for c in sharing if c.kernel is kernel] for kernel in Kernel]
+    return tuple(
+        Draw(
+            GemmShape(10 * c.block_m - 3, 10 * c.block_n - 8, 8 * c.block_k + 16), c, "uniform", 1, None, torch.float32
+        )
+        for c in sorted({c for some in of for c in (*some[:1], *some[-1:])})
     )
 
 
