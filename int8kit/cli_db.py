@@ -161,6 +161,7 @@ def carry(
 
     A tile's time depends on what the compiler makes of it. Where a kernel spills no more here, and as many blocks of it
     fit a multiprocessor, its time is kept, with the Triton that was timed. The copy is not proven: verify it here.
+    Copies of entries that have been tuned anew since are replaced.
 
     Example: int8kit db carry tuning_db/rtx3090.json
     """
@@ -172,8 +173,8 @@ def carry(
 
     base = db.load(path)
     here = generation(triton.__version__)
-    known = {entry.shape for entry in base.entries if generation(entry.triton) == here}
-    theirs = [entry for entry in base.entries if generation(entry.triton) != here and entry.shape not in known]
+    known = {entry.shape: entry for entry in base.entries if generation(entry.triton) == here}
+    theirs = [e for e in base.entries if generation(e.triton) != here and offline.supersedes(e, known.get(e.shape))]
     jobs = {entry.key: workers.job(entry.config, entry.shape) for entry in theirs}
     with workers.Workers() as pool:
         found = pool.compile_all(base.gpu.arch, sorted(set(jobs.values())))

@@ -108,6 +108,14 @@ def blocks_per_sm(config: TileConfig, resources: Resources, gpu: Gpu) -> int:
     )
 
 
+def supersedes(entry: Entry, copy: Entry | None) -> bool:
+    """Whether `entry` is to be carried where `copy` is what serves its shape: a copy of what it was before, or none."""
+    if copy is None:
+        return True
+    same = (copy.config, copy.kernel, copy.time_us) == (entry.config, entry.kernel, entry.time_us)
+    return copy.timed_with is not None and not same
+
+
 def carried(entry: Entry, here: Resources | str, gpu: Gpu) -> Entry | str:
     """`entry` for the Triton that is here, or why its time would be another with what its kernel takes `here`."""
     import triton
