@@ -130,3 +130,9 @@ def test_a_default_that_is_not_exact_ends_the_shape():
             search.Trail(SHAPE), final({A: exactly(1)}, {DEFAULT: "wrong: bits"}), compiled(), Source.PROXY,
             H200,
         )  # fmt: skip
+
+
+def test_bands_are_timed_hot_but_equal_programs_once():
+    tall, low = ([search.Trail(GemmShape(m, 4608, 4608), [{A: exactly(100), B: exactly(110)}])] for m in (4296, 700))
+    assert {config.group_m for config in search.hot(*tall)} == set(space.BANDS)
+    assert search.hot(*low) == [A, B, replace(A, group_m=4), replace(B, group_m=4)]  # six tile rows

@@ -133,7 +133,7 @@ def test_an_entry_says_where_it_is_from(tmp_path):
     (entry,) = db.load(tmp_path / "t.json").entries
     assert [entry] == outcome.entries
     assert (entry.source, entry.measured_on, entry.bf16_us) == (Source.PROXY, "NVIDIA H200", 900)
-    assert len(entry.runners_up) == search.RUNNERS_UP
+    assert 0 < len(entry.runners_up) <= search.RUNNERS_UP
     times = [entry.time_us, *(o.time_us for o in entry.runners_up)]
     assert entry.time_us <= min(times) * (1 + search.MARGIN)
 

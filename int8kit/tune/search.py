@@ -126,9 +126,13 @@ def how(gpu: Gpu, cards: Iterable[Gpu]) -> tuple[Source, Gpu | None]:
 
 
 def hot(trail: Trail) -> list[TileConfig]:
-    """What the hot round times: the fastest, and the first of them in bands of every width."""
+    """What the hot round times: the fastest, and the first of them in bands of every width; equal programs once."""
     bands = [replace(config, group_m=width) for config in trail.fastest(BANDED) for width in space.BANDS]
-    return list(dict.fromkeys([*trail.fastest(HOTTEST), *bands]))
+    programs: dict[TileConfig, TileConfig] = {}
+    for config in [*trail.fastest(HOTTEST), *bands]:
+        tile_rows = math.ceil(trail.shape.m / config.block_m)  # of which a wider band has no more
+        programs.setdefault(replace(config, group_m=min(config.group_m, tile_rows)), config)
+    return list(programs.values())
 
 
 def rank(configs: Iterable[TileConfig], shape: GemmShape, found: Space) -> list[tuple[float, TileConfig, Resources]]:
