@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import cycle
 from typing import Literal
 
@@ -40,6 +41,7 @@ class Timed:
                 return
             except Exception as error:  # a library may refuse capture in any way
                 torch.cuda.set_stream(stream)  # where ending a failed capture fails too, torch stays on its stream
+                _capture_anything()
                 reason = one_line(error.__context__ or error)
                 self.note = f"{self.note}; from the host: {reason}".removeprefix("; ")
         turn = cycle(entrant.launches)
@@ -66,6 +68,12 @@ class Timed:
             raise RuntimeError("a captured graph does not write the result")
         self.result = result
         return graph.replay
+
+
+def _capture_anything() -> None:
+    """End what a capture that failed leaves open: the default generator would refuse every draw from now on."""
+    with suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device="cuda")
 
 
 def one_line(error: BaseException) -> str:

@@ -80,3 +80,4 @@ def test_what_cannot_be_captured_is_launched_from_the_host():
     assert call.note.startswith("from the host: ")
     call()
     assert call.result.isfinite().all()
+    assert torch.randn(9, device="cuda").isfinite().all()  # what failed has left nothing open
