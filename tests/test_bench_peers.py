@@ -93,8 +93,12 @@ def triton_stand_ins():
         return reference.linear(input, weight.t(), scale.flatten(), bias)
 
     return {
-        "torchao.prototype.quantized_training.int8_mm": SimpleNamespace(scaled_int8_mm=scaled_int8_mm),
-        "sdnq.kernels.triton_scaled_mm": SimpleNamespace(sdnq_scaled_mm=sdnq_scaled_mm),
+        "torchao.prototype.quantized_training.int8_mm": SimpleNamespace(
+            scaled_int8_mm=scaled_int8_mm, _scaled_int8_mm_kernel=SimpleNamespace(configs=[1, 2])
+        ),
+        "sdnq.kernels.triton_scaled_mm": SimpleNamespace(
+            sdnq_scaled_mm=sdnq_scaled_mm, sdnq_scaled_mm_kernel=SimpleNamespace(configs=[1, 2])
+        ),
         "sdnq.layers.linear.linear_int8": SimpleNamespace(int8_matmul=int8_matmul),
         "gemlite.helper": SimpleNamespace(A8W8_INT8_dynamic=A8W8),
     }

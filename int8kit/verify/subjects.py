@@ -106,8 +106,10 @@ def _bitsandbytes(device: str) -> Subject:
 
 
 def _torchao(device: str) -> Subject:
-    """torchao's scaled_int8_mm: M from 2 on, scales in bf16, no bias, bf16 out."""
-    from torchao.prototype.quantized_training.int8_mm import scaled_int8_mm
+    """torchao's scaled_int8_mm: M from 2 on, scales in bf16, no bias, bf16 out; one of its tiles."""
+    from torchao.prototype.quantized_training.int8_mm import _scaled_int8_mm_kernel, scaled_int8_mm
+
+    _untuned(_scaled_int8_mm_kernel)
 
     def output(d: Draw, x: torch.Tensor, w: torch.Tensor, sx: torch.Tensor, sw: torch.Tensor, bias: Any) -> Any:
         return scaled_int8_mm(x.contiguous(), w.contiguous().t(), sx.bfloat16(), sw.bfloat16())
@@ -137,10 +139,11 @@ def _comfy_kitchen(device: str) -> Subject:
 
 
 def _sdnq(device: str) -> Subject:
-    """SDNQ's Triton kernel, which asks for scratch memory on the device: N and K multiples of 16, 16-bit output."""
+    """SDNQ's Triton kernel, which asks for scratch memory on the device: N, K multiples of 16, 16-bit out; one tile."""
     import triton
-    from sdnq.kernels.triton_scaled_mm import sdnq_scaled_mm
+    from sdnq.kernels.triton_scaled_mm import sdnq_scaled_mm, sdnq_scaled_mm_kernel
 
+    _untuned(sdnq_scaled_mm_kernel)
     triton.set_allocator(lambda size, _align, _stream: torch.empty(size, dtype=torch.int8, device=device))
 
     def output(d: Draw, x: torch.Tensor, w: torch.Tensor, sx: torch.Tensor, sw: torch.Tensor, bias: Any) -> Any:
@@ -148,6 +151,11 @@ def _sdnq(device: str) -> Subject:
         return sdnq_scaled_mm(x.contiguous(), w.contiguous().t(), rows, columns, bias=bias, out_dtype=d.out_dtype)
 
     return Subject("sdnq", device, output=output, fit=partial(_half, step=16), strides=False)
+
+
+def _untuned(kernel: Any) -> None:
+    """Leave Triton's autotuner `kernel` its first configuration: it would compile and time all for each new shape."""
+    kernel.configs = kernel.configs[:1]
 
 
 def _gemlite(device: str) -> Subject:
