@@ -54,7 +54,7 @@ def test_the_catalogue_is_wide():
 def test_each_fault_has_one_place_in_the_present_source(mutant):
     source = mutate.mutated(mutant, mutate.PACKAGE)
     assert ast.dump(ast.parse(source)) != ast.dump(ast.parse((mutate.PACKAGE / mutant.file).read_text()))
-    assert mutant.expected in mutate.PROPERTIES
+    assert mutant.expected in mutate._properties(mutant.kernel)
     assert not mutant.fault.endswith(".")
 
 

@@ -25,7 +25,7 @@ from int8kit.db import Database
 from int8kit.kernels import gemm, quantize
 from int8kit.schema import Entry, Stamp
 from int8kit.spec import GemmShape, Kernel, TileConfig, default_config
-from int8kit.verify import fused, properties, subjects
+from int8kit.verify import fused, late, properties, subjects
 from int8kit.verify.bits import difference, operands
 from int8kit.verify.buffers import FAR_ROOM, Canvas, chunk_guard, far, padded, tile_guard
 from int8kit.verify.foreign import Executor
@@ -202,6 +202,8 @@ def reduced(shape: GemmShape, config: TileConfig) -> GemmShape:
 def names(executor: Executor, database: Database) -> list[str]:
     """The checks that apply, in the order in which they are run."""
     found = ["accumulator", "output", "swiglu", *MORE]
+    if not late.overlaps(executor.device):
+        found.remove("order")
     if executor.arch is None:  # the kernels over rows have one source and no configuration
         found += ["quantize", *fused.KERNELS]
     return [*found, "entries"] if database.entries else found

@@ -424,6 +424,8 @@ _HOPPER = (
             "every chunk of a tile is stored over the first"),
     _hopper("hopper-bias-over-scale", "bias_buffer = vectors.index(2 * ME + 1)", "bias_buffer = vectors.index(2 * ME)",
             "the bias overwrites the column scales in shared memory", "output"),
+    _hopper("hopper-no-wait", "gdc_wait()  #", "pass  #",
+            "a launch that begins early reads what the kernel before it has yet to write", "order"),
 )  # fmt: skip
 
 CATALOGUE: tuple[Mutant, ...] = (*_POINTER, *_SILU, *_ROWS, *_FUSED, *_AMPERE, *_HOPPER)

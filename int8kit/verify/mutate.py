@@ -165,8 +165,9 @@ def _job(mutant: Mutant, executors: list[Executor]) -> _Job:
 
 
 def _properties(kernel: Kernel) -> tuple[str, ...]:
-    """Those that a kernel's faults may break: the row quantization is plain Triton."""
-    return PROPERTIES if kernel is Kernel.POINTER else PROPERTIES[:3]
+    """Those that a kernel's faults may break: the rows' kernels are plain Triton, and only Hopper's begins early."""
+    more = {Kernel.POINTER: PROPERTIES[3:], Kernel.HOPPER: ("order",)}
+    return (*PROPERTIES[:3], *more.get(kernel, ()))
 
 
 def _executor(kernel: Kernel, executors: list[Executor]) -> Executor:

@@ -8,6 +8,7 @@
     nan rows       a row whose scale is NaN is NaN, and changes no other
     strided        operands that are parts of larger matrices give the same bits as copies of them
     repeats        three runs give the same bits
+    order          operands that the kernel before writes late are read as it leaves them (a card from sm_90 on)
     configuration  any two configurations give the same bits (of int8kit alone)
 
 Each takes an example (`strategies.Draw`) and says how the subject breaks it, or None. `accumulator` and `linearity`
@@ -23,6 +24,7 @@ from dataclasses import replace
 import torch
 
 from int8kit import reference
+from int8kit.verify import late
 from int8kit.verify.bits import difference, operands
 from int8kit.verify.buffers import POISON
 from int8kit.verify.strategies import Draw, served
@@ -108,6 +110,16 @@ def repeats(d: Draw, subject: Subject) -> str | None:
     return next((why for why in again if why), None)
 
 
+def order(d: Draw, subject: Subject) -> str | None:
+    """See the module."""
+    x, w, sx, sw, bias = operands(d, subject.device)
+    rows = x.clone(memory_format=torch.contiguous_format)
+    want = subject.run(d, rows, w, sx, sw, bias).clone()  # compiles, too: what is late must not be waited for by that
+    rows.zero_()
+    late.copy(rows, x.contiguous())
+    return difference(subject.run(d, rows, w, sx, sw, bias), want)
+
+
 def configuration(d: Draw, subject: Subject) -> str | None:
     """See the module."""
     x, w, sx, sw, bias = operands(d, subject.device)
@@ -128,7 +140,8 @@ def _truth(
 
 ALL: dict[str, Check] = {
     "accumulator": accumulator, "output": output, "batch": batch, "linearity": linearity, "zero rows": zero_rows,
-    "nan rows": nan_rows, "strided": strided, "repeats": repeats, "configuration": configuration,
+    "nan rows": nan_rows, "strided": strided, "repeats": repeats, "order": order,
+    "configuration": configuration,
 }  # fmt: skip
 OF_SUMS = ("accumulator", "linearity")
 OF_OUTPUT = ("output", "zero rows", "nan rows")
@@ -142,6 +155,8 @@ def why_not(name: str, subject: Subject) -> str | None:
         return "it gives sums only"
     if name == "configuration" and not subject.tiles:
         return "it has no configurations"
+    if name == "order" and not late.overlaps(subject.device):
+        return "no kernel begins here before the one ahead has ended"
     if name == "strided" and not subject.strides:
         return "it takes contiguous operands"
     return None
