@@ -1,5 +1,6 @@
 """tune/workers.py: processes that compile and time, that abort, hang, or are somebody else's."""
 
+import itertools
 import os
 import signal
 import threading
@@ -72,7 +73,7 @@ CARD = "7"
 
 def _describe():
     """A worker that was given a device has an H200."""
-    return tasks.toolchain(), gpus.get("h200") if os.environ["CUDA_VISIBLE_DEVICES"] == CARD else None
+    return tasks.toolchain(), gpus.get("h200") if os.environ["CUDA_VISIBLE_DEVICES"] else None
 
 
 def _where(number, fate):
@@ -106,6 +107,36 @@ def test_calls_for_a_card_go_where_it_is_and_others_elsewhere(pool):
     assert {device for device, _ in compiled.values()} == {""}
     assert len({pid for _, pid in timed.values()}) == 1
     assert list(map(len, (timed, compiled))) == [6, 6]
+
+
+def _busy(number):
+    """As a card at work: the host waits. The device, and from when to when."""
+    start = time.time()
+    time.sleep(0.5)
+    return os.environ["CUDA_VISIBLE_DEVICES"], start, time.time()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_cards_share_a_batch_evenly_and_at_once(monkeypatch, count):
+    monkeypatch.setattr(workers, "_devices", lambda: [str(i) for i in range(count)])
+    monkeypatch.setattr(tasks, "describe", _describe)
+
+    def program():
+        return (yield workers.Batch(_busy, [(i,) for i in range(6 * count)], card="h200"))
+
+    with workers.Workers(processes=1) as pool:
+        assert len(pool.cards()) == count
+        (results,) = pool.drive([program()])
+    spans = {}
+    for device, start, end in results.values():
+        spans.setdefault(device, []).append((start, end))
+    assert all(5 <= len(calls) <= 7 for calls in spans.values())
+    assert len(spans) == count
+    for calls in map(sorted, spans.values()):  # a card has one call at a time, or its times are worth nothing
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(calls))
+    wall = max(end for _, _, end in results.values()) - min(start for _, start, _ in results.values())
+    speedup = sum(end - start for _, start, end in results.values()) / wall
+    assert speedup > 0.75 * count
 
 
 def test_a_card_whose_process_ends_is_there_again(pool, tmp_path):

@@ -115,6 +115,24 @@ def test_captures_in_a_graph(config):
         assert torch.equal(got, want)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
+@pytest.mark.parametrize("config", [c.values[0] for c in cases() if c.values[1].arch is None])
+def test_serves_the_device_of_its_operands(config):
+    d = Draw(GemmShape(300, 520, 1040), config, "normal", 0, torch.bfloat16, torch.bfloat16)
+    here, there = (operands(d, device) for device in ("cuda:0", "cuda:1"))
+    want = reference.scaled_mm(*here)
+    for own in (here, there, here):
+        got = gemm.scaled_mm(*own, config=config)
+        assert got.device == own[0].device
+        assert torch.equal(got.cpu(), want.cpu())
+    layer = Int8Linear.from_linear(
+        torch.nn.Linear(1040, 520, device="cuda:1", dtype=torch.bfloat16), Plan(((300, config),))
+    )
+    rows = torch.randn(300, 1040, device="cuda:1", dtype=torch.bfloat16)
+    assert torch.equal(layer(rows).cpu(), layer.to("cpu")(rows.cpu()))
+    assert torch.cuda.current_device() == 0
+
+
 @pytest.mark.parametrize("config", [c.values[0] for c in cases() if c.values[1].arch is None])
 def test_twenty_prompt_lengths_compile_nothing(config):
     layer = Int8Linear.from_linear(
