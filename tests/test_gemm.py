@@ -1,6 +1,5 @@
 """kernels/gemm.py in whatever executes here: its launcher's refusals, and values against the reference."""
 
-import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -76,26 +75,6 @@ def test_refuses_k_beyond_int32():
     x = torch.zeros(1, 131072, dtype=torch.int8, device=DEVICE)
     with pytest.raises(ShapeError, match="K = 131072"):
         gemm.accumulate(x, x, config=TILE)
-
-
-@pytest.mark.parametrize("kernel", Kernel)
-def test_hash_ignores_comments_and_layout_and_nothing_else(monkeypatch, kernel):
-    getsource = inspect.getsource
-    body = {Kernel.POINTER: "_gemm", Kernel.AMPERE: "_accumulate", Kernel.HOPPER: "_multiply"}[kernel]
-    edits = (
-        lambda text: text,
-        lambda text: "\n" + text.replace("acc =", "# a remark\n    acc   =", 1),
-        lambda text: text.replace("acc =", "acc = 1 +", 1),
-    )
-    digests = []
-    for change in edits:
-        gemm.kernel_hash.cache_clear()
-        monkeypatch.setattr(
-            inspect, "getsource", lambda f, change=change: (change if f.__name__ == body else str)(getsource(f))
-        )
-        digests.append(gemm.kernel_hash(kernel))
-    gemm.kernel_hash.cache_clear()
-    assert digests[0] == digests[1] != digests[2]
 
 
 def test_another_kernel_serves_where_the_named_one_cannot():

@@ -73,8 +73,3 @@ def silu(g):
     a = e + f
     b = ((e - f).to(tl.int32, bitcast=True) + (m.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
     return h * (a * reciprocal(a + b))
-
-
-DEVICE_CODE = (
-    reciprocal, _rounded, silu, _RECIPROCAL, LIMIT, MINUS_LOG2_E, ROUNDER_64, C1, C2, P1, P2, ROUNDER,
-)  # fmt: skip

@@ -10,7 +10,6 @@
 Where the named one cannot serve, because this Triton has no Gluon or another one, or the tensors' rows are not aligned,
 the pointer kernel does, with `spec.default_config` and a warning, once for each reason. Each of the modules has
 
-    DEVICE_CODE                      what the kernel's hash is made of
     why_not(operands)                the reason why it cannot serve these tensors, or None
     launch(operands, config, options)
     source(config)                   for the offline compiler
@@ -20,8 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
-import tokenize
 import warnings
 from functools import lru_cache
 from typing import Any
@@ -30,6 +27,7 @@ import torch
 import triton
 
 from int8kit.db import Toolchain
+from int8kit.fingerprint import fingerprint
 from int8kit.kernels.operands import OUT_DTYPES, Operands, interpreted, on_device
 from int8kit.spec import ConfigError, GemmShape, Kernel, TileConfig, default_config
 
@@ -62,23 +60,13 @@ def module(kernel: Kernel) -> Any:
 
 @lru_cache(maxsize=len(Kernel))
 def kernel_hash(kernel: Kernel = Kernel.POINTER) -> str:
-    """12 hexadecimal digits that change with a kernel's device code, and not with its comments or layout.
+    """12 hexadecimal digits for all that decides a kernel's result: host code, device code, constants and options.
 
-    Raises OSError where the source cannot be read, ConfigError if this Triton has no Gluon.
+    See `fingerprint` for the edits that keep it. Raises OSError where the source cannot be read, ConfigError if this
+    Triton has no Gluon.
     """
-    import hashlib
-    import inspect
-
-    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    digest = hashlib.sha256()
-    for part in module(kernel).DEVICE_CODE:
-        if hasattr(part, "fn"):
-            source = io.StringIO(inspect.getsource(part.fn)).readline
-            text = " ".join(t.string for t in tokenize.generate_tokens(source) if t.type not in layout)
-        else:  # a number or a string that the functions use: no Python, which versions would take apart differently
-            text = str(part.value)
-        digest.update(text.encode())
-    return digest.hexdigest()[:12]
+    of = module(kernel)
+    return fingerprint(of.launch, of.why_not, scaled_mm, scaled_mm_swiglu, accumulate)
 
 
 def toolchain() -> Toolchain:
@@ -208,5 +196,8 @@ def _is_compilers(error: Exception) -> bool:
 @lru_cache(maxsize=256)
 def _notice(kernel: Kernel, reason: str) -> None:
     """Warn, once for each reason."""
-    message = f"the pointer kernel serves instead of the {kernel} kernel, same bits but slower: {reason}"
-    warnings.warn(message, Fallback, stacklevel=4)
+    warnings.warn(
+        f"the pointer kernel serves instead of the {kernel} kernel, same bits but slower: {reason}",
+        Fallback,
+        stacklevel=4,
+    )

@@ -29,7 +29,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import ampere
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from int8kit.kernels import activations, schedule
+from int8kit.kernels import schedule
 from int8kit.kernels.activations import silu
 from int8kit.kernels.gemm_pointer import aligned
 from int8kit.kernels.operands import COMPILE_OPTIONS, Operands, cdiv, run
@@ -253,12 +253,6 @@ def _gemm_ampere(
             x_slots, w_slots, x_ptr, w_ptr, row, col, 0, K, M, N, stride_xm, stride_wn, mma, wide, RUN, STEPS, WIDTH
         )
         _store(acc, row, col, sx_ptr, sw_ptr, bias_ptr, out_ptr, M, N, stride_om, HAS_BIAS, SUMS_ONLY, SWIGLU)
-
-
-DEVICE_CODE = (
-    _copy, _fragments, _accumulate, _column, _tile, _store, _gemm_ampere,
-    *activations.DEVICE_CODE, *schedule.DEVICE_CODE,
-)  # fmt: skip
 
 
 def _run(config: TileConfig) -> int:

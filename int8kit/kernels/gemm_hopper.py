@@ -46,7 +46,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
-from int8kit.kernels import activations, schedule
+from int8kit.kernels import schedule
 from int8kit.kernels.activations import silu
 from int8kit.kernels.gemm_pointer import aligned
 from int8kit.kernels.operands import COMPILE_OPTIONS, Operands, cdiv, run
@@ -320,12 +320,6 @@ def _gemm_hopper(
     )
 
 
-DEVICE_CODE = (
-    _work, _item, _chunks, _load, _multiply, _store, _consume, _gemm_hopper, LAG,
-    *activations.DEVICE_CODE, *schedule.DEVICE_CODE,
-)  # fmt: skip
-
-
 @lru_cache(maxsize=64)
 def _layout(dtype: torch.dtype, block: tuple[int, int]) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(dtype).removeprefix("torch.")))
@@ -356,7 +350,7 @@ def _constants(
 
 def why_not(operands: Operands) -> str | None:
     """The reason why TMA cannot address these tensors, or the card has no wgmma; or None."""
-    if (reason := _no_sm90(operands.xq.device)) is not None:
+    if (reason := _why_not_sm90(operands.xq.device)) is not None:
         return reason
     if operands.k % 16:
         return f"K = {operands.k} is no multiple of 16"
@@ -367,7 +361,7 @@ def why_not(operands: Operands) -> str | None:
 
 
 @lru_cache(maxsize=16)
-def _no_sm90(device: torch.device) -> str | None:
+def _why_not_sm90(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) == (9, 0):
         return None
     return f"{torch.cuda.get_device_name(device)} is no sm_90"

@@ -19,7 +19,6 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from int8kit.kernels import activations
 from int8kit.kernels.activations import silu
 from int8kit.kernels.operands import COMPILE_OPTIONS, FREE, Operands, cdiv, run
 from int8kit.spec import TileConfig
@@ -92,9 +91,6 @@ def _gemm(
         tl.store(
             out_ptrs + cols[None, :], y.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :]
         )
-
-
-DEVICE_CODE = (_gemm, *activations.DEVICE_CODE)
 
 
 @cache

@@ -107,9 +107,6 @@ def combine(
     return complete, acc
 
 
-DEVICE_CODE = (tile_corner, share, owner, parts_of, part, combine)
-
-
 class Plan(NamedTuple):
     """What a stream-K launch needs."""
 
