@@ -13,7 +13,7 @@ _HOMES = {
     "InputError": "spec",
     "Int8Linear": "runtime.linear",
     "Int8kitError": "spec",
-    "Plan": "spec",
+    "Plan": "lookup",
     "ShapeError": "spec",
     "TileConfig": "spec",
     "UnknownName": "spec",

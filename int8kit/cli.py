@@ -277,7 +277,7 @@ def run(
     generate.save(outcome, output)
     took = {key: value for key, value in vars(outcome).items() if key.endswith(("_s", "_ms", "_gib"))}
     choices = [
-        {"m": c.shape.m, "n": c.shape.n, "k": c.shape.k, "layers": count, "config": vars(c.config), "rung": c.rung,
+        {"m": c.shape.m, "n": c.shape.n, "k": c.shape.k, "layers": count, "config": vars(c.config), "level": c.level,
          "why": c.why,
          "verified": c.verified} for c, count in outcome.choices
     ]  # fmt: skip

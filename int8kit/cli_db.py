@@ -23,7 +23,7 @@ Db = Annotated[Path | None, typer.Option("--db", help="Default: the one that ser
 def _root(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         raise InputError(
-            "db: no command; legal are show, check, merge, explain, carry and schema; see `int8kit db --help`"
+            "db: no command; expected show, check, merge, explain, carry, upgrade or schema; see `int8kit db --help`"
         )
 
 
@@ -36,7 +36,7 @@ def _gather(gpu: str | None, path: Path | None) -> tuple[Any, tuple[Path, ...], 
     if path is not None and gpu is None:
         return db.load(path), (path,), toolchain
     card = gpus.get(gpu) if gpu else gpus.present() or gpus.get("rtx3090")
-    return *db.gather(card, path, toolchain), toolchain
+    return *db.gather(card, toolchain, path), toolchain
 
 
 @app.command("show")
@@ -60,29 +60,33 @@ def check(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """What a stranger should know of a database before trusting it. Exit status 1 if there is anything.
+    """Every problem of a database, a line each. Exit status 1 if there is one.
 
-    Damage, entries that no kernel is proven for or whose kernel has changed since, and entries slower than the default.
+    Reports damage, entries that nothing proves under the installed Triton, entries of a kernel that has changed, times
+    that contradict each other or the data sheet, copied stamps, and a header that disagrees with the GPU's record.
 
     Example: int8kit db check tuning_db/rtx3090.json
     """
-    from int8kit import db
+    from int8kit import db, problems, upgrade
     from int8kit.kernels import gemm
 
     toolchain = gemm.toolchain()
     found: dict[str, list[str]] = {}
     for path in paths or db.known():
         try:
+            old = db.read(path)["format"] == upgrade.OLD_FORMAT
             base = db.load(path)
         except FileError as error:
             found[str(path)] = [str(error)]
         else:
-            found[str(path)] = base.complaints(toolchain)
-    lines = [f"{path}: {line}" for path, complaints in found.items() for line in complaints or ["sound"]]
+            found[str(path)] = problems.problems(base, toolchain)
+            if old:
+                found[str(path)].insert(0, f"format {upgrade.OLD_FORMAT}; run `int8kit db upgrade {path}`")
+    lines = [f"{path}: {line}" for path, listed in found.items() for line in listed or ["sound"]]
     show({"databases": found}, "\n".join(lines) or "no database", as_json)
     if count := sum(map(len, found.values())):
-        many = f"{count} complaint{'s' if count > 1 else ''}"
-        raise CheckFailed(f"{many} about {sum(map(bool, found.values()))} of {len(found)} databases")
+        many = f"{count} problem{'s' if count > 1 else ''}"
+        raise CheckFailed(f"{many} in {sum(map(bool, found.values()))} of {len(found)} databases")
 
 
 @app.command()
@@ -106,8 +110,8 @@ def merge(
     for path, base in zip(sources, bases, strict=True):
         if base.gpu.alias != card.alias:
             raise FileError(
-                f"{str(path)!r} is for the card {base.gpu.alias!r}, {str(sources[0])!r} for {card.alias!r}; "
-                "merge files of one card"
+                f"{str(path)!r} is for the GPU {base.gpu.alias!r}, {str(sources[0])!r} for {card.alias!r}; "
+                "merge files of one GPU"
             )
     target = output or db.user_path(card.alias)
     files.check_target(target, ours=db.is_ours, force=force)
@@ -126,7 +130,7 @@ def explain(
     strict: Annotated[bool, typer.Option("--strict", help="Exit status 1 unless the very shape was tuned.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Which configuration serves a GEMM of M x N x K, from which rung, and why.
+    """Which configuration serves a GEMM of M x N x K, found at which level, and why.
 
     Example: int8kit db explain 4296 12288 4608 --gpu rtx3090
     """
@@ -135,19 +139,19 @@ def explain(
 
     shape = GemmShape(m, n, k)
     base, paths, toolchain = _gather(gpu, database)
-    choice = base.resolve(shape, toolchain)
-    ladder = base.ladder(shape, toolchain)
+    levels = base.levels(shape, toolchain)
+    choice, entry = next((choice, entry) for _, choice, entry in levels if choice is not None)
     document = {
-        "gpu": base.gpu.alias, "files": list(map(str, paths)), "m": m, "n": n, "k": k, "rung": choice.rung,
+        "gpu": base.gpu.alias, "files": list(map(str, paths)), "m": m, "n": n, "k": k, "level": choice.level,
         "config": vars(choice.config), "why": choice.why, "proven": choice.verified,
-        "ladder": {rung: entry and entry.model_dump(mode="json", exclude_none=True) for rung, entry in ladder},
+        "levels": {level: one and one.model_dump(mode="json", exclude_none=True) for level, _, one in levels},
     }  # fmt: skip
-    proven = "proven" if choice.verified else "not proven"
-    title = f"{shape} on {base.gpu.name}: {choice.config}, {proven} with the present kernel"
-    show(document, f"{title}\n\n{report.ladder_table(shape, ladder, choice, toolchain)}", as_json)
-    if strict and choice.rung != "exact":
+    proofs = f"proven: {report.proven_by(entry, toolchain)}" if entry and choice.verified else "not proven"
+    title = f"{shape} on {base.gpu.name}: {choice.config}, {proofs} (Triton {toolchain.triton}, the present kernel)"
+    show(document, f"{title}\n\n{report.levels_table(levels)}", as_json)
+    if strict and choice.level != "exact":
         raise CheckFailed(
-            f"{shape} was not tuned for {base.gpu.alias}, {choice.rung} serves; tune it with "
+            f"{shape} was not tuned for {base.gpu.alias}, {choice.level} serves; tune it with "
             f"`int8kit tune --gpu {base.gpu.alias} --shapes FILE`"
         )
 
@@ -168,7 +172,7 @@ def carry(
     import triton
 
     from int8kit import db
-    from int8kit.schema import generation
+    from int8kit.toolchain import generation
     from int8kit.tune import offline, workers
 
     base = db.load(path)
@@ -187,6 +191,44 @@ def carry(
     lines.append(f"{path}: {len(new)} entries carried to Triton {triton.__version__}, {len(left)} not")
     show({"database": str(path), "triton": triton.__version__, "carried": len(new), "left": left}, "\n".join(lines),
          as_json)  # fmt: skip
+
+
+@app.command("upgrade")
+def upgrade_(
+    paths: Annotated[list[Path], typer.Argument(help="Database files of an earlier format.")],
+    as_json: Json = False,
+) -> None:
+    """Rewrite databases of an earlier format in the present one.
+
+    Stamps of format /1 are dropped: they covered a kernel's device code and not its launcher. All files are read before
+    the first is written.
+
+    Example: int8kit db upgrade tuning_db/rtx3090.json
+    """
+    from int8kit import db, files, upgrade
+
+    found = []
+    for path in paths:
+        document = db.read(path)
+        found.append((path, db.load(path), document))
+    rows = []
+    for path, base, document in found:
+        old = document["format"] == upgrade.OLD_FORMAT
+        dropped = upgrade.dropped_stamps(document) if old else 0
+        if old:
+            with db.lock_of(path):
+                files.write_text(path, base.dumps())
+        rows.append({"database": str(path), "from": document["format"], "entries": len(base.entries),
+                     "stamps_dropped": dropped})  # fmt: skip
+    lines = []
+    for row in rows:
+        if row["from"] == upgrade.OLD_FORMAT:
+            lines.append(
+                f"{row['database']}: {row['entries']} entries upgraded, {row['stamps_dropped']} stamps dropped"
+            )
+        else:
+            lines.append(f"{row['database']}: has the present format already")
+    show({"databases": rows}, "\n".join(lines), as_json)
 
 
 @app.command()

@@ -90,19 +90,24 @@ def _prove(
     stamp: bool, as_json: bool, markdown: bool,
 ) -> None:  # fmt: skip
     from int8kit import db, files, gpus, report, trace
+    from int8kit.kernels import gemm
     from int8kit.verify import checks, foreign, hold, isolate, replay
 
     if database is not None and gpu is None:
         card = db.load(database).gpu
     else:
         card = gpus.get(gpu) if gpu else gpus.present() or gpus.get("rtx3090")
-    base, paths = db.gather(card, database)
-    base = base.covering(trace.int8_shapes(trace.read(shapes or files.shipped("shapes") / "ideogram4.json")))
+    toolchain = gemm.toolchain()
+    base, paths = db.gather(card, toolchain, database)
+    wanted = trace.int8_shapes(trace.read(shapes or files.shipped("shapes") / "ideogram4.json"))
+    unlisted = tuple(base.unlisted(wanted, toolchain))
     executors = foreign.executors(card)
     named = ", ".join(map(str, paths)) or "no database, so the defaults"
     for executor in executors:
         reduced = ", at reduced M, N and K" if executor.on == "interpreter" else ""
-        note(f"executing on {executor}{reduced}; {len({e.shape for e in base.entries})} shapes; {named}")
+        note(
+            f"executing on {executor}{reduced}; {len({e.shape for e in base.entries}) + len(unlisted)} shapes; {named}"
+        )
     more: tuple[TileConfig, ...] = ()
     if exhaustive:
         examples = 10 * checks.budget(executors[-1], examples).examples
@@ -111,11 +116,11 @@ def _prove(
         note(f"{examples} examples of each property, over {runnable} configurations")
     results: list[hold.Result] = []
     stamps: dict[Any, list[Any]] = {}
-    jobs = [isolate.Job(name, executor) for executor in executors for name in checks.names(executor, base)]
+    jobs = [isolate.Job(name, executor) for executor in executors for name in checks.names(executor, base, unlisted)]
     with progress("verifying") as (bar, task):
         outcomes = isolate.run_all(
             jobs,
-            isolate.Proof(base, examples, seed, more),
+            isolate.Proof(base, examples, seed, more, unlisted),
             processes=isolate.processes(executors[-1]),
             on_example=lambda: bar.advance(task),
         )

@@ -1,34 +1,28 @@
-"""The tuning database: one JSON file a card, one entry a line.
+"""The tuning database: one JSON file a GPU, one entry a line.
 
-    {"format": "int8kit.tuning/1", "numerics": 1, "policies": {"1": "GEMM with epilogue and bias, ..."},
-     "gpu": {"alias": "rtx3090", "name": "NVIDIA GeForce RTX 3090", "arch": 86, "sms": 82, "shared_memory": 101376},
+    {"format": "int8kit.tuning/2", "numerics": 1, "policies": {"1": "GEMM with epilogue and bias, ..."},
+     "gpu": {"alias": "rtx3090", "name": "NVIDIA GeForce RTX 3090", "arch": 86, "sms": 82, "shared_memory": 101376,
+             "memory_gib": 24, "l2_bytes": 6291456},
      "entries": [
-       {"m": 4296, "n": 12288, "k": 4608, "source": "proxy", "config": {"block_m": 128, ...}, "triton": "3.6.0",
-        "kernel": "f00d...", "time_us": 712.4, "measured_on": "NVIDIA H200", "policy": 1, ...}]}
+       {"operation": "gemm", "m": 4296, "n": 12288, "k": 4608, "id": "5d41402abc4b", "source": "proxy",
+        "config": {"block_m": 128, ...}, "triton": "3.6.0", "kernel": "f00d...", "time_us": 712.4,
+        "measured_on": "NVIDIA H200", "policy": 1, ..., "verified": [{"executor": "native", "of": "5d41402abc4b"}]}]}
 
-An entry is identified by (m, n, k) and the generation of Triton that compiled it (`generation`); the header identifies
-card and numerics.
-`Database.resolve` climbs down a ladder and says on which rung it stood:
+An entry is identified by operation, (m, n, k) and the generation of Triton that compiled it. The header identifies GPU
+and numerics. `lookup` says which entry serves a shape.
 
-    exact      the same (m, n, k)
-    nearest-m  the same (n, k); the nearest m by waves over the card and by log distance
-    nearest    another weight's shape, likewise
-    default    `spec.default_config`: nothing is within a factor of `spec.NEAR` in m, n and k
-
-What the second rung gives was never slower than the default on what the shipped entries' runs timed (tests/test_db.py).
-
-Within a rung an entry of the running Triton's generation and of the present kernel source is preferred; another
-serves with a remark, since any legal configuration gives the same bits. A numerics version or a card that differs
-refuses the whole file. A merge keeps the stronger source, then the newer entry. No host name, user, path or address is
-stored: fields that the schema does not know are refused.
+An entry of the running Triton's generation and of the present kernel is preferred; another serves with a remark, since
+any legal configuration gives the same bits. A numerics version or a GPU that differs refuses the whole file. A merge
+keeps the stronger source, then the newer entry. No host name, user, path or address is stored: fields that the schema
+does not know are refused. Files of earlier formats are read (`upgrade`) and written in the present one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
+import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,43 +31,29 @@ import filelock
 import platformdirs
 from pydantic import ValidationError
 
-from int8kit import files, gpus
+from int8kit import files, gpus, lookup, upgrade
 from int8kit.gpus import Gpu
-from int8kit.schema import FORMAT, Card, Document, Entry, Resources, Stamp, generation
+from int8kit.lookup import Candidate, Plan
+from int8kit.schema import FORMAT, Document, Entry, GpuIdentity, Stamp
 from int8kit.spec import (
     NUMERICS_VERSION,
     POLICIES,
     FileError,
     GemmShape,
-    Kernel,
-    Plan,
+    InputError,
+    Operation,
     Source,
     TileConfig,
-    default_config,
     is_near,
     why_illegal,
 )
+from int8kit.toolchain import Toolchain
 
-RUNGS = ("exact", "nearest-m", "nearest", "default")
+FORMATS = (FORMAT, upgrade.OLD_FORMAT)
 _REMEDY = "make one with `int8kit tune`, or name another with --db"
 
-
-@dataclass(frozen=True)
-class Toolchain:
-    """What compiles kernels in this process. Entries of another serve with a remark, and after those of this one."""
-
-    triton: str = ""  # version; "" compares with nothing
-    kernels: Mapping[Kernel, str] = field(default_factory=dict)  # hash of each kernel's source; likewise if absent
-
-    def ages(self, entry: Entry) -> tuple[bool, bool]:
-        """Whether `entry` was tuned with another generation of Triton, and with another source of its kernel."""
-        mine = self.kernels.get(entry.config.kernel, entry.kernel)
-        return bool(self.triton) and generation(entry.triton) != generation(self.triton), entry.kernel != mine
-
-    def proves(self, entry: Entry) -> bool:
-        """Whether `entry`, as it is, was verified with the present source of its kernel."""
-        present = self.kernels.get(entry.config.kernel, entry.kernel)
-        return any((stamp.kernel, stamp.of) == (present, entry.subject) for stamp in entry.verified or ())
+Key = tuple[str, int, int, int, str]
+"""`Entry.key`: operation, n, k, m, generation of Triton."""
 
 
 @dataclass(frozen=True)
@@ -82,23 +62,29 @@ class Choice:
 
     shape: GemmShape
     config: TileConfig
-    rung: str
+    level: str
     why: str
-    verified: bool = False  # the entry's configuration was proven exact with the present kernel
+    verified: bool = False  # the entry's configuration was proven exact with the present kernel and Triton
+
+
+def _policies() -> dict[str, str]:
+    return {str(number): text for number, text in POLICIES.items()}
 
 
 @dataclass(frozen=True)
 class Database:
-    """The entries of one card, sorted by key."""
+    """The entries of one GPU, sorted by key."""
 
     gpu: Gpu
     entries: tuple[Entry, ...] = ()
+    # of the file, where it is from one: a GPU that is in no list has rates of a similar one, which no file may hold
+    header: GpuIdentity | None = field(default=None, compare=False)
+    policies: dict[str, str] = field(default_factory=_policies, compare=False)
 
     def merged(self, new: Iterable[Entry]) -> Database:
-        """With `new` entries: a weaker source never replaces a stronger one of the same kernel, else the new one stays.
+        """With `new` entries. A weaker source never replaces a stronger one of the same kernel, else the newer stays.
 
-        An entry of another kernel source is out of date and always gives way. A verification stays with its
-        configuration.
+        An entry of a kernel that has changed gives way. A verification stays with its configuration.
         """
         entries = {entry.key: entry for entry in self.entries}
         for entry in new:
@@ -109,166 +95,167 @@ class Database:
             elif entry.source.strength >= old.source.strength:
                 same = old.config == entry.config and entry.verified is None
                 entries[entry.key] = entry.model_copy(update={"verified": old.verified}) if same else entry
-        return Database(self.gpu, tuple(sorted(entries.values(), key=lambda e: e.key)))
+        return replace(self, entries=tuple(sorted(entries.values(), key=lambda e: e.key)))
 
     def holds(self, entry: Entry) -> bool:
-        """True if `entry` is in it, its verification aside."""
-        return any(e.model_copy(update={"verified": entry.verified}) == entry for e in self.entries)
-
-    def complaints(self, toolchain: Toolchain) -> list[str]:
-        """What speaks against entries: of a changed kernel or unproven, a line each; each slower than the default."""
-        found, groups = [], dict[str, list[str]]()
-        for entry in self.serving(toolchain):
-            name = f"{entry.shape} ({entry.config})"
-            if toolchain.ages(entry)[1]:
-                why = f"the {entry.config.kernel} kernel has changed since; tune and verify again"
-                groups.setdefault(why, []).append(name)
-            elif any(stamp.of != entry.subject for stamp in entry.verified or ()):
-                why = f"changed since it was proven; run `int8kit verify --gpu {self.gpu.alias}`"
-                groups.setdefault(why, []).append(name)
-            elif not toolchain.proves(entry):
-                why = f"not proven with the present kernel; run `int8kit verify --gpu {self.gpu.alias}`"
-                groups.setdefault(why, []).append(name)
-            if entry.time_us and entry.default_us and entry.time_us > entry.default_us:
-                found.append(f"{name}: slower than the default, {entry.time_us} and {entry.default_us} us")
-        for why, names in groups.items():
-            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            found.append(f"{names[0]}{others}: {why}")
-        return found
+        """True if `entry` is in it, its verification and its stored id aside."""
+        loose = {"verified": None, "id": None}
+        return any(e.model_copy(update=loose) == entry.model_copy(update=loose) for e in self.entries)
 
     def serving(self, toolchain: Toolchain) -> list[Entry]:
-        """Those that can serve: not those of another generation of Triton where this one has an entry of the shape."""
-        own = {entry.shape for entry in self.entries if not toolchain.ages(entry)[0]}
-        return [entry for entry in self.entries if entry.shape not in own or not toolchain.ages(entry)[0]]
+        """Entries that can serve: of another generation of Triton only where this one has no entry of the shape."""
+        own = {e.key[:4] for e in self.entries if not e.is_other_triton(toolchain)}
+        return [e for e in self.entries if e.key[:4] not in own or not e.is_other_triton(toolchain)]
 
-    def stamped(self, stamps: dict[tuple[int, int, int, str], Sequence[Stamp]]) -> Database:
-        """With verification stamps, by entry key. Stamps of another kernel source are void and dropped.
+    def stamped(self, stamps: dict[Key, Sequence[Stamp]]) -> Database:
+        """With verification stamps, by entry key. Stamps of another configuration, kernel or numerics are dropped.
 
-        What a card has executed at full size, the interpreter adds nothing to.
+        Where a GPU has executed an entry at full size, a stamp of the interpreter under the same Triton adds nothing.
         """
         entries = []
         for entry in self.entries:
             new = stamps.get(entry.key, ())
-            kernels = {stamp.kernel for stamp in new}
-            old = [s for s in entry.verified or () if s.of == entry.subject and (not kernels or s.kernel in kernels)]
-            kept = sorted({(s.on, s.device): s for s in (*old, *new)}.values(), key=lambda s: (s.on, s.device))
-            if any(s.on != "interpreter" for s in kept):
-                kept = [s for s in kept if s.on != "interpreter"]
-            entries.append(entry.model_copy(update={"verified": tuple(kept) or None}))
-        return Database(self.gpu, tuple(entries))
+            kinds = {(stamp.kernel, stamp.numerics) for stamp in new}
+            old = [s for s in entry.verified or () if not kinds or (s.kernel, s.numerics) in kinds]
+            kept = {s.key: s for s in (*old, *new) if s.of == entry.identity}
+            full = {s.triton for s in kept.values() if s.executor != "interpreter"}
+            final = sorted((s for s in kept.values() if s.executor != "interpreter" or s.triton not in full),
+                           key=lambda s: s.key)  # fmt: skip
+            entries.append(entry.model_copy(update={"verified": tuple(final) or None}))
+        return replace(self, entries=tuple(entries))
 
-    def resolve(self, shape: GemmShape, toolchain: Toolchain = Toolchain()) -> Choice:
-        """The configuration for `shape` and the rung it was found on."""
-        for rung, entry in self.ladder(shape, toolchain):
-            if entry is not None:
-                return Choice(shape, entry.config, rung, remarks(entry, toolchain), toolchain.proves(entry))
-        return Choice(shape, default_config(shape), RUNGS[-1], f"no entry of {self.gpu.alias} is near")
+    def candidates(self, toolchain: Toolchain, wanted: GemmShape | None = None) -> list[tuple[Candidate, Entry]]:
+        """What may serve, the preferred ones first: of this Triton, of the present kernels, of a strong source.
 
-    def ladder(self, shape: GemmShape, toolchain: Toolchain = Toolchain()) -> list[tuple[str, Entry | None]]:
-        """Each rung but the default with the best entry on it, or None; the first entry is the one that serves."""
-        legal = [e for e in self.entries if self._why_illegal(e.config) is None]
-        near = [e for e in legal if all(map(is_near, (e.m, e.n, e.k), (shape.m, shape.n, shape.k)))]
-        same_weight = [e for e in near if (e.n, e.k) == (shape.n, shape.k)]
-        found = [e for e in same_weight if e.m == shape.m], same_weight, near
+        wanted: only what may serve a weight of this shape's N and K.
+        """
 
-        def far(e: Entry) -> tuple[Any, ...]:
-            return _distance(e, shape, self.gpu.sms), *toolchain.ages(e), -e.source.strength, e.key
+        def rank(e: Entry) -> tuple[Any, ...]:
+            return e.is_other_triton(toolchain), e.is_stale(toolchain), -e.source.strength, e.key
 
-        return [(rung, min(entries, key=far, default=None)) for rung, entries in zip(RUNGS, found, strict=False)]
+        usable = [e for e in self.serving(toolchain) if self._why_illegal(e.config) is None]
+        if wanted is not None:
+            usable = [e for e in usable if is_near(e.n, wanted.n) and is_near(e.k, wanted.k)]
+        return [(Candidate(e.shape, e.config, e.operation), e) for e in sorted(usable, key=rank)]
 
-    def covering(self, shapes: Iterable[GemmShape]) -> Database:
-        """With an entry for each of `shapes` that has none: what `resolve` gives it, to be checked, never written."""
+    def resolve(self, shape: GemmShape, toolchain: Toolchain, operation: Operation = Operation.GEMM) -> Choice:
+        """The configuration for `shape`, and the level of the lookup that found it."""
+        return next(choice for _, choice, _ in self.levels(shape, toolchain, operation) if choice is not None)
+
+    def levels(
+        self, shape: GemmShape, toolchain: Toolchain, operation: Operation = Operation.GEMM
+    ) -> list[tuple[str, Choice | None, Entry | None]]:
+        """Each level of the lookup with what it finds, and the entry behind it; the first that finds one serves."""
+        pairs = self.candidates(toolchain, shape)
+        request = lookup.Request(shape, [candidate for candidate, _ in pairs], self.gpu.sms, operation)
+        found: list[tuple[str, Choice | None, Entry | None]] = []
+        for level, match in lookup.matches(request):
+            if match is None:
+                found.append((level, None, None))
+            elif match.candidate is None:
+                found.append((level, Choice(shape, match.config, level, f"no entry of {self.gpu.alias} is near"), None))
+            else:
+                entry = next(e for candidate, e in pairs if candidate == match.candidate)
+                proven = bool(entry.proofs(toolchain))
+                found.append((level, Choice(shape, match.config, level, provenance(entry, toolchain), proven), entry))
+        return found
+
+    def unlisted(self, shapes: Iterable[GemmShape], toolchain: Toolchain) -> list[Choice]:
+        """What serves those of `shapes` that have no entry of their own."""
         known = {e.shape for e in self.entries}
-        nothing = Resources(registers=0, spill_bytes=0, shared_bytes=0)
-        made = [
-            Entry(m=s.m, n=s.n, k=s.k, source=Source.MODELLED, config=self.resolve(s).config, triton="0.0", kernel="",
-                  resources=nothing, tried=0)
-            for s in sorted(set(shapes) - known)
-        ]  # fmt: skip
-        return Database(self.gpu, self.entries + tuple(made))
+        return [self.resolve(shape, toolchain) for shape in sorted(set(shapes) - known)]
 
-    def plan(self, n: int, k: int, ms: Iterable[int], toolchain: Toolchain = Toolchain()) -> Plan:
-        """The plan of a weight [n, k]: the choice for each m of `ms`, and every m that the database knows of it."""
-        known = {e.m for e in self.entries if (e.n, e.k) == (n, k)}
-        rungs = [(m, self.resolve(GemmShape(m, n, k), toolchain).config) for m in {*known, *ms}]
-        return Plan(tuple(sorted(rungs)))
+    def plan(self, n: int, k: int, toolchain: Toolchain) -> Plan:
+        """The plan of a weight [n, k]: it chooses for every m as `resolve` does."""
+        found = dict.fromkeys(candidate for candidate, _ in self.candidates(toolchain, GemmShape(1, n, k)))
+        return Plan(tuple(found), self.gpu.sms)
 
     def _why_illegal(self, config: TileConfig) -> str | None:
         return why_illegal(config, arch=self.gpu.arch, shared_memory=self.gpu.shared_memory)
 
     def dumps(self) -> str:
         """The file's text: one entry a line, sorted by key."""
-        gpu = self.gpu
-        card = Card(alias=gpu.alias, name=gpu.name, arch=gpu.arch, sms=gpu.sms, shared_memory=gpu.shared_memory)
-        rows = [entry.model_dump(mode="json", exclude_none=True) for entry in self.entries]
+        rows = []
+        for entry in self.entries:
+            rows.append(entry.named().model_dump(mode="json", exclude_none=True))
         document = {
             "format": FORMAT,
             "numerics": NUMERICS_VERSION,
-            "policies": POLICIES,
-            "gpu": card.model_dump(),
+            "policies": {**self.policies, **_policies()},
+            "gpu": (self.header or identity_of(self.gpu)).model_dump(exclude_none=True),
             "entries": rows,
         }
         return files.dump_rows(document, "entries")
 
 
-def _distance(entry: Entry, shape: GemmShape, sms: int) -> float:
-    """How far an entry's shape is: log distances of m, n and k, and of the waves that its tiles make on the card."""
-
-    def waves(of: GemmShape) -> int:
-        tiles = math.ceil(of.m / entry.config.block_m) * math.ceil(of.n / entry.config.block_n)
-        return math.ceil(tiles / sms)
-
-    pairs = ((entry.m, shape.m), (entry.n, shape.n), (entry.k, shape.k), (waves(entry.shape), waves(shape)))
-    return round(sum(abs(math.log(a / b)) for a, b in pairs), 9)
+def identity_of(gpu: Gpu) -> GpuIdentity:
+    """What a file says of its GPU."""
+    return GpuIdentity(**{name: getattr(gpu, name) for name in GpuIdentity.model_fields})
 
 
-def remarks(entry: Entry, toolchain: Toolchain) -> str:
-    """Where an entry is from, and what of its identity is not this process's."""
+def provenance(entry: Entry, toolchain: Toolchain) -> str:
+    """Where an entry is from, and how its toolchain differs from this one."""
     found = [f"{entry.source} for {entry.shape}"]
-    other_triton, other_kernel = toolchain.ages(entry)
-    if other_triton:
+    if entry.is_other_triton(toolchain):
         found.append(f"tuned with Triton {entry.triton}, running {toolchain.triton}")
-    if other_kernel:
+    if entry.is_stale(toolchain):
         found.append("tuned with another kernel source")
     return "; ".join(found)
 
 
 def is_ours(path: Path) -> bool:
-    """True if `path` is a tuning database."""
-    return files.is_ours(path, FORMAT)
+    """True if `path` is a tuning database, of an earlier format too."""
+    return files.is_ours(path, *FORMATS)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The file's document as it stands. Raises FileError if it is no tuning database."""
+    return files.read_json(path, *FORMATS, remedy=_REMEDY)
 
 
 def load(path: Path, alias: str | None = None) -> Database:
-    """The database in `path`. Raises FileError if it is damaged, not ours, of other numerics, or of another card."""
-    document = files.read_json(path, FORMAT, remedy=_REMEDY)
+    """The database in `path`. Raises FileError if it is damaged, not ours, of other numerics, or of another GPU."""
+    document = read(path)
     try:
-        found = Document.model_validate(document)
-        card, entries = found.gpu, found.entries
-        for entry in entries:
-            shape = entry.shape  # raises ShapeError outside the kernels' domain
-            reason = why_illegal(entry.config, arch=card.arch, shared_memory=card.shared_memory)
-            if reason:
-                raise TypeError(f"{shape}: {reason}")
-            if entry.source is not Source.MODELLED and entry.time_us is None:
-                raise TypeError(f"{shape}: {entry.source} without time_us")
-        if twice := [key for key, count in Counter(entry.key for entry in entries).items() if count > 1]:
-            n, k, m, triton = twice[0]
-            raise TypeError(f"{GemmShape(m, n, k)} stands twice for Triton {triton}")
+        if document["format"] == upgrade.OLD_FORMAT:
+            document = upgrade.upgraded(document)
+        # by way of JSON: only there does pydantic's strict mode know enums and tuples by their JSON types
+        found = Document.model_validate_json(json.dumps(document), strict=True)
+        _check(found)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise FileError(f"{str(path)!r} is damaged ({error.title}.{place}: {first['msg']}); {_REMEDY}") from None
-    except TypeError as error:
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise FileError(f"{str(path)!r} is damaged ({files.lacks(error)}); {_REMEDY}") from None
+    except InputError as error:
         raise FileError(f"{str(path)!r} is damaged ({error}); {_REMEDY}") from None
+    header = found.gpu
     if found.numerics != NUMERICS_VERSION:
-        raise FileError(f"{str(path)!r} has numerics {found.numerics}; legal is {NUMERICS_VERSION}; {_REMEDY}")
-    if alias is not None and card.alias != alias:
-        raise FileError(f"{str(path)!r} is for the card {card.alias!r}; asked was {alias!r}; {_REMEDY}")
-    gpu = gpus.GPUS.get(card.alias)
-    if gpu is None or (gpu.arch, gpu.sms) != (card.arch, card.sms):
+        raise FileError(f"{str(path)!r} has numerics {found.numerics}; expected {NUMERICS_VERSION}; {_REMEDY}")
+    if alias is not None and header.alias != alias:
+        raise FileError(f"{str(path)!r} is for the GPU {header.alias!r}, not for {alias!r}; {_REMEDY}")
+    gpu = gpus.GPUS.get(header.alias)
+    if gpu is None or identity_of(gpu) != header:
         like = gpu or gpus.GPUS["rtx3090"]
-        gpu = replace(like, **card.model_dump())
-    return Database(gpu, tuple(sorted(entries, key=lambda e: e.key)))
+        gpu = replace(like, **header.model_dump(exclude_none=True))
+    return Database(gpu, tuple(sorted(found.entries, key=lambda e: e.key)), header, found.policies)
+
+
+def _check(document: Document) -> None:
+    """Raise TypeError, or an InputError, for rows that no tuner writes."""
+    gpu = document.gpu
+    for entry in document.entries:
+        shape = entry.shape  # raises ShapeError outside the kernels' domain
+        reason = why_illegal(entry.config, arch=gpu.arch, shared_memory=gpu.shared_memory)
+        if reason:
+            raise TypeError(f"{shape}: {reason}")
+        if entry.source is not Source.MODELLED and entry.time_us is None:
+            raise TypeError(f"{shape}: {entry.source} without time_us")
+    twice = [key for key, count in Counter(entry.key for entry in document.entries).items() if count > 1]
+    if twice:
+        operation, n, k, m, triton = twice[0]
+        raise TypeError(f"{operation} {GemmShape(m, n, k)} stands twice for Triton {triton}")
 
 
 def find(alias: str, given: Path | None = None) -> Path | None:
@@ -294,10 +281,8 @@ def known() -> list[Path]:
     return [*sorted(folder.glob("*.json")), *sorted(user_path("x").parent.glob("*.json"))]
 
 
-def gather(
-    gpu: Gpu, given: Path | None = None, toolchain: Toolchain = Toolchain()
-) -> tuple[Database, tuple[Path, ...]]:
-    """What serves a card and the files that it is from: `given` alone, or what `find` finds with the user's on top.
+def gather(gpu: Gpu, toolchain: Toolchain, given: Path | None = None) -> tuple[Database, tuple[Path, ...]]:
+    """What serves a GPU and the files that it is from: `given` alone, or what `find` finds with the user's on top.
 
     On top as in a merge, but an entry of the user's for a kernel that has changed since covers none. Raises FileError.
     """
@@ -308,8 +293,9 @@ def gather(
     for path in paths:
         loaded = load(path, gpu.alias)
         known = {entry.key for entry in database.entries}
-        fresh = [e for e in loaded.entries if e.key not in known or not toolchain.ages(e)[1]]
-        database = replace(database.merged(fresh), gpu=loaded.gpu)
+        fresh = [e for e in loaded.entries if e.key not in known or not e.is_stale(toolchain)]
+        policies = {**database.policies, **loaded.policies}
+        database = replace(database.merged(fresh), gpu=loaded.gpu, header=loaded.header, policies=policies)
     return database, paths
 
 
@@ -322,11 +308,12 @@ def update(path: Path, gpu: Gpu, entries: Iterable[Entry], *, force: bool = Fals
     with lock_of(path):
         fresh = not path.exists() or (force and not is_ours(path))
         database = (Database(gpu) if fresh else load(path, gpu.alias)).merged(entries)
+        database = replace(database, entries=tuple(entry.named() for entry in database.entries))
         files.write_text(path, database.dumps())
     return database
 
 
-def stamp(path: Path, stamps: dict[tuple[int, int, int, str], Sequence[Stamp]], proven: Database | None = None) -> bool:
+def stamp(path: Path, stamps: dict[Key, Sequence[Stamp]], proven: Database | None = None) -> bool:
     """Write verification stamps into the file; False, with the file untouched, if they change nothing. FileError.
 
     proven: what was verified, where that is not this file: only entries of the same configuration are stamped.

@@ -6,7 +6,7 @@
     int8kit::linear(x [..., K], wq [N, K], sw [N], bias?, plan) -> [..., N]
     int8kit::linear_swiglu(the same) -> [..., N / 2]
 
-`plan` is `Plan.to_ints()`: the weight's tile configurations, resolved when the model was loaded. On CUDA they run the
+`plan` is `Plan.text`: what may serve the weight, gathered when the model was loaded. On CUDA they run the
 Triton kernels, on the CPU `int8kit.reference`; both give the same bits. Importing this module registers them, once.
 
 A `torch.library.Library` rather than `custom_op`: the same schema and fake kernels at less cost a call.
@@ -19,16 +19,17 @@ from functools import lru_cache, partial
 import torch
 
 from int8kit import reference
-from int8kit.spec import GemmShape, Plan, TileConfig
+from int8kit.lookup import Plan
+from int8kit.spec import GemmShape, Operation, TileConfig
 
 _LIBRARY = torch.library.Library("int8kit", "FRAGMENT")
 _LIBRARY.define("quantize(Tensor x) -> (Tensor, Tensor)")
 for _ending in ("", "_swiglu"):
     _LIBRARY.define(
         f"scaled_mm{_ending}(Tensor xq, Tensor wq, Tensor sx, Tensor sw, Tensor? bias, ScalarType out_dtype, "
-        "int[] plan) -> Tensor"
+        "str plan) -> Tensor"
     )
-    _LIBRARY.define(f"linear{_ending}(Tensor x, Tensor wq, Tensor sw, Tensor? bias, int[] plan) -> Tensor")
+    _LIBRARY.define(f"linear{_ending}(Tensor x, Tensor wq, Tensor sw, Tensor? bias, str plan) -> Tensor")
 
 
 def _quantize_cuda(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,8 +39,8 @@ def _quantize_cuda(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @lru_cache(maxsize=4096)
-def _choose(plan: tuple[int, ...], m: int, n: int, k: int) -> TileConfig:
-    return Plan.from_ints(plan).choose(GemmShape(m, n, k))
+def _choose(plan: str, operation: Operation, m: int, n: int, k: int) -> TileConfig:
+    return Plan.from_text(plan).choose(GemmShape(m, n, k), operation)
 
 
 def _product_cuda(
@@ -49,14 +50,15 @@ def _product_cuda(
     sw: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
-    plan: list[int],
+    plan: str,
     *,
     swiglu: bool = False,
 ) -> torch.Tensor:
     from int8kit.kernels import gemm
 
     product = gemm.scaled_mm_swiglu if swiglu else gemm.scaled_mm
-    config = _choose(tuple(plan), max(xq.shape[0], 1), wq.shape[0], xq.shape[1])
+    operation = Operation.SWIGLU if swiglu else Operation.GEMM
+    config = _choose(plan, operation, max(xq.shape[0], 1), wq.shape[0], xq.shape[1])
     return product(xq, wq, sx, sw, bias, config=config, out_dtype=out_dtype)
 
 
@@ -65,7 +67,7 @@ def _linear_cuda(
     wq: torch.Tensor,
     sw: torch.Tensor,
     bias: torch.Tensor | None,
-    plan: list[int],
+    plan: str,
     *,
     swiglu: bool = False,
 ) -> torch.Tensor:
@@ -81,7 +83,7 @@ def _product_cpu(
     sw: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
-    plan: list[int],
+    plan: str,
     *,
     swiglu: bool = False,
 ) -> torch.Tensor:
@@ -94,7 +96,7 @@ def _linear_cpu(
     wq: torch.Tensor,
     sw: torch.Tensor,
     bias: torch.Tensor | None,
-    plan: list[int],
+    plan: str,
     *,
     swiglu: bool = False,
 ) -> torch.Tensor:
@@ -108,7 +110,7 @@ def _product_fake(
     sw: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
-    plan: list[int],
+    plan: str,
     *,
     swiglu: bool = False,
 ) -> torch.Tensor:
@@ -120,7 +122,7 @@ def _linear_fake(
     wq: torch.Tensor,
     sw: torch.Tensor,
     bias: torch.Tensor | None,
-    plan: list[int],
+    plan: str,
     *,
     swiglu: bool = False,
 ) -> torch.Tensor:
@@ -162,7 +164,7 @@ def scaled_mm(
     plan: Plan = Plan(),
 ) -> torch.Tensor:
     """The dequantized int8 product [M, N] of out_dtype. See `reference.scaled_mm`; ShapeError outside its domain."""
-    out: torch.Tensor = torch.ops.int8kit.scaled_mm(xq, wq, sx, sw, bias, out_dtype, plan.to_ints())
+    out: torch.Tensor = torch.ops.int8kit.scaled_mm(xq, wq, sx, sw, bias, out_dtype, plan.text)
     return out
 
 
@@ -177,7 +179,7 @@ def scaled_mm_swiglu(
     plan: Plan = Plan(),
 ) -> torch.Tensor:
     """silu(gate) * up of the product [M, N / 2]. See `reference.scaled_mm_swiglu`; ShapeError outside its domain."""
-    out: torch.Tensor = torch.ops.int8kit.scaled_mm_swiglu(xq, wq, sx, sw, bias, out_dtype, plan.to_ints())
+    out: torch.Tensor = torch.ops.int8kit.scaled_mm_swiglu(xq, wq, sx, sw, bias, out_dtype, plan.text)
     return out
 
 
@@ -189,7 +191,7 @@ def int8_linear(
     wq [N, K] int8 and sw [N] fp32 are `quantize(weight)`; bias [N] bf16, fp16 or fp32. ShapeError if K > 131071 or the
     tensors do not fit together.
     """
-    out: torch.Tensor = torch.ops.int8kit.linear(x, wq, sw, bias, plan.to_ints())
+    out: torch.Tensor = torch.ops.int8kit.linear(x, wq, sw, bias, plan.text)
     return out
 
 
@@ -197,5 +199,5 @@ def int8_linear_swiglu(
     x: torch.Tensor, wq: torch.Tensor, sw: torch.Tensor, bias: torch.Tensor | None = None, *, plan: Plan = Plan()
 ) -> torch.Tensor:
     """`int8_linear` with silu(gate) * up of its columns in turn: x [..., K], wq [2 F, K] -> [..., F] of x's dtype."""
-    out: torch.Tensor = torch.ops.int8kit.linear_swiglu(x, wq, sw, bias, plan.to_ints())
+    out: torch.Tensor = torch.ops.int8kit.linear_swiglu(x, wq, sw, bias, plan.text)
     return out

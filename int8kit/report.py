@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from int8kit.db import RUNGS, Choice, Database, Toolchain, remarks
+from int8kit.db import Choice, Database
 from int8kit.schema import Entry
-from int8kit.spec import GemmShape, default_config
+from int8kit.toolchain import Toolchain
 
 if TYPE_CHECKING:  # a verb needs the packages of its own stage, not those of all
     from int8kit.runtime.compare import Branch
@@ -70,25 +70,29 @@ def database_table(database: Database, toolchain: Toolchain) -> str:
             (e.shape, e.config, e.source, f"{us:.0f}" if us else "", f"{e.shape.ops / us / 1e6:.0f}" if us else "",
              f"{e.default_us / e.time_us:.2f}x" if e.default_us and e.time_us else "",
              f"{e.bf16_us / e.time_us:.2f}x" if e.bf16_us and e.time_us else "",
-             e.triton, "yes" if toolchain.proves(e) else "no", "changed" if toolchain.ages(e)[1] else "")
+             e.triton, proven_by(e, toolchain), "changed" if e.is_stale(toolchain) else "")
         )  # fmt: skip
     head = ("M x N x K", "tile", "source", "us", "TOP/s", "vs default", "vs bf16", "Triton", "proven", "kernel")
     return tabulate(rows, head, disable_numparse=True, stralign="right")
 
 
-def ladder_table(
-    shape: GemmShape, ladder: Iterable[tuple[str, Entry | None]], chosen: Choice, toolchain: Toolchain
-) -> str:
-    """How a configuration is found, rung by rung; an arrow marks the one that serves."""
-    rows = []
-    for rung, entry in ladder:
-        mark = "->" if rung == chosen.rung else ""
-        if entry is None:
-            rows.append((mark, rung, "", "no entry"))
+def proven_by(entry: Entry, toolchain: Toolchain) -> str:
+    """What proves an entry under a toolchain, such as "native on NVIDIA H200"; "no" without a proof."""
+    proofs = dict.fromkeys(f"{s.executor} on {s.device}" for s in entry.proofs(toolchain))
+    return ", ".join(proofs) or "no"
+
+
+def levels_table(levels: Iterable[tuple[str, Choice | None, Entry | None]]) -> str:
+    """How a configuration is found, level by level; an arrow marks the one that serves."""
+    rows, served = [], False
+    for level, choice, entry in levels:
+        if choice is None:
+            rows.append(("", level, "", "no entry"))
         else:
-            rows.append((mark, rung, str(entry.config), remarks(entry, toolchain)))
-    rows.append(("->" if chosen.rung == RUNGS[-1] else "", RUNGS[-1], str(default_config(shape)), "legal everywhere"))
-    return tabulate(rows, ("", "rung", "tile", "why"), disable_numparse=True)
+            why = choice.why if entry else "legal everywhere"
+            rows.append(("" if served else "->", level, str(choice.config), why))
+            served = True
+    return tabulate(rows, ("", "level", "tile", "why"), disable_numparse=True)
 
 
 def verify_table(results: Iterable[Result], markdown: bool = False) -> str:
@@ -170,8 +174,8 @@ def mutation_table(verdicts: Iterable[Verdict], score: dict[str, Any], markdown:
 
 def run_tables(outcome: Outcome) -> str:
     """The configurations of an image and what it took."""
-    rows = [(c.shape, count, c.config, c.rung, "yes" if c.verified else "no", c.why) for c, count in outcome.choices]
-    head = ("M x N x K", "layers", "tile", "rung", "verified", "from")
+    rows = [(c.shape, count, c.config, c.level, "yes" if c.verified else "no", c.why) for c, count in outcome.choices]
+    head = ("M x N x K", "layers", "tile", "level", "verified", "from")
     configs = tabulate(rows, head, disable_numparse=True)
     took = [
         ("load", f"{outcome.load_s:.2f} s"),

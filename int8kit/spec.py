@@ -12,13 +12,14 @@ This module imports nothing of int8kit, and neither torch nor triton.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 NUMERICS_VERSION = 1
 """Version of the arithmetic that `int8kit.reference` defines. A database of another version is refused."""
@@ -37,6 +38,9 @@ POLICIES = {
 """How times are measured, by version. A database entry names the version; its file's header has the text."""
 
 POLICY = max(POLICIES)
+
+TIE = 0.01
+"""Times that differ by no more than this share are equal: the tuner may choose either."""
 
 NEAR = 4.0
 """A tuned extent serves one up to this many times larger or smaller; beyond it the default is the safer guess."""
@@ -132,23 +136,41 @@ class GemmShape:
 
 
 class Kernel(StrEnum):
-    """Which device code makes the product. All give the same bits."""
+    """Which device code makes the product. All give the same bits.
 
-    POINTER = "pointer"  # plain Triton: every card, every shape, and the CPU interpreter
-    AMPERE = "ampere"  # Gluon, mma.sync and cp.async: sm_80 and later
-    HOPPER = "hopper"  # Gluon, wgmma and TMA, warp-specialized and persistent: sm_90
+    The values are written into files and exported graphs: a value keeps its meaning for ever.
+    """
+
+    TRITON = "triton"  # plain Triton: every GPU, every shape, and the CPU interpreter
+    MMA_SYNC = "mma_sync"  # Gluon, mma.sync and cp.async: sm_80 and later
+    WGMMA = "wgmma"  # Gluon, wgmma and TMA, warp-specialized and persistent: sm_90
+
+
+class Operation(StrEnum):
+    """What a kernel computes with its product. The values are written into files and exported graphs."""
+
+    GEMM = "gemm"  # scales and bias
+    SWIGLU = "swiglu"  # and then silu(gate) * up of pairs of columns
 
 
 GROUP_M = 8  # a band's width, unless another was faster
+
+
+def digest(document: Any) -> str:
+    """12 hexadecimal digits of a JSON document, whatever the order of its keys."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, order=True)
 class TileConfig:
     """How a GEMM is cut into tiles, and which kernel makes them. Any legal value gives the same bits, at other speeds.
 
-    The Hopper kernel has two groups of four warps that multiply. They take tiles in turn; with block_m = 256 they share
+    The wgmma kernel has two groups of four warps that multiply. They take tiles in turn; with block_m = 256 they share
     one. Its ninth warp, which only loads, is not counted in num_warps.
     """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # in files; pydantic itself is not needed here
 
     block_m: int  # rows of an output tile
     block_n: int  # columns of an output tile
@@ -156,13 +178,19 @@ class TileConfig:
     num_warps: int  # warps of 32 threads that multiply
     num_stages: int  # steps of K in flight
     group_m: int = 8  # tile rows that are finished before the next band starts, for reuse in L2
-    kernel: Kernel = Kernel.POINTER
+    kernel: Kernel = Kernel.TRITON
     stream_k: int = 0  # programs a multiprocessor that share, along K, the tiles that fill no wave; 0: each tile whole
+
+    @property
+    def id(self) -> str:
+        """12 hexadecimal digits of the values. A field at its default leaves no trace, so a new field keeps ids."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return digest(values)
 
     def __str__(self) -> str:
         tile = f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages} g{self.group_m}"
         stream = f" k{self.stream_k}" if self.stream_k else ""
-        return tile + stream if self.kernel is Kernel.POINTER else f"{self.kernel} {tile}{stream}"
+        return tile + stream if self.kernel is Kernel.TRITON else f"{self.kernel} {tile}{stream}"
 
 
 STREAM_K = (0, 1, 2, 3, 4)
@@ -181,13 +209,13 @@ class _Domain:
 
 
 DOMAINS = {
-    Kernel.POINTER: _Domain(
+    Kernel.TRITON: _Domain(
         (16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (32, 64, 128, 256), (1, 2, 4, 8), (2, 3, 4, 5, 6), (0,)
     ),
     # 16 columns a warp at least: half of what its 16-byte stores need
-    Kernel.AMPERE: _Domain((16, 32, 64, 128, 256), (64, 128, 256), (64, 128), (4, 8), (2, 3, 4, 5, 6), STREAM_K),
+    Kernel.MMA_SYNC: _Domain((16, 32, 64, 128, 256), (64, 128, 256), (64, 128), (4, 8), (2, 3, 4, 5, 6), STREAM_K),
     # 128 bytes a row is what TMA swizzles; Triton asserts on an int8 wgmma of 256 columns
-    Kernel.HOPPER: _Domain((64, 128, 256), (64, 128), (128,), (8,), (2, 3, 4, 5, 6, 7, 8, 9, 10), (0, 1)),
+    Kernel.WGMMA: _Domain((64, 128, 256), (64, 128), (128,), (8,), (2, 3, 4, 5, 6, 7, 8, 9, 10), (0, 1)),
 }
 """Every kernel's parameters. `why_illegal` adds what depends on several of them or on the card."""
 
@@ -195,17 +223,17 @@ DOMAINS = {
 def shared_memory_bound(config: TileConfig, *, arch: int, out_bytes: int = 2) -> int:
     """Upper bound in bytes of the shared memory that `config` takes on `arch` (86 for sm_86).
 
-    Pointer kernel. Ampere, Ada and consumer Blackwell (cp.async): the load ring holds one step less than `num_stages`,
+    Triton kernel. Ampere, Ada and consumer Blackwell (cp.async): the load ring holds one step less than `num_stages`,
     and the epilogue reuses it for the output tile. Hopper (wgmma) keeps all steps.
-    Ampere kernel: the ring and, for stream-K, a counter. Hopper kernel: the ring, four chunks of 64 bytes a row that
+    mma_sync kernel: the ring and, for stream-K, a counter. wgmma kernel: the ring, four chunks of 64 bytes a row that
     wait for their store, scales and bias of two tiles, and the barriers.
     Never under the compiler's own figure (tests/test_offline.py compiles and compares); `tune` records the exact one.
     """
     step = (config.block_m + config.block_n) * config.block_k
-    if config.kernel is Kernel.HOPPER:
+    if config.kernel is Kernel.WGMMA:
         rows = min(config.block_m, 128)  # of one consumer
         return config.num_stages * step + 4 * rows * 64 + 16 * config.block_n + 1024
-    if config.kernel is Kernel.AMPERE:
+    if config.kernel is Kernel.MMA_SYNC:
         return config.num_stages * step + 16 * (config.stream_k > 0)
     warpgroups = arch in (90, 100) and config.num_warps >= 4 and config.block_m >= 64  # else mma.sync there too
     steps = config.num_stages if warpgroups else config.num_stages - 1
@@ -213,7 +241,7 @@ def shared_memory_bound(config: TileConfig, *, arch: int, out_bytes: int = 2) ->
 
 
 def warp_grid(config: TileConfig) -> tuple[int, int]:
-    """Warps along M and N of the Ampere kernel: the warp tile nearest to a square, which reads the least.
+    """Warps along M and N of the mma_sync kernel: the warp tile nearest to a square, which reads the least.
 
     A warp has at least 16 rows and 16 columns.
     """
@@ -234,16 +262,16 @@ def why_illegal(config: TileConfig, *, arch: int, shared_memory: int) -> str | N
             return f"{name} = {value}: legal for the {config.kernel} kernel are {', '.join(map(str, legal))}"
     if not 1 <= config.group_m <= 64:
         return f"group_m = {config.group_m}: legal is 1 to 64"
-    if config.kernel is Kernel.HOPPER and arch != 90:
-        return f"the hopper kernel runs on sm_90 only, not on sm_{arch}; use the ampere or the pointer kernel"
-    warps = 4 if config.kernel is Kernel.HOPPER else config.num_warps  # that share one accumulator
-    rows = min(config.block_m, 128) if config.kernel is Kernel.HOPPER else config.block_m
+    if config.kernel is Kernel.WGMMA and arch != 90:
+        return f"the wgmma kernel runs on sm_90 only, not on sm_{arch}; use the ampere or the Triton kernel"
+    warps = 4 if config.kernel is Kernel.WGMMA else config.num_warps  # that share one accumulator
+    rows = min(config.block_m, 128) if config.kernel is Kernel.WGMMA else config.block_m
     accumulators = rows * config.block_n // (32 * warps)
     if accumulators > 128:
         return f"{accumulators} accumulators a thread: at most 128 leave registers for the operands; use more warps"
     if accumulators < 4:
         return f"{accumulators} accumulators a thread: a warp's mma tile of 16x8 needs 4; use fewer warps"
-    if config.kernel is Kernel.AMPERE:
+    if config.kernel is Kernel.MMA_SYNC:
         warps_m, warps_n = warp_grid(config)
         if config.block_m < 16 * warps_m or config.block_n < 16 * warps_n:
             return f"{config.num_warps} warps: a warp needs 16 rows and 16 columns of the tile; use fewer warps"
@@ -254,8 +282,8 @@ def why_illegal(config: TileConfig, *, arch: int, shared_memory: int) -> str | N
 
 
 def kernels_of(arch: int) -> tuple[Kernel, ...]:
-    """The kernels that are tried on an architecture: on sm_90 the Ampere kernel lies far behind the Hopper kernel."""
-    return Kernel.POINTER, Kernel.HOPPER if arch == 90 else Kernel.AMPERE
+    """The kernels that are tried on an architecture: on sm_90 the mma_sync kernel lies far behind the wgmma kernel."""
+    return Kernel.TRITON, Kernel.WGMMA if arch == 90 else Kernel.MMA_SYNC
 
 
 @lru_cache
@@ -294,47 +322,3 @@ def default_config(shape: GemmShape) -> TileConfig:
 def is_near(a: int, b: int) -> bool:
     """True if neither of two extents is more than NEAR times the other."""
     return max(a, b) <= NEAR * min(a, b)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The configurations of one weight, resolved when a model is loaded: (m, config) pairs, ascending in m.
-
-    `choose` gives the exact pair, or the nearest in log(m) within a factor of NEAR, or else `default_config`.
-    """
-
-    rungs: tuple[tuple[int, TileConfig], ...] = ()
-    ints: tuple[int, ...] = field(init=False, repr=False, compare=False)  # flat, as an operator's schema takes it
-
-    def __post_init__(self) -> None:
-        kernels = list(Kernel)
-        flat: list[int] = []
-        for m, c in self.rungs:
-            flat += (m, c.block_m, c.block_n, c.block_k, c.num_warps, c.num_stages, c.group_m)
-            flat += (kernels.index(c.kernel), c.stream_k)
-        object.__setattr__(self, "ints", tuple(flat))
-
-    def choose(self, shape: GemmShape) -> TileConfig:
-        """The configuration for `shape`, which is of this plan's weight."""
-        near = [rung for rung in self.rungs if is_near(rung[0], shape.m)]
-        if not near:
-            return default_config(shape)
-        return min(near, key=lambda rung: abs(math.log(rung[0] / shape.m)))[1]
-
-    def to_ints(self) -> list[int]:
-        """The plan as a flat list, the form in which it passes through a torch operator's schema."""
-        return list(self.ints)
-
-    @classmethod
-    def from_ints(cls, values: Sequence[int]) -> Plan:
-        """The inverse of `to_ints`. Raises ConfigError if the length is no multiple of 9."""
-        return _plan_from_ints(tuple(values))
-
-
-@lru_cache(maxsize=4096)
-def _plan_from_ints(values: tuple[int, ...]) -> Plan:
-    if len(values) % 9:
-        raise ConfigError(f"a plan of {len(values)} integers: a multiple of 9 is needed (m and a TileConfig's eight)")
-    rows = [values[i : i + 9] for i in range(0, len(values), 9)]
-    kernels = list(Kernel)
-    return Plan(tuple((r[0], TileConfig(r[1], r[2], r[3], r[4], r[5], r[6], kernels[r[7]], r[8])) for r in rows))

@@ -11,10 +11,13 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 _CONFIG = re.compile(r"(?:(\w+) )?(\d+)x(\d+)x(\d+) w(\d+) s(\d+) g(\d+)(?: k(\d+))?")
 
 
+KERNELS = {None: Kernel.TRITON, "ampere": Kernel.MMA_SYNC, "hopper": Kernel.WGMMA}  # as these files name them
+
+
 def config_of(text):
     """The inverse of str(TileConfig)."""
     kernel, *numbers, stream_k = _CONFIG.fullmatch(text).groups()
-    return TileConfig(*map(int, numbers), Kernel(kernel or "pointer"), int(stream_k or 0))
+    return TileConfig(*map(int, numbers), KERNELS[kernel], int(stream_k or 0))
 
 
 def exhaustive(name):

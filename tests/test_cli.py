@@ -79,7 +79,7 @@ def test_verify_stamps_what_it_proved(workshop):
     assert "differs" not in done.stdout
     here = "cuda" if torch.cuda.is_available() else "cpu"
     proven = [bool(e.verified) for e in db.load(workshop / "p.json").entries]
-    executed = [here == "cuda" or e.config.kernel is Kernel.POINTER for e in db.load(workshop / "p.json").entries]
+    executed = [here == "cuda" or e.config.kernel is Kernel.TRITON for e in db.load(workshop / "p.json").entries]
     assert proven == executed
     assert any(proven)
     assert all(proven) or f"{proven.count(False)} " in re.search(r"holds; \d+ need a card", done.stdout)[0]
@@ -99,7 +99,7 @@ def test_verify_fails_on_a_broken_kernel(tmp_path):
     for name in ("int8kit", "tuning_db", "shapes"):
         source = package / name if (package / name).is_dir() else package
         subprocess.run(["cp", "-r", source, tmp_path / name], check=True)
-    kernel = tmp_path / "int8kit" / "kernels" / "gemm_pointer.py"
+    kernel = tmp_path / "int8kit" / "kernels" / "gemm_triton.py"
     text = kernel.read_text()
     assert text.count("mask=(ks < K - k)[:, None]") == 1
     kernel.write_text(text.replace("mask=(ks < K - k)[:, None]", "mask=(ks <= K - k)[:, None]"))

@@ -9,15 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import triton
 
 from int8kit import cli, db, files, gpus
 from int8kit.kernels import gemm
-from int8kit.schema import Entry, Resources, Stamp, json_schema
+from int8kit.schema import FORMAT, Entry, Resources, json_schema, stamp
 from int8kit.spec import GemmShape, Kernel, Source, TileConfig
+from int8kit.toolchain import ANY_TOOLCHAIN, generation
 
 SHIPPED = files.shipped("tuning_db") / "rtx3090.json"
 RTX3090 = gpus.get("rtx3090")
-TILE = TileConfig(64, 128, 128, 4, 3, kernel=Kernel.AMPERE)
+TILE = TileConfig(64, 128, 128, 4, 3, kernel=Kernel.MMA_SYNC)
+V1 = Path(__file__).parent / "data" / "tuning_v1"
 SHAPE = GemmShape(4296, 12288, 4608)
 
 
@@ -45,28 +48,29 @@ def call(capfd, *args, status=0):
 
 
 def test_the_users_entry_lies_over_the_shipped_one():
-    shipped, paths = db.gather(RTX3090)
+    shipped, paths = db.gather(RTX3090, ANY_TOOLCHAIN)
     assert paths == (SHIPPED,)
     db.update(db.user_path("rtx3090"), RTX3090, [entry()])
-    both, paths = db.gather(RTX3090)
+    both, paths = db.gather(RTX3090, ANY_TOOLCHAIN)
     assert paths == (SHIPPED, db.user_path("rtx3090"))
-    assert both.resolve(SHAPE).config == TILE != shipped.resolve(SHAPE).config
+    assert both.resolve(SHAPE, ANY_TOOLCHAIN).config == TILE != shipped.resolve(SHAPE, ANY_TOOLCHAIN).config
     assert len(both.entries) == len(shipped.entries)
-    assert db.gather(RTX3090, SHIPPED) == (shipped, (SHIPPED,))
+    assert db.gather(RTX3090, ANY_TOOLCHAIN, SHIPPED) == (shipped, (SHIPPED,))
 
 
 def test_a_weaker_or_outdated_entry_of_the_users_covers_nothing():
-    shipped, _ = db.gather(RTX3090)
+    shipped, _ = db.gather(RTX3090, ANY_TOOLCHAIN)
     for weak in (entry(source=Source.MODELLED), entry(kernel="another")):
         db.user_path("rtx3090").unlink(missing_ok=True)
         db.update(db.user_path("rtx3090"), RTX3090, [weak])
-        assert db.gather(RTX3090, toolchain=gemm.toolchain())[0] == shipped
+        assert db.gather(RTX3090, gemm.toolchain())[0] == shipped
 
 
 def test_stamps_go_to_entries_of_the_configuration_that_was_proven(home):
     path = home / "a.json"
     db.update(path, RTX3090, [entry()])
-    stamps = {entry().key: [Stamp(on="foreign", device="d", of=entry().subject, kernel="k", triton="3.6.0")]}
+    new = stamp("cross_arch", device="d", arch=86, entry=entry(), kernel="k", triton="3.6.0")
+    stamps = {entry().key: [new]}
     other = db.Database(RTX3090, (entry().model_copy(update={"config": replace(TILE, num_stages=4)}),))
     assert not db.stamp(path, stamps, other)
     assert db.stamp(path, stamps, db.Database(RTX3090, (entry(),)))
@@ -81,23 +85,35 @@ def test_show(capfd):
     assert len(document["entries"]) == len(db.load(files.shipped("tuning_db") / "h200.json").entries)
 
 
-@pytest.mark.parametrize(
-    ("bad", "complaint"),
-    [
-        (entry(kernel="another"), "the ampere kernel has changed since; tune and verify again"),
-        (entry(), "not proven with the present kernel; run `int8kit verify --gpu rtx3090`"),
-        (entry(default_us=8.0), "slower than the default, 9.0 and 8.0 us"),
-    ],
-)
-def test_check(home, capfd, bad, complaint):
+def test_check(home, capfd):
     out, _ = call(capfd, "db", "check")
     assert out.count("sound") == len(out.splitlines()) == len(list(SHIPPED.parent.glob("*.json")))
-    db.update(home / "bad.json", RTX3090, [bad])
+    timed = {"p20_us": 88.0, "p80_us": 92.0, "measured_on": "NVIDIA H200", "policy": 3}
+    db.update(home / "bad.json", RTX3090, [entry(time_us=90.0, default_us=80.0, **timed)])
     (home / "broken.json").write_text("{")
     out, err = call(capfd, "db", "check", "bad.json", "broken.json", status=1)
-    assert f"bad.json: 4296x12288x4608 ({TILE}): {complaint}" in out
+    name = f"bad.json: 4296x12288x4608 ({TILE}): "
+    assert f"{name}slower than the default, 90.0 and 80.0 us" in out
+    assert f"{name}not proven under Triton {triton.__version__} with the present kernel; run `int8kit verify" in out
     assert "broken.json: damaged JSON" in out
-    assert "complaints about 2 of 2 databases" in err
+    assert "problems in 2 of 2 databases" in err
+
+
+def test_upgrade(home, capfd):
+    shutil.copy(V1 / "rtx3090.json", home / "a.json")
+    out, _ = call(capfd, "db", "check", "a.json", status=1)
+    assert "a.json: format int8kit.tuning/1; run `int8kit db upgrade a.json`" in out
+    call(capfd, "db", "show", "--db", "a.json")  # read as it is
+    (home / "broken.json").write_text("{")
+    before = (home / "a.json").read_bytes()
+    call(capfd, "db", "upgrade", "a.json", "broken.json", status=2)
+    assert (home / "a.json").read_bytes() == before
+    out, _ = call(capfd, "db", "upgrade", "a.json")
+    assert out == "a.json: 138 entries upgraded, 138 stamps dropped\n"
+    once = (home / "a.json").read_bytes()
+    assert db.read(home / "a.json")["format"] == FORMAT
+    assert "has the present format already" in call(capfd, "db", "upgrade", "a.json")[0]
+    assert (home / "a.json").read_bytes() == once
 
 
 def test_merge(home, capfd):
@@ -105,27 +121,27 @@ def test_merge(home, capfd):
     db.update(home / "b.json", RTX3090, [entry()])
     call(capfd, "db", "merge", "a.json", "b.json", "-o", "c.json")
     merged = db.load(home / "c.json")
-    assert merged.resolve(SHAPE).config == TILE
+    assert merged.resolve(SHAPE, ANY_TOOLCHAIN).config == TILE
     assert len(merged.entries) == len(db.load(SHIPPED).entries)
     call(capfd, "db", "merge", "b.json", "--user")
-    assert db.load(db.user_path("rtx3090")).entries == (entry(),)
+    assert db.load(db.user_path("rtx3090")).entries == (entry().named(),)
     before = (home / "c.json").read_bytes()
     shutil.copy(files.shipped("tuning_db") / "h200.json", home / "h.json")
     _, err = call(capfd, "db", "merge", "a.json", "h.json", "-o", "c.json", status=2)
-    assert "'h.json' is for the card 'h200', 'a.json' for 'rtx3090'" in err
+    assert "'h.json' is for the GPU 'h200', 'a.json' for 'rtx3090'" in err
     assert (home / "c.json").read_bytes() == before
 
 
 def test_explain(capfd):
     out, _ = call(capfd, "db", "explain", 4296, 12288, 4608, "--gpu", "rtx3090", "--strict")
     assert "->  exact" in out
-    assert "proven with the present kernel" in out
+    assert f"proven: cross_arch on NVIDIA H200, native on NVIDIA H200 (Triton {triton.__version__}" in out
     out, err = call(capfd, "db", "explain", 4000, 12288, 4608, "--gpu", "rtx3090", "--strict", status=1)
     assert "->  nearest-m" in out
     assert "was not tuned for rtx3090, nearest-m serves; tune it with `int8kit tune --gpu rtx3090" in err
     document = json.loads(call(capfd, "db", "explain", 7, 100, 64, "--gpu", "h200", "--json")[0])
-    assert (document["rung"], document["proven"]) == ("default", False)
-    assert document["ladder"] == {"exact": None, "nearest-m": None, "nearest": None}
+    assert (document["level"], document["proven"]) == ("default", False)
+    assert document["levels"] == dict.fromkeys(("exact", "nearest-m", "nearest", "default"))
 
 
 def test_the_published_schema_is_the_models(capfd):
@@ -136,10 +152,6 @@ def test_the_published_schema_is_the_models(capfd):
 
 def test_carry_takes_what_compiles_as_well_here_and_says_what_does_not(tmp_path):
     """The entries' Triton is said to be of another generation than the one that is here."""
-    import triton
-
-    from int8kit.schema import generation
-
     other = "3.9.0" if generation(triton.__version__) == "3.6" else "3.6.0"
     hash_ = gemm.kernel_hash()
     fits, spilt = TileConfig(64, 64, 64, 4, 3), TileConfig(64, 64, 128, 4, 3)

@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 
 from int8kit import db, files, gpus
-from int8kit.db import Database, Toolchain
+from int8kit.db import Database
 from int8kit.kernels import gemm
-from int8kit.schema import Entry, Resources, Stamp, generation
-from int8kit.spec import FileError, GemmShape, Kernel, Source, TileConfig, default_config, why_illegal
+from int8kit.problems import problems
+from int8kit.schema import Entry, Resources, stamp
+from int8kit.spec import FileError, GemmShape, Kernel, Operation, Source, TileConfig, default_config, why_illegal
+from int8kit.toolchain import ANY_TOOLCHAIN, Toolchain, generation
 
 GPU = gpus.get("rtx3090")
 A, B, C = TileConfig(64, 64, 64, 4, 3), TileConfig(128, 128, 64, 8, 3), TileConfig(128, 64, 64, 4, 4)
@@ -21,32 +23,32 @@ def entry(m=4096, n=4608, k=4608, config=A, source=Source.MODELLED, triton="3.7.
     )
 
 
-def test_rungs():
+def test_levels():
     base = Database(GPU).merged([entry(m=1000), entry(m=4000, config=B), entry(n=12288, config=C)])
-    assert base.resolve(GemmShape(1000, 4608, 4608)).rung == "exact"
-    near = base.resolve(GemmShape(3900, 4608, 4608))
-    assert (near.rung, near.config) == ("nearest-m", B)
-    assert base.resolve(GemmShape(1100, 4608, 4608)).config == A
-    other = base.resolve(GemmShape(4096, 12000, 4608))
-    assert (other.rung, other.config) == ("nearest", C)
+    assert base.resolve(GemmShape(1000, 4608, 4608), ANY_TOOLCHAIN).level == "exact"
+    near = base.resolve(GemmShape(3900, 4608, 4608), ANY_TOOLCHAIN)
+    assert (near.level, near.config) == ("nearest-m", B)
+    assert base.resolve(GemmShape(1100, 4608, 4608), ANY_TOOLCHAIN).config == A
+    other = base.resolve(GemmShape(4096, 12000, 4608), ANY_TOOLCHAIN)
+    assert (other.level, other.config) == ("nearest", C)
     for far in (GemmShape(17000, 4608, 4608), GemmShape(249, 4608, 4608), GemmShape(4096, 1000, 4608)):
-        assert base.resolve(far).config == default_config(far)
-        assert base.resolve(far).rung == "default"
-    assert Database(GPU).resolve(GemmShape(3, 3, 3)).rung == "default"
+        assert base.resolve(far, ANY_TOOLCHAIN).config == default_config(far)
+        assert base.resolve(far, ANY_TOOLCHAIN).level == "default"
+    assert Database(GPU).resolve(GemmShape(3, 3, 3), ANY_TOOLCHAIN).level == "default"
 
 
 def test_another_toolchain_serves_with_a_remark():
     base = Database(GPU).merged([entry(config=A, triton="3.6.0"), entry(config=B, triton="3.9.0", kernel="k0")])
     shape = GemmShape(4096, 4608, 4608)
-    assert base.resolve(shape, Toolchain("3.6.1")).config == A
-    assert base.resolve(shape, Toolchain("3.9.2")).config == B
-    k1 = {Kernel.POINTER: "k1"}
+    assert base.resolve(shape, Toolchain("3.6.1", {})).config == A
+    assert base.resolve(shape, Toolchain("3.9.2", {})).config == B
+    k1 = {Kernel.TRITON: "k1"}
     assert base.resolve(shape, Toolchain("3.7.1", k1)).why == "modelled for 4096x4608x4608"
     old = Database(GPU).merged([entry(triton="3.6.0")]).resolve(shape, Toolchain("3.8.0", k1))
     assert old.config == A
     assert old.why == "modelled for 4096x4608x4608; tuned with Triton 3.6.0, running 3.8.0"
     assert "another kernel source" in base.resolve(shape, Toolchain("3.9.0", k1)).why
-    other = Toolchain("3.9.0", {Kernel.AMPERE: "k1"})  # of another kernel than the entry's
+    other = Toolchain("3.9.0", {Kernel.MMA_SYNC: "k1"})  # of another kernel than the entry's
     assert "another kernel source" not in base.resolve(shape, other).why
 
 
@@ -54,7 +56,7 @@ def test_an_illegal_entry_is_never_chosen():
     big = TileConfig(128, 256, 128, 8, 4)
     assert why_illegal(big, arch=86, shared_memory=GPU.shared_memory)
     base = Database(GPU).merged([entry(config=big)])
-    assert base.resolve(GemmShape(4096, 4608, 4608)).rung == "default"
+    assert base.resolve(GemmShape(4096, 4608, 4608), ANY_TOOLCHAIN).level == "default"
 
 
 def test_merge_keeps_the_stronger_source():
@@ -64,7 +66,7 @@ def test_merge_keeps_the_stronger_source():
     assert base.merged([entry(config=B, source=Source.PROXY)]).entries[0].config == B
     stale = base.merged([entry(config=B, source=Source.MODELLED, kernel="k2")])
     assert stale.entries[0].config == B
-    hopper = replace(B, kernel=Kernel.HOPPER)  # another kernel's source says nothing of this one's
+    hopper = replace(B, kernel=Kernel.WGMMA)  # another kernel's source says nothing of this one's
     assert base.merged([entry(config=hopper, source=Source.MODELLED, kernel="k2")]).entries[0].config == A
     assert base.merged([entry(config=B, triton="3.6.0")]).entries[0].config == A  # 3.6 and 3.7 make the same code
     assert len(base.merged([entry(triton="3.9.0")]).entries) == 2
@@ -76,59 +78,65 @@ def test_generations_of_triton():
     ]  # fmt: skip
 
 
+def stamped(base, executor="native", **change):
+    """`base` with a stamp of its only entry."""
+    (one,) = base.entries
+    about = {"device": "RTX", "arch": 86, "kernel": one.kernel, "triton": one.triton, **change}
+    numerics = about.pop("numerics", 1)
+    new = stamp(executor, entry=one, **about).model_copy(update={"numerics": numerics})
+    return base.stamped({one.key: [new]})
+
+
 def test_stamps_follow_the_kernel_and_the_configuration():
     base = Database(GPU).merged([entry()])
-    key, of = base.entries[0].key, base.entries[0].subject
-    native = Stamp(on="native", device="RTX", of=of, kernel="k1", triton="3.7.1")
-    weak = Stamp(on="interpreter", device="CPU", of=of, kernel="k1", triton="3.7.1")
-    both = base.stamped({key: [weak]}).stamped({key: [native]})
-    assert both.entries[0].verified == (native,)
-    assert both.stamped({key: [weak]}) == both
-    foreign = native.model_copy(update={"on": "foreign", "device": "H200"})
-    assert set(both.stamped({key: [foreign]}).entries[0].verified) == {native, foreign}
-    newer = weak.model_copy(update={"kernel": "k2"})
-    assert both.stamped({key: [newer]}).entries[0].verified == (newer,)
-    assert both.merged([entry()]).entries[0].verified == both.entries[0].verified
-    assert both.merged([entry(config=B)]).entries[0].verified is None
+    native = stamped(base)
+    assert len(native.entries[0].verified) == 1
+    assert stamped(stamped(base, "interpreter", arch=None)) == native
+    assert stamped(native, "interpreter", arch=None) == native
+    assert len(stamped(native, "interpreter", arch=None, triton="3.6.0").entries[0].verified) == 2
+    both = stamped(native, "cross_arch", device="H200")
+    assert {s.executor for s in both.entries[0].verified} == {"native", "cross_arch"}
+    assert len(stamped(native, triton="3.6.0").entries[0].verified) == 2  # each Triton is proven by itself
+    newer = stamped(native, "interpreter", arch=None, kernel="k2")
+    assert [s.kernel for s in newer.entries[0].verified] == ["k2"]
+    assert native.merged([entry()]).entries[0].verified == native.entries[0].verified
+    assert native.merged([entry(config=B)]).entries[0].verified is None
 
 
-def test_an_entry_that_was_edited_is_not_proven():
-    proven = entry()
-    toolchain = Toolchain(proven.triton, {proven.config.kernel: proven.kernel})
-    stamp = Stamp(on="native", device="RTX", of=proven.subject, kernel=proven.kernel, triton=proven.triton)
-    base = Database(GPU).merged([proven]).stamped({proven.key: [stamp]})
-    assert base.complaints(toolchain) == []
-    for edit in ({"config": B}, {"m": proven.m + 1}):
-        edited = base.entries[0].model_copy(update=edit)
-        assert not toolchain.proves(edited)
-        [line] = Database(GPU, (edited,)).complaints(toolchain)
-        assert "changed since it was proven; run `int8kit verify" in line
-        assert Database(GPU, (edited,)).stamped({}).entries[0].verified is None
+def test_a_stamp_proves_one_configuration_kernel_triton_and_numerics():
+    here = Toolchain("3.7.1", {Kernel.TRITON: "k1"})
+    base = stamped(Database(GPU).merged([entry()]))
+    (proven,) = base.entries
+    assert len(proven.proofs(here)) == 1
+    for other in (
+        Toolchain("3.7.0", here.kernels), Toolchain("3.6.0", here.kernels), Toolchain("3.7.1+git1", here.kernels),
+        Toolchain("3.7.1", {Kernel.TRITON: "k2"}), Toolchain("3.7.1", here.kernels, numerics=2),
+    ):  # fmt: skip
+        assert proven.proofs(other) == []
+    for edit in ({"config": B}, {"m": 4097}, {"n": 4609}, {"operation": Operation.SWIGLU}):
+        assert proven.model_copy(update=edit).proofs(here) == []
+    for change in ({"kernel": "k2"}, {"triton": "3.6.0"}, {"numerics": 2}):
+        assert stamped(Database(GPU).merged([entry()]), **change).entries[0].proofs(here) == []
+    (only,) = stamped(Database(GPU).merged([entry()]), "interpreter", arch=None).entries
+    assert only.proofs(here) == []  # nothing was compiled
+    assert len(only.stamps(here)) == 1
 
 
-def test_covering_asks_for_what_would_run():
+def test_what_serves_shapes_without_an_entry():
     base = Database(GPU).merged([entry(m=1000)])
     far = GemmShape(9, 64, 64)
-    more = base.covering([GemmShape(1000, 4608, 4608), GemmShape(1500, 4608, 4608), far])
-    assert [(e.m, e.config) for e in more.entries] == [(1000, A), (9, default_config(far)), (1500, A)]
-    assert base.covering([]) == base
+    more = base.unlisted([GemmShape(1000, 4608, 4608), GemmShape(1500, 4608, 4608), far], ANY_TOOLCHAIN)
+    assert [(choice.shape.m, choice.config) for choice in more] == [(9, default_config(far)), (1500, A)]
+    assert base.unlisted([], ANY_TOOLCHAIN) == []
 
 
 def test_of_two_generations_this_ones_entries_serve():
     here, there = entry(triton="3.7.1"), entry(triton="3.9.0")
     other = entry(m=100, triton="3.9.0")
     base = Database(GPU, (here, there, other))
-    assert base.serving(Toolchain("3.6.0")) == [here, other]
-    assert base.serving(Toolchain("3.8.0")) == [there, other]
-    assert len(base.complaints(Toolchain("3.6.0"))) == 1
-    assert "and 1 more" in base.complaints(Toolchain("3.6.0"))[0]
-
-
-def test_plan_covers_what_runs_and_what_is_known():
-    base = Database(GPU).merged([entry(m=1000), entry(m=4000, config=B)])
-    plan = base.plan(4608, 4608, [4096])
-    assert [m for m, _ in plan.rungs] == [1000, 4000, 4096]
-    assert dict(plan.rungs)[4096] == B
+    assert base.serving(Toolchain("3.6.0", {})) == [here, other]
+    assert base.serving(Toolchain("3.8.0", {})) == [there, other]
+    assert base.resolve(here.shape, Toolchain("3.8.0", {})).why.startswith("modelled")
 
 
 def test_file_is_one_line_an_entry_and_round_trips(tmp_path):
@@ -144,24 +152,24 @@ def test_file_is_one_line_an_entry_and_round_trips(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda d: d.update(numerics=2), "numerics 2; legal is 1"),
+        (lambda d: d.update(numerics=2), "numerics 2; expected 1"),
         (lambda d: d["entries"][0].update(host="pc"), "entries.0.host: Extra inputs"),
         (lambda d: d["entries"][0].pop("config"), "entries.0.config: Field required"),
         (lambda d: d["entries"][0].update(k=200000), "K = 200000"),
         (lambda d: d["entries"][0].update(m=0), "entries.0.m: Input should be greater"),
-        (lambda d: d["entries"][0].update(triton="main"), "entries.0.triton: String should match"),
+        (lambda d: d["entries"][0].update(triton="main"), "entries.0.triton: .*expected a version such as 3.7.1"),
         (
             lambda d: d["entries"][0]["config"].update(block_m=48),
-            "4096x4608x4608: block_m = 48: legal for the pointer kernel are",
+            "4096x4608x4608: block_m = 48: legal for the triton kernel are",
         ),
         (lambda d: d["entries"][0].update(time_us=-4), "entries.0.time_us: Input should be greater"),
         (lambda d: d["entries"][0].update(source="measured"), "4096x4608x4608: measured without time_us"),
-        (lambda d: d["entries"].append(d["entries"][0]), "4096x4608x4608 stands twice for Triton 3.6"),
+        (lambda d: d["entries"].append(d["entries"][0]), "gemm 4096x4608x4608 stands twice for Triton 3.6"),
         (lambda d: d["gpu"].update(sms=0), "sms: Input should be greater"),
         (lambda d: d.update(host="pc"), "Document.host: Extra inputs"),
         (lambda d: d.update(entries=3), "is damaged"),
         (lambda d: d.pop("gpu"), "is damaged"),
-        (lambda d: d["gpu"].update(alias="rtx4090"), "is for the card 'rtx4090'; asked was 'rtx3090'"),
+        (lambda d: d["gpu"].update(alias="rtx4090"), "is for the GPU 'rtx4090', not for 'rtx3090'"),
         (lambda d: d.update(format="int8kit.shapes/1"), "has the format 'int8kit.shapes/1'"),
     ],
 )
@@ -225,20 +233,15 @@ def test_a_card_without_a_record_keeps_its_identity(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(files.shipped("tuning_db").glob("*.json")), ids=lambda p: p.stem)
 def test_shipped_databases_are_sound(path):
-    """Every entry is legal on its card, without spills, of the present kernels, and Ideogram 4's are there.
-
-    Proven too, where a card was at hand to time it.
-    """
-    base = db.load(path, path.stem)
-    present = gemm.toolchain().kernels
+    """Every entry is legal, without spills, of the present kernels, and proven under both tested versions of Triton."""
+    base, kernels = db.load(path, path.stem), gemm.toolchain().kernels
     assert path.read_text() == base.dumps()
+    assert base.gpu == gpus.get(path.stem)
+    for triton in ("3.6.0", "3.7.1"):
+        assert problems(base, Toolchain(triton, kernels)) == []
     for e in base.entries:
-        assert why_illegal(e.config, arch=base.gpu.arch, shared_memory=base.gpu.shared_memory) is None
         assert e.resources.spill_bytes == 0
-        assert e.source is Source.MODELLED or (e.time_us and e.measured_on)
-        assert e.kernel == present[e.config.kernel], "tune again: the kernel is another since"
-        if e.source is not Source.MODELLED and not e.timed_with:  # what was carried to another Triton is not proven
-            assert any(stamp.kernel == e.kernel for stamp in e.verified or ()), "verify again"
+        assert not e.is_stale(Toolchain("", kernels)), "tune again: the kernel is another since"
     assert {e.m for e in base.entries} >= {4096, 4296, 6144}
 
 
@@ -250,7 +253,7 @@ def test_what_serves_for_another_m_is_never_slower_than_the_default(alias):
     ratios = []
     for e in timed:
         others = replace(base, entries=tuple(o for o in base.entries if o.shape != e.shape))
-        near = dict(others.ladder(e.shape))["nearest-m"]
+        near = {level: one for level, _, one in others.levels(e.shape, ANY_TOOLCHAIN)}["nearest-m"]
         known = {r.config: r.time_us for r in (e, *(e.runners_up or ()))}
         if near is not None:  # a band of another width is the same kernel: the slowest of those timed
             same = [us for config, us in known.items() if replace(config, group_m=near.config.group_m) == near.config]

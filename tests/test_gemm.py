@@ -79,9 +79,9 @@ def test_refuses_k_beyond_int32():
 
 def test_another_kernel_serves_where_the_named_one_cannot():
     x, w, sx, sw = operands()
-    config = TileConfig(64, 64, 128, 4, 3, kernel=Kernel.AMPERE)
+    config = TileConfig(64, 64, 128, 4, 3, kernel=Kernel.MMA_SYNC)
     gemm._notice.cache_clear()
-    with pytest.warns(UserWarning, match="the pointer kernel serves instead of the ampere kernel"):
+    with pytest.warns(UserWarning, match="the triton kernel serves instead of the mma_sync kernel"):
         got = gemm.scaled_mm(x, w, sx, sw, config=config)
     assert torch.equal(got, reference.scaled_mm(x, w, sx, sw))
     gemm.scaled_mm(x, w, sx, sw, config=config)  # once, and a warning would be an error here
@@ -89,18 +89,18 @@ def test_another_kernel_serves_where_the_named_one_cannot():
 
 def test_a_kernel_that_no_longer_compiles_is_served_by_the_plain_one(monkeypatch):
     x, w, sx, sw = operands()
-    config = TileConfig(64, 64, 128, 4, 3, kernel=Kernel.HOPPER)
-    plain = gemm.module(Kernel.POINTER)
+    config = TileConfig(64, 64, 128, 4, 3, kernel=Kernel.WGMMA)
+    plain = gemm.module(Kernel.TRITON)
 
     def launch(*_):
         raise RuntimeError(message)
 
     broken = SimpleNamespace(why_not=lambda _: None, launch=launch)
-    monkeypatch.setattr(gemm, "module", lambda kernel: plain if kernel is Kernel.POINTER else broken)
+    monkeypatch.setattr(gemm, "module", lambda kernel: plain if kernel is Kernel.TRITON else broken)
     monkeypatch.setattr(gemm, "why_not", lambda *_: None)
     gemm._notice.cache_clear()
     message = "PassManager::run failed"
-    with pytest.warns(gemm.Fallback, match=r"does not compile hopper 64x64x128"):
+    with pytest.warns(gemm.Fallback, match=r"does not compile wgmma 64x64x128"):
         got = gemm.scaled_mm(x, w, sx, sw, config=config)
     assert torch.equal(got, reference.scaled_mm(x, w, sx, sw))
     message = "Triton Error [CUDA]: an illegal memory access"  # no compiler's word: not to be hidden

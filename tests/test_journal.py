@@ -19,7 +19,7 @@ from int8kit.tune.search import Trail
 
 RTX3090 = gpus.get("rtx3090")
 RUN = {"gpu": "rtx3090", "policy": 3}
-A, B = TileConfig(64, 64, 64, 4, 3), TileConfig(128, 128, 64, 4, 3, kernel=Kernel.AMPERE, stream_k=2)
+A, B = TileConfig(64, 64, 64, 4, 3), TileConfig(128, 128, 64, 4, 3, kernel=Kernel.MMA_SYNC, stream_k=2)
 FREE = Resources(registers=128, spill_bytes=0, shared_bytes=49152)
 SHAPE = GemmShape(4296, 4608, 4608)
 ENTRY = Entry(

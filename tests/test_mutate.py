@@ -21,7 +21,7 @@ from int8kit.verify.mutants import CATALOGUE, TILES, Mutant
 from int8kit.verify.mutate import Verdict
 
 GPU = gpus.present() or gpus.get("rtx3090")
-POINTER, ROWS = "kernels/gemm_pointer.py", "kernels/quantize.py"
+POINTER, ROWS = "kernels/gemm_triton.py", "kernels/quantize.py"
 SHAM = Mutant("sham", POINTER, "# int64: M * K", "# 64 bits: M * K", "another comment", "accumulator")
 BROKEN = Mutant("broken", POINTER, "import triton.language as tl", "import triton.language as", "no Python", "output")
 
@@ -60,14 +60,14 @@ def test_each_fault_has_one_place_in_the_present_source(mutant):
 
 def test_the_tiles_of_the_mutants_are_legal():
     for kernel, tiles in TILES.items():
-        arch, memory = (90, 232448) if kernel is Kernel.HOPPER else (86, 101376)
+        arch, memory = (90, 232448) if kernel is Kernel.WGMMA else (86, 101376)
         assert {tile.kernel for tile in tiles} == {kernel}
         assert [why_illegal(tile, arch=arch, shared_memory=memory) for tile in tiles] == [None] * len(tiles)
         assert any(tile.stream_k for tile in tiles)
 
 
 def test_a_stale_catalogue_is_refused_before_any_work():
-    with pytest.raises(CheckFailed, match=r"'no such text' stands 0 times in kernels/gemm_pointer.py"):
+    with pytest.raises(CheckFailed, match=r"'no such text' stands 0 times in kernels/gemm_triton.py"):
         mutate.run([Mutant("stale", POINTER, "no such text", "", "", "output")], GPU)
     with pytest.raises(UnknownName, match=r"unknown mutant 'x'; known: .*scales-swapped"):
         mutate.find(["x"])
@@ -125,7 +125,7 @@ def test_what_a_machine_cannot_run_is_named(monkeypatch):
     assert "interpreter" in verdicts[0].evidence
     assert mutate.score(verdicts) == {"killed": 0, "ran": 0, "score": None, "idle": {"needs a card": 2}}
 
-    card = [foreign.Executor("foreign", "cuda", "a card", "sm86"), foreign.Executor("native", "cuda", "a card")]
+    card = [foreign.Executor("cross_arch", "cuda", "a card", "sm86"), foreign.Executor("native", "cuda", "a card")]
     monkeypatch.setattr(foreign, "executors", lambda gpu: card)
     monkeypatch.setattr(mutate, "present", lambda: gpus.get("rtx4090"))
     [verdict] = mutate.run(mutate.find(["hopper-deadlock"]), GPU, jobs=1)
@@ -137,7 +137,7 @@ def test_what_a_machine_cannot_run_is_named(monkeypatch):
         assert job.executor == executor
         assert job.properties[0] == mutant.expected
         request = json.loads(job.request(None, 0))
-        assert {tile["kernel"] for tile in request["tiles"]} <= {Kernel.AMPERE}
+        assert {tile["kernel"] for tile in request["tiles"]} <= {Kernel.MMA_SYNC}
     monkeypatch.setattr(mutate, "present", lambda: gpus.get("h200"))
     assert mutate._idle(mutate.find(["hopper-deadlock"])[0], card) is None
 

@@ -29,14 +29,14 @@ SAMPLE = [
 
 
 AMPERE = [
-    TileConfig(128, 128, 128, 4, 3, kernel=Kernel.AMPERE, stream_k=2),
-    TileConfig(128, 256, 64, 8, 4, kernel=Kernel.AMPERE),
-    TileConfig(16, 64, 128, 4, 4, kernel=Kernel.AMPERE, stream_k=4),
+    TileConfig(128, 128, 128, 4, 3, kernel=Kernel.MMA_SYNC, stream_k=2),
+    TileConfig(128, 256, 64, 8, 4, kernel=Kernel.MMA_SYNC),
+    TileConfig(16, 64, 128, 4, 4, kernel=Kernel.MMA_SYNC, stream_k=4),
 ]
 HOPPER = [
-    TileConfig(128, 128, 128, 8, 6, kernel=Kernel.HOPPER),
-    TileConfig(256, 128, 128, 8, 4, kernel=Kernel.HOPPER, stream_k=1),
-    TileConfig(64, 64, 128, 8, 10, kernel=Kernel.HOPPER),
+    TileConfig(128, 128, 128, 8, 6, kernel=Kernel.WGMMA),
+    TileConfig(256, 128, 128, 8, 4, kernel=Kernel.WGMMA, stream_k=1),
+    TileConfig(64, 64, 128, 8, 10, kernel=Kernel.WGMMA),
 ]
 
 

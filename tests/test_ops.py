@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from int8kit import ops, reference
-from int8kit.spec import Plan, ShapeError, TileConfig
+from int8kit.lookup import Plan
+from int8kit.spec import GemmShape, ShapeError, TileConfig
 
-PLAN = Plan(((64, TileConfig(64, 64, 64, 4, 3)),))
+PLAN = Plan.fixed((GemmShape(64, 24, 40), TileConfig(64, 64, 64, 4, 3)))
 
 
 @pytest.fixture
@@ -32,8 +33,8 @@ def test_schema_and_fake_kernels(operands):
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.int8kit.quantize.default, (x.reshape(10, 40),), test_utils=checks)
     for b in (bias, None):
-        torch.library.opcheck(torch.ops.int8kit.linear.default, (x, wq, sw, b, PLAN.to_ints()), test_utils=checks)
-        args = (xq, wq, sx, sw, b, torch.float16, PLAN.to_ints())
+        torch.library.opcheck(torch.ops.int8kit.linear.default, (x, wq, sw, b, PLAN.text), test_utils=checks)
+        args = (xq, wq, sx, sw, b, torch.float16, PLAN.text)
         torch.library.opcheck(torch.ops.int8kit.scaled_mm.default, args, test_utils=checks)
 
 
@@ -60,9 +61,9 @@ def test_swiglu_schema_and_fake_kernels(operands):
     checks = ("test_schema", "test_faketensor")
     xq, sx = ops.quantize(x.reshape(-1, x.shape[-1]))
     for b in (None, bias):
-        args = (x, wq, sw, b, PLAN.to_ints())
+        args = (x, wq, sw, b, PLAN.text)
         torch.library.opcheck(torch.ops.int8kit.linear_swiglu.default, args, test_utils=checks)
-        args = (xq, wq, sx, sw, b, torch.bfloat16, PLAN.to_ints())
+        args = (xq, wq, sx, sw, b, torch.bfloat16, PLAN.text)
         torch.library.opcheck(torch.ops.int8kit.scaled_mm_swiglu.default, args, test_utils=checks)
 
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from int8kit.schema import Entry, Resources, RunnerUp
+from int8kit.schema import Entry, Resources, RunnerUp, Stamp
 from int8kit.spec import Kernel, Source, TileConfig
 from int8kit.tune import portfolio
 
 FREE = Resources(registers=128, spill_bytes=0, shared_bytes=49152)
-A, B, C = (TileConfig(128, 128, 128, 4, stages, kernel=Kernel.AMPERE) for stages in (2, 3, 4))
+A, B, C = (TileConfig(128, 128, 128, 4, stages, kernel=Kernel.MMA_SYNC) for stages in (2, 3, 4))
 
 
 def entry(m, *timed, default=None, **over):
@@ -45,9 +45,7 @@ def test_bands_are_no_kernels():
 
 
 def test_what_was_not_timed_stays_and_a_swap_voids_the_stamp():
-    from int8kit.schema import Stamp
-
-    stamp = Stamp(on="foreign", device="d", of="what it was", kernel="k", triton="3.6.0")
+    stamp = Stamp(executor="cross_arch", device="d", of="0" * 12, kernel="k", triton="3.6.0", numerics=1)
     modelled = entry(1, (A, 1.0)).model_copy(update={"time_us": None, "source": Source.MODELLED})
     entries = [modelled, entry(2, (A, 100.0), (B, 100.5), verified=(stamp,)), entry(3, (B, 9.0)), entry(4, (B, 9.0))]
     reduced = portfolio.reduce(entries)

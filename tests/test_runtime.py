@@ -5,15 +5,17 @@ from dataclasses import replace
 import bitsandbytes
 import pytest
 import torch
+import triton
 from PIL import Image
 
 from int8kit import Int8Linear, Int8SwiGLU, db, gpus, models, reference
 from int8kit.kernels import gemm
+from int8kit.lookup import DEFAULT, LEVELS, Plan
 from int8kit.runtime import generate, ideogram4
 from int8kit.runtime.generate import PRESETS, Request
 from int8kit.runtime.linear import replace_linears
-from int8kit.schema import Entry, Resources, Stamp
-from int8kit.spec import CheckFailed, FileError, InputError, Plan, ShapeError, Source, UnknownName, default_config
+from int8kit.schema import Entry, Resources, stamp
+from int8kit.spec import CheckFailed, FileError, InputError, ShapeError, Source, UnknownName, default_config
 
 
 def test_linear_is_the_reference():
@@ -157,7 +159,7 @@ def test_configurations_are_resolved_for_what_runs(outcome):
     image, text = 4 * 6, outcome.tokens
     assert {choice.shape.m for choice, _ in outcome.choices} == {image, image + text}
     assert sum(count for _, count in outcome.choices) == 2 * (2 * 7 + 1)
-    assert all(choice.rung in db.RUNGS for choice, _ in outcome.choices)
+    assert all(choice.level in {level.name for level in LEVELS} for choice, _ in outcome.choices)
 
 
 def test_same_seed_same_picture(outcome):
@@ -227,7 +229,7 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
 def test_no_database_for_a_card(monkeypatch, tmp_path):
     monkeypatch.setattr(db, "find", lambda alias, given=None: None)
     outcome = generate.generate(Request("x", height=64, width=64, steps=1, gpu="rtx3060"))
-    assert {choice.rung for choice, _ in outcome.choices} == {"default"}
+    assert {choice.level for choice, _ in outcome.choices} == {DEFAULT}
     assert outcome.databases == ()
     assert gpus.get("rtx3060").alias == "rtx3060"
 
@@ -235,19 +237,24 @@ def test_no_database_for_a_card(monkeypatch, tmp_path):
 def test_strict_refuses_what_is_not_proven(outcome, tmp_path):
     nothing = Resources(registers=1, spill_bytes=0, shared_bytes=0)
     entries = [
-        Entry(m=s.m, n=s.n, k=s.k, source=Source.MODELLED, config=default_config(s), triton="3.7.1",
+        Entry(m=s.m, n=s.n, k=s.k, source=Source.MODELLED, config=default_config(s), triton=triton.__version__,
               kernel=gemm.kernel_hash(), resources=nothing, tried=1)
         for s in {choice.shape for choice, _ in outcome.choices}
     ]  # fmt: skip
     path, card = tmp_path / "t.json", gpus.get("rtx3090")
     db.update(path, card, entries)
     request = replace(REQUEST, steps=1, gpu="rtx3090", database=path, strict=True)
-    with pytest.raises(CheckFailed, match=r"configurations are not proven .* see `int8kit verify --gpu rtx3090`"):
+    reason = rf"not proven under Triton {triton.__version__} .* run `int8kit verify --gpu rtx3090` on a GPU"
+    with pytest.raises(CheckFailed, match=reason):
         generate.generate(request)
     assert len(generate.unproven_of(generate.generate(replace(request, strict=False)).choices)) > 1
-    stamps = {
-        e.key: [Stamp(on="native", device="d", of=e.subject, kernel=gemm.kernel_hash(), triton="3.7.1")]
-        for e in entries
-    }
-    db.stamp(path, stamps)
+
+    def proven(**change):
+        about = {"device": "d", "arch": 86, "kernel": gemm.kernel_hash(), "triton": triton.__version__, **change}
+        return {e.key: [stamp("native", entry=e, **about)] for e in entries}
+
+    db.stamp(path, proven(triton="3.6.99"))
+    with pytest.raises(CheckFailed, match=reason):
+        generate.generate(request)
+    db.stamp(path, proven())
     assert generate.unproven_of(generate.generate(request).choices) == []

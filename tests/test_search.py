@@ -15,7 +15,7 @@ from int8kit.tune.tasks import Timed
 RTX3090, H200 = gpus.get("rtx3090"), gpus.get("h200")
 SHAPE = GemmShape(4296, 4608, 4608)
 FREE = Resources(registers=128, spill_bytes=0, shared_bytes=49152)
-A, B, C = (TileConfig(128, 128, 128, 4, stages, kernel=Kernel.AMPERE) for stages in (2, 3, 4))
+A, B, C = (TileConfig(128, 128, 128, 4, stages, kernel=Kernel.MMA_SYNC) for stages in (2, 3, 4))
 DEFAULT = default_config(SHAPE)
 
 
@@ -72,7 +72,7 @@ def test_the_first_round_has_the_default_the_models_and_what_is_known_of_near_sh
     assert configs[0] == DEFAULT
     assert unusual in configs
     assert len(configs) == len(set(configs))
-    plain = [c for c in configs if c.kernel is Kernel.POINTER]
+    plain = [c for c in configs if c.kernel is Kernel.TRITON]
     assert len(plain) <= search.CONTESTANTS + 1
     assert unusual not in search.first(far, RTX3090, compiled([unusual]), known)
 
@@ -80,7 +80,7 @@ def test_the_first_round_has_the_default_the_models_and_what_is_known_of_near_sh
 def test_what_is_ahead_is_untried_and_near():
     trail = search.Trail(SHAPE, [{DEFAULT: exactly(200), A: exactly(100), B: exactly(110), C: exactly(120)}])
     trail.wrong[replace(A, num_warps=8)] = "wrong: no"
-    unusual = TileConfig(64, 256, 128, 8, 2, kernel=Kernel.AMPERE, stream_k=3)
+    unusual = TileConfig(64, 256, 128, 8, 2, kernel=Kernel.MMA_SYNC, stream_k=3)
     other = search.Trail(GemmShape(4096, 4608, 4608), [{unusual: exactly(90)}])
     found = search.ahead(trail, RTX3090, [trail, other])
     assert unusual in found

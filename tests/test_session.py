@@ -140,7 +140,7 @@ def test_an_entry_says_where_it_is_from(tmp_path):
 
 def test_a_kernel_that_hangs_costs_its_time_once_and_not_at_every_shape(tmp_path):
     def lethal(shape, config):
-        return config.kernel is Kernel.AMPERE and config.num_stages == 3
+        return config.kernel is Kernel.MMA_SYNC and config.num_stages == 3
 
     pool = Pool(H200, lethal=lethal)
     (outcome,) = session.run(SHAPES, proxy(tmp_path / "t.json"), pool)
@@ -154,7 +154,7 @@ def test_a_kernel_that_hangs_costs_its_time_once_and_not_at_every_shape(tmp_path
 
 def test_what_ends_its_process_is_found_alone_and_never_chosen(tmp_path):
     def lethal(shape, config):
-        return shape == SHAPES[0] and config.kernel is Kernel.AMPERE and config.num_stages == 3
+        return shape == SHAPES[0] and config.kernel is Kernel.MMA_SYNC and config.num_stages == 3
 
     (outcome,) = session.run(SHAPES, proxy(tmp_path / "t.json"), Pool(H200, lethal=lethal))
     assert outcome.failed == {}

@@ -63,8 +63,8 @@ def test_what_legality_leaves_out_would_not_run(alias):
         assert outcomes[config, True].shared_bytes > gpu.shared_memory, config
     for config in spilling:
         assert outcomes[config, True].spill_bytes > 0, config
-    for config in pruned["warps"]:  # a warp makes at least 16 x 8, of the Ampere kernel 16 x 16
-        width = 8 if config.kernel is Kernel.POINTER else 16
+    for config in pruned["warps"]:  # a warp makes at least 16 x 8, of the mma_sync kernel 16 x 16
+        width = 8 if config.kernel is Kernel.TRITON else 16
         assert config.block_m * config.block_n < 16 * width * config.num_warps or config.block_n < width * 8, config
 
 
@@ -88,4 +88,4 @@ def test_neighbours_are_legal_and_reach_everything(alias):
 def test_a_tile_for_few_rows_or_an_odd_k():
     gpu = gpus.get("rtx3090")
     assert max(c.block_m for c in space.candidates(GemmShape(1, 4608, 4608), gpu)) == 64
-    assert {c.kernel for c in space.candidates(GemmShape(64, 4608, 4600), gpu)} == {Kernel.POINTER}
+    assert {c.kernel for c in space.candidates(GemmShape(64, 4608, 4600), gpu)} == {Kernel.TRITON}

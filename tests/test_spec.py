@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from int8kit import spec
-from int8kit.spec import ConfigError, GemmShape, Kernel, Plan, ShapeError, Source, TileConfig, UnknownName, why_illegal
+from int8kit.spec import GemmShape, Kernel, ShapeError, Source, TileConfig, UnknownName, why_illegal
 
 RTX3090 = {"arch": 86, "shared_memory": 101376}
 H200 = {"arch": 90, "shared_memory": 232448}
@@ -25,7 +25,7 @@ def test_shape_refuses_k_beyond_int32():
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (TileConfig(96, 128, 64, 4, 3), "block_m = 96: legal for the pointer kernel are 16, 32"),
+        (TileConfig(96, 128, 64, 4, 3), "block_m = 96: legal for the triton kernel are 16, 32"),
         (TileConfig(128, 512, 64, 4, 3), "block_n = 512"),
         (TileConfig(128, 128, 16, 4, 3), "block_k = 16"),
         (TileConfig(128, 128, 64, 3, 3), "num_warps = 3"),
@@ -34,11 +34,11 @@ def test_shape_refuses_k_beyond_int32():
         (TileConfig(256, 256, 64, 8, 3), "256 accumulators a thread"),
         (TileConfig(16, 16, 64, 8, 3), "1 accumulators a thread"),
         (TileConfig(128, 256, 128, 8, 4), "147456 bytes of shared memory: a block has 101376"),
-        (TileConfig(128, 128, 128, 8, 6, kernel=Kernel.HOPPER), "sm_90 only, not on sm_86"),
-        (TileConfig(128, 128, 64, 4, 3, kernel=Kernel.POINTER, stream_k=1), "stream_k = 1: legal for the pointer"),
-        (TileConfig(128, 128, 128, 4, 4, kernel=Kernel.AMPERE), "131072 bytes of shared memory"),
-        (TileConfig(16, 64, 128, 8, 4, kernel=Kernel.AMPERE), "8 warps: a warp needs 16 rows and 16 columns"),
-        (TileConfig(256, 256, 64, 8, 2, kernel=Kernel.AMPERE), "256 accumulators a thread"),
+        (TileConfig(128, 128, 128, 8, 6, kernel=Kernel.WGMMA), "sm_90 only, not on sm_86"),
+        (TileConfig(128, 128, 64, 4, 3, kernel=Kernel.TRITON, stream_k=1), "stream_k = 1: legal for the triton"),
+        (TileConfig(128, 128, 128, 4, 4, kernel=Kernel.MMA_SYNC), "131072 bytes of shared memory"),
+        (TileConfig(16, 64, 128, 8, 4, kernel=Kernel.MMA_SYNC), "8 warps: a warp needs 16 rows and 16 columns"),
+        (TileConfig(256, 256, 64, 8, 2, kernel=Kernel.MMA_SYNC), "256 accumulators a thread"),
     ],
 )
 def test_illegal_says_why(config, reason):
@@ -75,26 +75,18 @@ def test_warp_grid_covers_the_warps(config):
     assert m * n == config.num_warps
 
 
-@given(st.dictionaries(st.integers(1, 40000), CONFIGS, max_size=5))
-def test_plan_survives_an_operators_schema(rungs):
-    plan = Plan(tuple(sorted(rungs.items())))
-    assert Plan.from_ints(plan.to_ints()) == plan
+@given(CONFIGS, CONFIGS)
+def test_ids_tell_configurations_apart(a, b):
+    assert (a.id == b.id) is (a == b)
+    assert len(a.id) == 12
 
 
-def test_plan_chooses_nearest_in_log():
-    low, high = TileConfig(64, 64, 64, 4, 3), TileConfig(128, 128, 64, 8, 3)
-    plan = Plan(((1000, low), (9000, high)))
-    assert plan.choose(GemmShape(1000, 8, 8)) == low
-    assert plan.choose(GemmShape(2999, 8, 8)) == low
-    assert plan.choose(GemmShape(3001, 8, 8)) == high
-    for far in (1, 249, 36001):
-        assert plan.choose(GemmShape(far, 8, 8)) == spec.default_config(GemmShape(far, 8, 8))
-    assert Plan().choose(GemmShape(5, 8, 8)) == spec.default_config(GemmShape(5, 8, 8))
-
-
-def test_plan_of_a_wrong_length():
-    with pytest.raises(ConfigError, match="multiple of 9"):
-        Plan.from_ints([1, 2, 3])
+def test_ids_are_those_of_the_files():
+    """An id is written into files: it must not follow the text for people, nor a later field with a default."""
+    assert TileConfig(128, 128, 64, 8, 4).id == "e77fa9334873"
+    assert TileConfig(256, 128, 128, 8, 4, 12, Kernel.WGMMA, 1).id == "165dc9ca317b"
+    assert [kernel.value for kernel in Kernel] == ["triton", "mma_sync", "wgmma"]
+    assert [operation.value for operation in spec.Operation] == ["gemm", "swiglu"]
 
 
 def test_errors_form_one_tree():

@@ -129,7 +129,7 @@ def test_the_property_of_several_configurations():
     d = Draw(GemmShape(3, 4, 5), TILES[0], "normal", 1, None, torch.float32)
     assert "against 16x32x32" in properties.configuration(d, subject)
     assert subjects.ours(EXECUTOR, TILES).tiles == TILES
-    aligned = subjects.Subject("mine", "cpu", output=output, tiles=(replace(bad, kernel=Kernel.AMPERE), TILES[0]))
+    aligned = subjects.Subject("mine", "cpu", output=output, tiles=(replace(bad, kernel=Kernel.MMA_SYNC), TILES[0]))
     for seed in range(2):  # another kernel would serve K = 5 in the name of the first
         assert properties.configuration(replace(d, seed=seed), aligned) is None
 

@@ -38,9 +38,9 @@ def test_launches_and_what_sanitizes_them(tmp_path):
 
 RACE = """\
 ========= COMPUTE-SANITIZER
-========= Error: Race reported between Read access at _gemm_hopper+0x100 in gemm_hopper.py:{start}
-=========     and Write access at _gemm_hopper+0x8f10 in gemm_hopper.py:{start} [233 hazards]
-=========     and Write access at _gemm_hopper+0x10020 in gemm_hopper.py:{other} [203 hazards]
+========= Error: Race reported between Read access at _gemm_wgmma+0x100 in gemm_wgmma.py:{start}
+=========     and Write access at _gemm_wgmma+0x8f10 in gemm_wgmma.py:{start} [233 hazards]
+=========     and Write access at _gemm_wgmma+0x10020 in gemm_wgmma.py:{other} [203 hazards]
 =========
 10 configurations at 2 shapes, 5 kernels over rows: launched
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
@@ -52,15 +52,15 @@ RACE = """\
     [
         ("gl.warp_specialize(", "", 0, "1 hazards, 0 of them ours"),
         ("acc = ", "", 1, "OURS"),
-        ("gl.warp_specialize(", "in gemm_hopper.py:", 1, "a kernel: an of no known line:0"),
+        ("gl.warp_specialize(", "in gemm_wgmma.py:", 1, "a kernel: an of no known line:0"),
         ("gl.warp_specialize(", ": launched", 1, "not every kernel was launched"),
         ("gl.warp_specialize(", "RACECHECK SUMMARY", 1, "the report cannot be read: no summary"),
     ],
 )  # fmt: skip
 def test_a_race_is_ours_unless_triton_starts_warps_there(tmp_path, other, cut, code, said):
     """As racecheck prints it: the lines of today's kernel, one of them changed, or the report incomplete."""
-    lines = (ROOT / "int8kit" / "kernels" / "gemm_hopper.py").read_text().splitlines()
-    start, end = (next(i for i, line in enumerate(lines, 1) if text in line) for text in ("def _gemm_hopper(", other))
+    lines = (ROOT / "int8kit" / "kernels" / "gemm_wgmma.py").read_text().splitlines()
+    start, end = (next(i for i, line in enumerate(lines, 1) if text in line) for text in ("def _gemm_wgmma(", other))
     report = tmp_path / "s.txt.racecheck"
     text = RACE.format(start=start, other=end)
     report.write_text(text.replace(cut, "") if cut else text)
@@ -71,9 +71,9 @@ def test_a_race_is_ours_unless_triton_starts_warps_there(tmp_path, other, cut, c
 
 def test_sanitize_asks_every_tool_and_judges_what_it_found(tmp_path):
     """With stand-ins for the sanitizer, which finds a race of Triton's and nothing else, and for the launches."""
-    lines = (ROOT / "int8kit" / "kernels" / "gemm_hopper.py").read_text().splitlines()
+    lines = (ROOT / "int8kit" / "kernels" / "gemm_wgmma.py").read_text().splitlines()
     start, end = (
-        next(i for i, t in enumerate(lines, 1) if s in t) for s in ("def _gemm_hopper(", "gl.warp_specialize(")
+        next(i for i, t in enumerate(lines, 1) if s in t) for s in ("def _gemm_wgmma(", "gl.warp_specialize(")
     )
     (tmp_path / "report").write_text(RACE.format(start=start, other=end))
     tool = tmp_path / "bin" / "compute-sanitizer"

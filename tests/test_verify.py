@@ -147,7 +147,7 @@ def test_more_configurations_than_the_databases_are_drawn():
     checks.run("batch", EXECUTOR, BASE, examples=150, more=more, on_example=lambda d: seen.append(d.config))
     known = {*CONFIGS, *checks.SMALL_TILES}
     assert len(set(seen) - known) > 5
-    assert all(config.kernel is Kernel.POINTER for config in seen)  # the others need a card
+    assert all(config.kernel is Kernel.TRITON for config in seen)  # the others need a card
 
 
 def _dying(job, on_example):
@@ -231,5 +231,5 @@ def test_needs_something_that_executes(monkeypatch):
         foreign.executors(gpus.get("rtx3090"))
     monkeypatch.setattr(foreign, "present", lambda: gpus.get("h200"))
     assert [e.arch for e in foreign.executors(gpus.get("rtx3090"))] == ["sm86", None]
-    assert [e.on for e in foreign.executors(gpus.get("rtx3090"))] == ["foreign", "native"]
+    assert [e.on for e in foreign.executors(gpus.get("rtx3090"))] == ["cross_arch", "native"]
     assert [e.arch for e in foreign.executors(gpus.get("h200"))] == [None]

@@ -47,7 +47,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = models.get(args.model)
     card = gpus.present() or gpus.get("rtx3090")
-    database, _ = db.gather(card, args.db)
+    database, _ = db.gather(card, gemm.toolchain(), args.db)
     with torch.device(device):
         transformer = model.build()
         stock = models.Case(height, width, text_tokens=args.text_tokens, slots=2048)
@@ -66,8 +66,7 @@ def main() -> None:
 
     run("bf16, as diffusers ships it", stock)
     run("bf16, text packed tight", tight)
-    tokens = [case.text_slots + case.image_tokens for case in inputs]
-    replace_linears(transformer, model.quantizes, lambda n, k: database.plan(n, k, tokens, gemm.toolchain()))
+    replace_linears(transformer, model.quantizes, lambda n, k: database.plan(n, k, gemm.toolchain()))
     run("int8, as diffusers packs it", stock)
     run("int8, text packed tight", tight)
     ideogram4.unmask(transformer)

@@ -29,13 +29,13 @@ DEVICE = "cpu" if DRY else "cuda"
 SHAPES = ((1, 128, 256), (300, 400, 1040))  # M, N, K: a row, and tails in all three
 POINTER = (TileConfig(16, 64, 128, 4, 4), TileConfig(128, 128, 64, 8, 4))
 AMPERE = tuple(
-    TileConfig(*tile, 8, Kernel.AMPERE, stream_k)
+    TileConfig(*tile, 8, Kernel.MMA_SYNC, stream_k)
     for *tile, stream_k in (
         (128, 128, 128, 4, 3, 0), (128, 128, 128, 4, 3, 2), (256, 128, 64, 8, 4, 1), (16, 64, 128, 4, 4, 4),
     )
 )  # fmt: skip
 HOPPER = tuple(
-    TileConfig(m, n, 128, 8, stages, 8, Kernel.HOPPER, stream_k)
+    TileConfig(m, n, 128, 8, stages, 8, Kernel.WGMMA, stream_k)
     for m, n, stages, stream_k in ((128, 128, 6, 0), (256, 128, 4, 0), (256, 128, 4, 1), (64, 128, 8, 1))
 )
 
@@ -46,7 +46,7 @@ def normal(*size: int) -> torch.Tensor:
 
 def products(config: TileConfig) -> None:
     """Sums, output and SwiGLU of one configuration at each shape."""
-    arch = "sm86" if config.kernel is Kernel.AMPERE else None
+    arch = "sm86" if config.kernel is Kernel.MMA_SYNC else None
     for m, n, k in SHAPES:
         x, w = (torch.randint(-128, 128, (rows, k), dtype=torch.int8, device=DEVICE) for rows in (m, n))
         sx, sw, bias = torch.rand(m, device=DEVICE), torch.rand(n, device=DEVICE), normal(n)

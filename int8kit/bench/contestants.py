@@ -84,7 +84,7 @@ def ours(card: Gpu, *, gpu: str | None = None, path: Path | None = None, arch: s
     def database(of: Gpu) -> Database:
         if given and given.gpu.arch == of.arch:
             return given
-        return db.gather(of, toolchain=gemm.toolchain())[0]
+        return db.gather(of, gemm.toolchain())[0]
 
     contestants = int8kit(database(named if named.arch == card.arch else card))
     if arch not in (None, f"sm{card.arch}"):
@@ -133,18 +133,18 @@ def int8kit(database: Database, arch: str | None = None) -> list[Contestant]:
                 partial(gemm.scaled_mm, o.xq, w, o.sx, o.sw, o.bias, config=chosen.config, out=out, arch=arch)
                 for w in o.weights
             ],
-            f"{chosen.config}, {chosen.rung}",
+            f"{chosen.config}, {chosen.level}",
         )
 
     def linear(o: Operands) -> Entrant:
         chosen, shape = choice(o), o.shape
         if arch is None:
-            plan = database.plan(shape.n, shape.k, [shape.m], gemm.toolchain())
+            plan = database.plan(shape.n, shape.k, gemm.toolchain())
             launches: list[Launch] = [partial(ops.int8_linear, o.x, w, o.sw, o.bias, plan=plan) for w in o.weights]
         else:
             out = o.output()
             launches = [partial(_foreign_linear, o, w, chosen.config, out, arch) for w in o.weights]
-        return Entrant(launches, f"{chosen.config}, {chosen.rung}")
+        return Entrant(launches, f"{chosen.config}, {chosen.level}")
 
     return [
         Contestant(name, "gemm", f"fused epilogue, {code}", product, ours=True),

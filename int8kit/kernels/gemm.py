@@ -6,9 +6,9 @@
     sx [M] fp32, sw [N] fp32, bias [N] bf16 | fp16 | fp32 or absent
     out [M, N] bf16 | fp16 | fp32, or the int32 sums themselves, contiguous along N, any stride between rows
 
-`TileConfig.kernel` names the device code: `gemm_pointer`, `gemm_ampere` or `gemm_hopper`. All compute the same bits.
+`TileConfig.kernel` names the device code: `gemm_triton`, `gemm_mma_sync` or `gemm_wgmma`. All compute the same bits.
 Where the named one cannot serve, because this Triton has no Gluon or another one, or the tensors' rows are not aligned,
-the pointer kernel does, with `spec.default_config` and a warning, once for each reason. Each of the modules has
+the Triton kernel does, with `spec.default_config` and a warning, once for each reason. Each of the modules has
 
     why_not(operands)                the reason why it cannot serve these tensors, or None
     launch(operands, config, options)
@@ -26,10 +26,10 @@ from typing import Any
 import torch
 import triton
 
-from int8kit.db import Toolchain
 from int8kit.fingerprint import fingerprint
 from int8kit.kernels.operands import OUT_DTYPES, Operands, interpreted, on_device
 from int8kit.spec import ConfigError, GemmShape, Kernel, TileConfig, default_config
+from int8kit.toolchain import Toolchain
 
 __all__ = [
     "OUT_DTYPES",
@@ -46,7 +46,7 @@ __all__ = [
 
 
 class Fallback(UserWarning):
-    """The pointer kernel serves instead of the one that was named. The tuner and the verifier take it for an error."""
+    """The Triton kernel serves instead of the one that was named. The tuner and the verifier take it for an error."""
 
 
 @lru_cache(maxsize=len(Kernel))
@@ -59,7 +59,7 @@ def module(kernel: Kernel) -> Any:
 
 
 @lru_cache(maxsize=len(Kernel))
-def kernel_hash(kernel: Kernel = Kernel.POINTER) -> str:
+def kernel_hash(kernel: Kernel = Kernel.TRITON) -> str:
     """12 hexadecimal digits for all that decides a kernel's result: host code, device code, constants and options.
 
     See `fingerprint` for the edits that keep it. Raises OSError where the source cannot be read, ConfigError if this
@@ -80,7 +80,7 @@ def toolchain() -> Toolchain:
 
 def why_not(operands: Operands, kernel: Kernel) -> str | None:
     """The reason why `kernel` cannot serve these tensors here, or None."""
-    if kernel is not Kernel.POINTER and interpreted():
+    if kernel is not Kernel.TRITON and interpreted():
         return "it is written in Gluon, which Triton's interpreter does not run"
     try:
         reason: str | None = module(kernel).why_not(operands)
@@ -178,7 +178,7 @@ def _launch(operands: Operands, config: TileConfig, arch: str | None) -> None:
                     module(config.kernel).launch(operands, config, options)
                     return
                 except Exception as error:
-                    if config.kernel is Kernel.POINTER or not _is_compilers(error):
+                    if config.kernel is Kernel.TRITON or not _is_compilers(error):
                         raise
                     reason = f"Triton {triton.__version__} does not compile {config}"
             _notice(config.kernel, reason)
@@ -197,7 +197,7 @@ def _is_compilers(error: Exception) -> bool:
 def _notice(kernel: Kernel, reason: str) -> None:
     """Warn, once for each reason."""
     warnings.warn(
-        f"the pointer kernel serves instead of the {kernel} kernel, same bits but slower: {reason}",
+        f"the {Kernel.TRITON} kernel serves instead of the {kernel} kernel, same bits but slower: {reason}",
         Fallback,
         stacklevel=4,
     )

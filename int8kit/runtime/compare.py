@@ -24,10 +24,11 @@ from typing import Any
 import torch
 
 from int8kit import gpus, models, ops
+from int8kit.lookup import Plan
 from int8kit.models import Case
 from int8kit.runtime import ideogram4
 from int8kit.runtime.linear import Int8Linear, replace_linears
-from int8kit.spec import FileError, Plan
+from int8kit.spec import FileError
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from int8kit import __version__, db, files, gpus
+from int8kit import __version__, db, files, gpus, lookup
 from int8kit.db import Choice
 from int8kit.kernels import gemm
 from int8kit.models import Case
@@ -96,7 +96,7 @@ def generate(request: Request) -> Outcome:
     card = gpus.present()
     gpu = gpus.get(request.gpu) if request.gpu else card or gpus.get("rtx3090")
     toolchain = gemm.toolchain()
-    database, paths = db.gather(gpu, request.database, toolchain)
+    database, paths = db.gather(gpu, toolchain, request.database)
     device = torch.device("cpu" if card is None else "cuda")
 
     start = time.perf_counter()
@@ -107,8 +107,9 @@ def generate(request: Request) -> Outcome:
     pipe, choices = ideogram4.prepare(stock, request.prompt, case, database, device, toolchain)
     if request.strict and (unproven := unproven_of(choices)):
         raise CheckFailed(
-            f"{len(unproven)} of {len(choices)} configurations are not proven with the present kernels, first "
-            f"{unproven[0].config} for {unproven[0].shape}; see `int8kit verify --gpu {gpu.alias}`"
+            f"{len(unproven)} of {len(choices)} configurations are not proven under Triton {toolchain.triton} with the "
+            f"present kernels, first {unproven[0].config} for {unproven[0].shape}; run `int8kit verify --gpu "
+            f"{gpu.alias}` on a GPU, which stamps what holds"
         )
     prepared = time.perf_counter()
 
@@ -155,7 +156,7 @@ def generate(request: Request) -> Outcome:
 
 def unproven_of(choices: Iterable[tuple[Choice, int]]) -> list[Choice]:
     """Those that are from a database's entry that no verification with the present kernels has stamped."""
-    return [choice for choice, _ in choices if choice.rung != db.RUNGS[-1] and not choice.verified]
+    return [choice for choice, _ in choices if choice.level != lookup.DEFAULT and not choice.verified]
 
 
 def save(outcome: Outcome, path: Path) -> None:

@@ -21,10 +21,12 @@ from diffusers import Ideogram4Pipeline
 from diffusers.models.transformers.transformer_ideogram4 import Ideogram4Attention, Ideogram4AttnProcessor
 
 from int8kit import models
-from int8kit.db import Choice, Database, Toolchain
+from int8kit.db import Choice, Database
+from int8kit.lookup import Plan
 from int8kit.models import PATCH
 from int8kit.runtime.linear import replace_linears
-from int8kit.spec import FileError, GemmShape, InputError, Plan, UnknownName
+from int8kit.spec import FileError, GemmShape, InputError, UnknownName
+from int8kit.toolchain import Toolchain
 
 MAX_TEXT_TOKENS = 2048
 BRANCHES = {"cond": "transformer", "uncond": "unconditional_transformer"}
@@ -90,7 +92,7 @@ def prepare(
     pipe: Any,
     prompt: str,
     case: models.Case,
-    database: Database | None,
+    database: Database,
     device: torch.device,
     toolchain: Toolchain,
 ) -> tuple[Int8Pipeline, list[tuple[Choice, int]]]:
@@ -114,9 +116,9 @@ def prepare(
     plans: dict[tuple[int, int], Plan] = {}
 
     def plan(n: int, k: int) -> Plan:
-        if database is not None and (n, k) not in plans:
-            plans[n, k] = database.plan(n, k, rows.values(), toolchain)
-        return plans.get((n, k), Plan())
+        if (n, k) not in plans:
+            plans[n, k] = database.plan(n, k, toolchain)
+        return plans[n, k]
 
     layers: dict[GemmShape, int] = {}
     for branch, part in BRANCHES.items():
@@ -127,10 +129,4 @@ def prepare(
         unmask(transformer)
         transformer.to(device)
     int8.vae.to(device)
-    chosen = []
-    for shape, count in sorted(layers.items()):
-        if database is not None:
-            chosen.append((database.resolve(shape, toolchain), count))
-        else:
-            chosen.append((Choice(shape, Plan().choose(shape), "default", "no database for this card"), count))
-    return int8, chosen
+    return int8, [(database.resolve(shape, toolchain), count) for shape, count in sorted(layers.items())]

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from int8kit import ops
-from int8kit.spec import GemmShape, Plan, ShapeError
+from int8kit.lookup import Plan
+from int8kit.spec import GemmShape, ShapeError
 
 
 class Int8Linear(torch.nn.Module):

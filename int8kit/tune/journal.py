@@ -1,6 +1,6 @@
 """What a run of the tuner has done, a line at a time: kill it at any moment, and the same command goes on from there.
 
-    {"format": "int8kit.journal/1", "run": {"gpu": "rtx3090", "source": "proxy", "card": "NVIDIA H200", ...}}
+    {"format": "int8kit.journal/2", "run": {"gpu": "rtx3090", "source": "proxy", "card": "NVIDIA H200", ...}}
     {"compiled": {"config": {"block_m": 128, ...}, "even_k": true, "resources": {"registers": 168, ...}}}
     {"compiled": {"config": {"block_m": 256, ...}, "even_k": true, "failed": "crash: the compiler ended its process"}}
     {"wrong": {"m": 4096, "n": 4608, "k": 4608, "config": {...}, "reason": "compile: ..."}}
@@ -36,7 +36,7 @@ from int8kit.tune.measure import Times
 from int8kit.tune.search import Trail
 from int8kit.tune.workers import Job, Outcome
 
-FORMAT = "int8kit.journal/1"
+FORMAT = "int8kit.journal/2"
 
 
 class Journal:

@@ -33,16 +33,16 @@ LAUNCH_US = 10.3  # of a launch, its first copies and its last stores
 
 # mma.sync code
 FRAGMENT_CLOCKS = 17.4  # of a warp's load of 512 bytes of fragments, in the way of its products
-STEP_CLOCKS = {Kernel.POINTER: 290.0, Kernel.AMPERE: 51.0}  # of a step that a lone warp a scheduler does not hide
+STEP_CLOCKS = {Kernel.TRITON: 290.0, Kernel.MMA_SYNC: 51.0}  # of a step that a lone warp a scheduler does not hide
 COPY_CLOCKS = 1150.0  # until a step of few bytes is in shared memory, shared by the steps in flight
 COPY_BYTES = 32768  # of a step that takes twice as long
 BLOCK_CLOCKS = 320.0  # of a tile that nothing hides
 STREAM_CLOCKS = 41600.0  # of putting and fetching the sums of 128 x 128
 
 # wgmma code
-TENSOR = {Kernel.POINTER: 1.54, Kernel.HOPPER: 1.07}  # times what the tensor cores' peak takes
+TENSOR = {Kernel.TRITON: 1.54, Kernel.WGMMA: 1.07}  # times what the tensor cores' peak takes
 WGMMA_COPY_CLOCKS = 1460.0
-TILE_CLOCKS = {Kernel.POINTER: 22500.0, Kernel.HOPPER: 3270.0}  # of a tile beside its steps; pointer: of 128 x 128
+TILE_CLOCKS = {Kernel.TRITON: 22500.0, Kernel.WGMMA: 3270.0}  # of a tile beside its steps; pointer: of 128 x 128
 EPILOGUE_CLOCKS = 7030.0  # of 128 x 128 of a tile that both multipliers share, and nothing hides
 SUMS_CLOCKS = 57700.0  # of 128 x 128 that are put and fetched
 
@@ -153,7 +153,7 @@ def estimate(shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gp
     tiles = math.ceil(shape.m / config.block_m) * math.ceil(shape.n / config.block_n)
     dram_us = _dram_bytes(shape, config, gpu, resident) / gpu.dram_gb_s / 1e3
     warpgroups = gpu.arch in (90, 100) and config.num_warps >= 4 and config.block_m >= 64
-    if config.kernel is Kernel.HOPPER or (config.kernel is Kernel.POINTER and warpgroups):
+    if config.kernel is Kernel.WGMMA or (config.kernel is Kernel.TRITON and warpgroups):
         clocks = _wgmma_clocks(shape, config, gpu, tiles, resident)
     else:
         clocks = _mma_clocks(shape, config, resources, gpu, tiles, resident)
@@ -207,7 +207,7 @@ def _mma_clocks(
     mma = bm * bn * bk / (16 * 8 * 32) * product + fragments / 512 * FRAGMENT_CLOCKS
     shared = (fragments + (bm + bn) * bk) / SHARED_BYTES_CLOCK
     l2 = (bm + bn) * bk / (L2_REACH * gpu.l2_gb_s * 1e9 / (gpu.sms * clock))
-    flying = config.num_stages - (1.2 if config.kernel is Kernel.POINTER else 0.2)
+    flying = config.num_stages - (1.2 if config.kernel is Kernel.TRITON else 0.2)
     copies = COPY_CLOCKS * (1 + (bm + bn) * bk / COPY_BYTES) / flying
     spill = 2 * resources.spill_bytes * 32 * warps / SHARED_BYTES_CLOCK
     size = bm * bn / 128**2
@@ -243,7 +243,7 @@ def _wgmma_clocks(shape: GemmShape, config: TileConfig, gpu: Gpu, tiles: int, re
     size = bm * bn / 128**2
     tensor = TENSOR[config.kernel] * 2 * bm * bn * bk / (gpu.int8_tops * 1e12 / (gpu.sms * clock))
     l2 = (bm + bn) * bk / (L2_REACH * gpu.l2_gb_s * 1e9 / (gpu.sms * clock))
-    if config.kernel is Kernel.POINTER:
+    if config.kernel is Kernel.TRITON:
         copies = WGMMA_COPY_CLOCKS / (config.num_stages - 1)
         rounds, left = divmod(tiles, gpu.sms * resident)
         rest = math.ceil(left / gpu.sms)
@@ -272,7 +272,7 @@ def _most(*parts: float) -> float:
 def _warp_tile(config: TileConfig) -> tuple[int, int]:
     """Rows and columns of the tile that one warp makes: the block's, halved along the longer side for each doubling."""
     m, n, warps = config.block_m, config.block_n, config.num_warps
-    if config.kernel is Kernel.AMPERE:
+    if config.kernel is Kernel.MMA_SYNC:
         return m // warp_grid(config)[0], n // warp_grid(config)[1]
     while warps > 1:
         if m >= n:

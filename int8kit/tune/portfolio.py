@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from int8kit.schema import Entry, RunnerUp
-from int8kit.spec import TileConfig
+from int8kit.spec import TIE, TileConfig
 
-SLACK = 0.01
+SLACK = TIE
 
 
 def kernel(config: TileConfig) -> TileConfig:

@@ -5,7 +5,7 @@
 
 On a card, a shape goes through rounds (`Trail`), and `session` through the shapes of a round side by side:
 
-    0      `first`: the default, what the database has for near shapes, the model's first ones of the pointer kernel and
+    0      `first`: the default, what the database has for near shapes, the model's first ones of the Triton kernel and
            all seeds of the others that the model does not rule out
     1, 2   `ahead`, `worthwhile`: the fastest so far, with their untried neighbours in the space of all legal
            configurations and the fastest of near shapes; a shape is `settled` once a round has found nothing faster
@@ -29,12 +29,23 @@ from typing import Any
 from int8kit.db import Database
 from int8kit.gpus import Gpu
 from int8kit.schema import Entry, Resources, RunnerUp
-from int8kit.spec import POLICY, CheckFailed, GemmShape, Kernel, Source, TileConfig, default_config, is_near, kernels_of
+from int8kit.spec import (
+    POLICY,
+    TIE,
+    CheckFailed,
+    GemmShape,
+    Kernel,
+    Source,
+    TileConfig,
+    default_config,
+    is_near,
+    kernels_of,
+)
 from int8kit.tune import offline, space, workers
 from int8kit.tune.measure import Times
 from int8kit.tune.tasks import Timed
 
-CONTESTANTS = 4  # of each shape and the pointer kernel, by the model; of 69 shapes on two cards only its default won
+CONTESTANTS = 4  # of each shape and the Triton kernel, by the model; of 69 shapes on two cards only its default won
 RULED_OUT = 1.4  # times the model's best: seeds beyond it are not timed
 WORTHWHILE = 1.2  # times the leader, by the model: neighbours beyond it are not timed
 FRESH = 24  # neighbours in a round: where reading the weight is all, the model rules out next to none
@@ -46,7 +57,7 @@ HOTTEST = 6  # that are timed hot
 BANDED = 2  # of these in bands of every width, which no model tells apart
 FINALISTS = 4  # of those, timed again
 RUNNERS_UP = 3  # finalists that an entry keeps beside the winner
-MARGIN = 0.01  # a tie within 1 % keeps the default
+MARGIN = TIE  # a tie keeps the default
 SIFTING_SAMPLES, FINAL_SAMPLES = 3, 9
 
 
@@ -171,10 +182,10 @@ def first(shape: GemmShape, gpu: Gpu, found: Space, known: Database) -> list[Til
     """What round 0 times. known: entries whose configurations for near shapes are tried too."""
     ranked = rank(space.candidates(shape, gpu), shape, found)
     bound = ranked[0][0] * RULED_OUT if ranked else 0.0
-    plain = [config for _, config, _ in ranked if config.kernel is Kernel.POINTER][:CONTESTANTS]
+    plain = [config for _, config, _ in ranked if config.kernel is Kernel.TRITON][:CONTESTANTS]
     # the seeds of wgmma code are few
-    fitted = [config for us, config, _ in ranked if config.kernel is Kernel.AMPERE and us <= bound]
-    others = [*fitted, *(config for _, config, _ in ranked if config.kernel is Kernel.HOPPER)]
+    fitted = [config for us, config, _ in ranked if config.kernel is Kernel.MMA_SYNC and us <= bound]
+    others = [*fitted, *(config for _, config, _ in ranked if config.kernel is Kernel.WGMMA)]
     theirs = [config for _, config, _ in rank(of_near(shape, gpu, known), shape, found)]
     return list(dict.fromkeys([default_config(shape), *plain, *others, *theirs]))
 
@@ -245,7 +256,7 @@ def entry(trail: Trail, timed: Timed, found: Space, source: Source, card: Gpu) -
     return Entry(
         m=shape.m, n=shape.n, k=shape.k, source=source, triton=triton.__version__, tried=len(trail.tried),
         default_us=round(final[default].p50, 2), bf16_us=round(timed.bf16.p50, 2) if timed.bf16 else None,
-        measured_on=card.name, card_state=timed.state, policy=POLICY,
+        measured_on=card.name, gpu_state=timed.state, policy=POLICY,
         runners_up=tuple(RunnerUp(**result(config)) for config in others[:RUNNERS_UP]), **result(winner),
     )  # fmt: skip
 

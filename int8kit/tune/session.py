@@ -26,6 +26,7 @@ from typing import Any
 from int8kit import db
 from int8kit.db import Database
 from int8kit.gpus import Gpu
+from int8kit.kernels import gemm
 from int8kit.schema import Entry
 from int8kit.spec import POLICY, CheckFailed, GemmShape, Source, TileConfig, default_config
 from int8kit.tune import measure, portfolio, search, space, tasks, workers
@@ -63,8 +64,6 @@ class Target:
     @property
     def identity(self) -> dict[str, Any]:
         """What makes results of two runs comparable, as plain JSON."""
-        from int8kit.kernels import gemm
-
         chain = gemm.toolchain()
         return {
             "gpu": self.gpu.alias,
@@ -154,7 +153,7 @@ def _tune(
             for shape in left:
                 one.attempt(shape, partial(_modelled, shape, target.gpu, found, keep), outcome)
         else:
-            yield from one.explore(left, db.gather(target.gpu)[0])
+            yield from one.explore(left, db.gather(target.gpu, gemm.toolchain())[0])
             yield from one.finish(left, keep, outcome)
         outcome.entries = [journal.chosen[shape] for shape in wanted if shape in journal.chosen]
         reduced = portfolio.reduce(outcome.entries)

@@ -5,7 +5,7 @@
     neighbours(config, gpu)  the legal ones a step away: what the search tries around the fastest
 
 Legality is `spec.why_illegal` and nothing else: what it leaves out would not run (tests/test_space.py compiles some of
-it, and finds more shared memory than the card has, or spills). The seeds are a choice: of the pointer kernel a grid
+it, and finds more shared memory than the card has, or spills). The seeds are a choice: of the Triton kernel a grid
 without what is legal and never won, tiles under 64 x 64 (for M of 64 and more), more than 5 stages, one or two warps on
 a large tile; of the other kernels, which take longer to compile, a list of those that won somewhere and some between.
 
@@ -72,7 +72,7 @@ def seeds(gpu: Gpu) -> tuple[TileConfig, ...]:
 
 
 def _listed(gpu: Gpu) -> Iterator[TileConfig]:
-    kernel, rows = (Kernel.HOPPER, _HOPPER) if gpu.arch == 90 else (Kernel.AMPERE, _AMPERE)
+    kernel, rows = (Kernel.WGMMA, _HOPPER) if gpu.arch == 90 else (Kernel.MMA_SYNC, _AMPERE)
     for m, n, k, warps, all_stages, shares in rows:
         for stages, stream_k in product(all_stages, shares):
             yield TileConfig(m, n, k, warps, stages, GROUP_M, kernel, stream_k)
@@ -86,7 +86,7 @@ def candidates(shape: GemmShape, gpu: Gpu) -> list[TileConfig]:
 def suits(config: TileConfig, shape: GemmShape) -> bool:
     """False for a tile much higher than M, and where K is no multiple of the 16 bytes that a kernel copies at once."""
     low = config.block_m <= max(64, 2 * shape.m)
-    return low and (config.kernel is Kernel.POINTER or shape.k % 16 == 0)
+    return low and (config.kernel is Kernel.TRITON or shape.k % 16 == 0)
 
 
 def neighbours(config: TileConfig, gpu: Gpu) -> list[TileConfig]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from int8kit.gpus import Gpu, present
-from int8kit.schema import CardState, Resources
+from int8kit.schema import GpuState, Resources
 from int8kit.spec import CheckFailed, ConfigError, GemmShape, TileConfig
 from int8kit.tune import measure
 from int8kit.tune.measure import Times
@@ -24,7 +24,7 @@ class Timed:
     times: dict[TileConfig, Times]
     wrong: dict[TileConfig, str]  # out, and why
     bf16: Times | None = None  # torch's bf16 product, if it was asked for
-    state: CardState | None = None  # of the card at work, with `bf16`
+    state: GpuState | None = None  # of the card at work, with `bf16`
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def time_configs(
     state = None
     if last and exact:
         state = measure.under_load(partial(bench.call, exact[0]), times[0].p50)
-    return Timed(dict(zip(exact, times, strict=True)), wrong, last, CardState(**state) if state else None)
+    return Timed(dict(zip(exact, times, strict=True)), wrong, last, GpuState(**state) if state else None)
 
 
 def launch(shape: GemmShape, arch: str | None, config: TileConfig) -> str | None:

@@ -14,16 +14,16 @@ Examples are drawn, shrunk and told by `hold`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from int8kit import reference
-from int8kit.db import Database
+from int8kit.db import Choice, Database, Key
 from int8kit.kernels import gemm, quantize
-from int8kit.schema import Entry, Stamp
+from int8kit.schema import Entry, Stamp, stamp
 from int8kit.spec import GemmShape, Kernel, TileConfig, default_config
 from int8kit.verify import fused, late, properties, subjects
 from int8kit.verify.bits import difference, operands
@@ -41,7 +41,7 @@ from int8kit.verify.strategies import (
     rows,
 )
 
-Stamps = dict[tuple[int, int, int, str], list[Stamp]]
+Stamps = dict[Key, list[Stamp]]
 """What passed, by entry key."""
 
 SMALL_TILES = (  # many tiles, bands and k-steps in a small matrix
@@ -128,7 +128,7 @@ def check_output(d: Draw, executor: Executor) -> str | None:
 def check_swiglu(d: Draw, executor: Executor) -> str | None:
     """How the output of the SwiGLU epilogue differs from the reference, or None; N is rounded up to a pair."""
     shape = GemmShape(d.shape.m, d.shape.n + d.shape.n % 2, d.shape.k)
-    if d.config.kernel is not Kernel.POINTER:
+    if d.config.kernel is not Kernel.TRITON:
         shape = GemmShape(shape.m, -(-shape.n // 16) * 16, shape.k)
     x, w, sx, sw, bias = operands(replace(d, shape=shape), executor.device)
     canvas = _canvas(d, shape.n // 2, d.out_dtype, executor.device)
@@ -149,7 +149,7 @@ def check_quantize(r: Rows, executor: Executor) -> str | None:
     return (why_s and f"scales: {why_s}") or (why_q and f"values: {why_q}")
 
 
-def check_entry(entry: Entry, executor: Executor) -> str | None:
+def check_entry(entry: Entry | Choice, executor: Executor) -> str | None:
     """How an entry's configuration differs from the truth on normal and on extreme data, or None.
 
     On a card at the entry's size, against `torch._int_mm` on every element and int64-exact arithmetic on sampled rows;
@@ -183,8 +183,8 @@ def _check_full(d: Draw, executor: Executor) -> str | None:
 
 
 def runs_on(config: TileConfig, executor: Executor) -> bool:
-    """False for what an executor cannot run: Triton's interpreter runs the pointer kernel alone."""
-    return executor.on != "interpreter" or config.kernel is Kernel.POINTER
+    """False for what an executor cannot run: Triton's interpreter runs the Triton kernel alone."""
+    return executor.on != "interpreter" or config.kernel is Kernel.TRITON
 
 
 def reduced(shape: GemmShape, config: TileConfig) -> GemmShape:
@@ -199,14 +199,14 @@ def reduced(shape: GemmShape, config: TileConfig) -> GemmShape:
     )  # fmt: skip
 
 
-def names(executor: Executor, database: Database) -> list[str]:
+def names(executor: Executor, database: Database, unlisted: Sequence[Choice] = ()) -> list[str]:
     """The checks that apply, in the order in which they are run."""
     found = ["accumulator", "output", "swiglu", *MORE]
     if not late.overlaps(executor.device):
         found.remove("order")
     if executor.arch is None:  # the kernels over rows have one source and no configuration
         found += ["quantize", *fused.KERNELS]
-    return [*found, "entries"] if database.entries else found
+    return [*found, "entries"] if database.entries or unlisted else found
 
 
 def run(
@@ -218,17 +218,20 @@ def run(
     random_seed: int = 0,
     more: Iterable[TileConfig] = (),
     kept: Iterable[Draw] = (),
+    unlisted: Sequence[Choice] = (),
     on_example: Callable[[object], None] = lambda _: None,
 ) -> tuple[Result, Stamps]:
     """One check of `names`: its result, and for "entries" the stamps of those that passed.
 
     Properties are tried over the database's configurations, the default, SMALL_TILES and `more`, and on `kept`: what
-    failed in earlier runs. on_example is told of each example before it is tried.
+    failed in earlier runs. unlisted: what serves shapes that have no entry, checked like entries. on_example is told of
+    each example before it is tried.
     """
-    tiles = {*SMALL_TILES, *(entry.config for entry in database.entries), default_config(GemmShape(1024, 1, 1)), *more}
+    served: tuple[Entry | Choice, ...] = (*database.entries, *unlisted)
+    tiles = {*SMALL_TILES, *(one.config for one in served), default_config(GemmShape(1024, 1, 1)), *more}
     with strict():
         if name == "entries":
-            return _check_entries(executor, database, on_example)
+            return _check_entries(executor, database, unlisted, on_example)
         return _property(name, executor, tiles, examples, random_seed, on_example, kept), {}
 
 
@@ -271,7 +274,7 @@ def _property(
         return hold(name, executor, gemms, lambda d, _: properties.ALL[name](d, ours), always=again, **more)
     check = CHECKS[name]
     always = (*_many(runnable), *_shared(runnable)) if name != "swiglu" else ()
-    if any(config.kernel is Kernel.POINTER for config in runnable):  # whose these are
+    if any(config.kernel is Kernel.TRITON for config in runnable):  # whose these are
         always += (*(_DEEP if limits.deep else _DEEP[:2]), *(_FAR[name] if limits.far else ()))
     gemms = draws(tuple(runnable), limits.most, limits.ops)
     return hold(name, executor, gemms, check, always=(*again, *always), **more)
@@ -285,7 +288,7 @@ def _many(tiles: Iterable[TileConfig]) -> tuple[Draw, ...]:
     tall, wide = (TileConfig(*block, num_warps=4, num_stages=2) for block in ((256, 16, 32), (16, 256, 32)))
     largest = {config.kernel: config for config in sorted(tiles, key=lambda c: c.block_m * c.block_n)}
     shapes = (GemmShape(65600, 16, 64), GemmShape(16, 65600, 64))
-    pairs = [(config, config) if kernel is not Kernel.POINTER else (tall, wide) for kernel, config in largest.items()]
+    pairs = [(config, config) if kernel is not Kernel.TRITON else (tall, wide) for kernel, config in largest.items()]
     return tuple(
         Draw(s, tile, "uniform", 1, None, torch.float32) for pair in pairs for s, tile in zip(shapes, pair, strict=True)
     )
@@ -310,33 +313,32 @@ CHECKS = {"accumulator": check_accumulator, "output": check_output, "swiglu": ch
 
 
 def _check_entries(
-    executor: Executor, database: Database, on_example: Callable[[object], None]
-) -> tuple[Result, Stamps]:  # fmt: skip
+    executor: Executor, database: Database, unlisted: Sequence[Choice], on_example: Callable[[object], None]
+) -> tuple[Result, Stamps]:
     import triton
 
     verdicts: dict[tuple[GemmShape, TileConfig], str | None] = {}
     stamps: Stamps = {}
     failure = None
-    serving = database.serving(gemm.toolchain())  # what another Triton compiles is not proven here
-    entries = [entry for entry in serving if runs_on(entry.config, executor)]
-    for entry in sorted(entries, key=lambda e: e.shape.ops):
-        stamp = Stamp(
-            on=executor.on,
-            device=executor.name,
-            of=entry.subject,
-            kernel=gemm.kernel_hash(entry.config.kernel),
-            triton=triton.__version__,
-        )
-        shape = reduced(entry.shape, entry.config) if executor.on == "interpreter" else entry.shape
-        on_example(f"{shape}, {entry.config}")
-        if (shape, entry.config) not in verdicts:
-            torch.cuda.empty_cache()  # shapes differ: what one leaves, the next cannot use; nothing without a card
+    # what another Triton compiles is not proven here
+    serving: list[Entry | Choice] = [*database.serving(gemm.toolchain()), *unlisted]
+    runnable = [one for one in serving if runs_on(one.config, executor)]
+    for one in sorted(runnable, key=lambda e: e.shape.ops):
+        shape = reduced(one.shape, one.config) if executor.on == "interpreter" else one.shape
+        on_example(f"{shape}, {one.config}")
+        if (shape, one.config) not in verdicts:
+            torch.cuda.empty_cache()  # shapes differ: what one leaves, the next cannot use; nothing without a GPU
             try:
-                verdicts[shape, entry.config] = check_entry(entry, executor)
+                verdicts[shape, one.config] = check_entry(one, executor)
             except Exception as error:
-                verdicts[shape, entry.config] = f"{entry.shape}, {entry.config}: {type(error).__name__}: {error}"
-        why = verdicts[shape, entry.config]
-        if why is None:
-            stamps[entry.key] = [stamp]
+                verdicts[shape, one.config] = f"{one.shape}, {one.config}: {type(error).__name__}: {error}"
+        why = verdicts[shape, one.config]
+        if why is None and isinstance(one, Entry):
+            stamps[one.key] = [
+                stamp(
+                    executor.on, device=executor.name, arch=executor.code, entry=one,
+                    kernel=gemm.kernel_hash(one.config.kernel), triton=triton.__version__,
+                )
+            ]  # fmt: skip
         failure = failure or why
-    return Result("entries", str(executor), len(entries), failure, skipped=len(serving) - len(entries)), stamps
+    return Result("entries", str(executor), len(runnable), failure, skipped=len(serving) - len(runnable)), stamps

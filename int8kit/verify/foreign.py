@@ -1,7 +1,7 @@
 """Another card's code on this one: where an entry's configuration can be executed, and what that proves.
 
 native       a card's own code, from the entry's configuration; on the entry's own card it is what `run` runs
-foreign      the launch option `arch="sm86"` makes Triton emit Ampere's code (mma.sync, cp.async) for a newer card:
+cross_arch   the launch option `arch="sm86"` makes Triton emit Ampere's code (mma.sync, cp.async) for a newer card:
              the instruction and the schedule of an RTX 3090, assembled for the card that is here
 interpreter  the same source in Triton's interpreter on a CPU, at reduced M, N and K: proves indices, masks and the
              order of the epilogue, and nothing of the compiler
@@ -22,10 +22,11 @@ from int8kit.spec import InputError
 class Executor:
     """What executes kernels here: the tensors' device, and the launch option that selects the code."""
 
-    on: Literal["native", "foreign", "interpreter"]
+    on: Literal["native", "cross_arch", "interpreter"]
     device: str  # torch device
     name: str  # for people and stamps
     arch: str | None = None
+    code: int | None = None  # architecture whose code is compiled, 86 for sm_86; None in the interpreter
 
     def __str__(self) -> str:
         return f"{self.name}, {self.arch} code" if self.arch else self.name
@@ -42,9 +43,9 @@ def executors(gpu: Gpu) -> list[Executor]:
     card = present()
     if card is None:
         raise InputError("no CUDA device here: set TRITON_INTERPRET=1 before triton is imported, as the verb does")
-    own = Executor("native", "cuda", card.name)
+    own = Executor("native", "cuda", card.name, code=card.arch)
     if gpu.arch in (80, 86, 89) and card.arch > gpu.arch:
-        return [Executor("foreign", "cuda", card.name, f"sm{gpu.arch}"), own]
+        return [Executor("cross_arch", "cuda", card.name, f"sm{gpu.arch}", gpu.arch), own]
     return [own]
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from int8kit.db import Database
+from int8kit.db import Choice, Database
 from int8kit.spec import TileConfig
 from int8kit.verify import checks, corpus
 from int8kit.verify.buffers import FAR_ROOM
@@ -56,12 +56,13 @@ class Proof:
     examples: int | None = None
     random_seed: int = 0
     more: tuple[TileConfig, ...] = ()
+    unlisted: tuple[Choice, ...] = ()
 
     def __call__(self, job: Job, on_example: Callable[[object], None]) -> Outcome:
         """See `Judge`."""
         return checks.run(
             job.name, job.executor, self.database, examples=self.examples, random_seed=self.random_seed,
-            more=self.more, kept=corpus.load(job.name), on_example=on_example,
+            more=self.more, kept=corpus.load(job.name), unlisted=self.unlisted, on_example=on_example,
         )  # fmt: skip
 
 

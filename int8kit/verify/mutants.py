@@ -1,6 +1,6 @@
 """The catalogue of seeded faults: what the verifier must catch, each one replacement in one kernel source file.
 
-    Mutant("k-tail-dropped", "kernels/gemm_pointer.py",
+    Mutant("k-tail-dropped", "kernels/gemm_triton.py",
            old="for k in range(0, K, BLOCK_K):", new="for k in range(0, K - BLOCK_K + 1, BLOCK_K):",
            fault="the last, partial step of K is left out", expected="accumulator")
 
@@ -23,8 +23,8 @@ from int8kit.spec import Kernel, TileConfig
 
 _GLUON = "written in Gluon, which the interpreter does not run"
 _FILES = {
-    "kernels/gemm_ampere.py": Kernel.AMPERE, "kernels/gemm_hopper.py": Kernel.HOPPER,
-    "kernels/schedule.py": Kernel.AMPERE,
+    "kernels/gemm_mma_sync.py": Kernel.MMA_SYNC, "kernels/gemm_wgmma.py": Kernel.WGMMA,
+    "kernels/schedule.py": Kernel.MMA_SYNC,
 }  # fmt: skip
 
 
@@ -43,33 +43,33 @@ class Mutant:
     @property
     def kernel(self) -> Kernel:
         """The kernel whose configurations run the fault. `schedule` serves two; Ampere's runs on more cards."""
-        return _FILES.get(self.file, Kernel.POINTER)
+        return _FILES.get(self.file, Kernel.TRITON)
 
     @property
     def needs_card(self) -> str:
         """Why Triton's interpreter cannot show the fault, or ""."""
-        return _GLUON if self.kernel is not Kernel.POINTER else self.card
+        return _GLUON if self.kernel is not Kernel.TRITON else self.card
 
 
 TILES = {  # small, so that a small matrix has many of them; whole tiles and stream-K
-    Kernel.AMPERE: (
-        TileConfig(16, 64, 64, num_warps=4, num_stages=2, group_m=2, kernel=Kernel.AMPERE),
-        TileConfig(64, 64, 128, num_warps=4, num_stages=3, group_m=1, kernel=Kernel.AMPERE),
-        TileConfig(16, 64, 64, num_warps=4, num_stages=3, group_m=3, kernel=Kernel.AMPERE, stream_k=1),
-        TileConfig(32, 64, 128, num_warps=4, num_stages=2, group_m=8, kernel=Kernel.AMPERE, stream_k=2),
+    Kernel.MMA_SYNC: (
+        TileConfig(16, 64, 64, num_warps=4, num_stages=2, group_m=2, kernel=Kernel.MMA_SYNC),
+        TileConfig(64, 64, 128, num_warps=4, num_stages=3, group_m=1, kernel=Kernel.MMA_SYNC),
+        TileConfig(16, 64, 64, num_warps=4, num_stages=3, group_m=3, kernel=Kernel.MMA_SYNC, stream_k=1),
+        TileConfig(32, 64, 128, num_warps=4, num_stages=2, group_m=8, kernel=Kernel.MMA_SYNC, stream_k=2),
     ),
-    Kernel.HOPPER: (
-        TileConfig(64, 64, 128, num_warps=8, num_stages=3, group_m=2, kernel=Kernel.HOPPER),
-        TileConfig(256, 64, 128, num_warps=8, num_stages=4, group_m=1, kernel=Kernel.HOPPER),
-        TileConfig(64, 128, 128, num_warps=8, num_stages=4, group_m=8, kernel=Kernel.HOPPER, stream_k=1),
-        TileConfig(256, 64, 128, num_warps=8, num_stages=3, group_m=3, kernel=Kernel.HOPPER, stream_k=1),
+    Kernel.WGMMA: (
+        TileConfig(64, 64, 128, num_warps=8, num_stages=3, group_m=2, kernel=Kernel.WGMMA),
+        TileConfig(256, 64, 128, num_warps=8, num_stages=4, group_m=1, kernel=Kernel.WGMMA),
+        TileConfig(64, 128, 128, num_warps=8, num_stages=4, group_m=8, kernel=Kernel.WGMMA, stream_k=1),
+        TileConfig(256, 64, 128, num_warps=8, num_stages=3, group_m=3, kernel=Kernel.WGMMA, stream_k=1),
     ),
 }
 """Configurations of the Gluon kernels that their mutants run with; those of the plain one are `checks.SMALL_TILES`."""
 
 
 def _pointer(name: str, old: str, new: str, fault: str, expected: str = "accumulator", card: str = "") -> Mutant:
-    return Mutant(name, "kernels/gemm_pointer.py", old, new, fault, expected, card)
+    return Mutant(name, "kernels/gemm_triton.py", old, new, fault, expected, card)
 
 
 _POINTER = (
@@ -365,7 +365,7 @@ _FUSED = (
 
 
 def _ampere(name: str, old: str, new: str, fault: str, expected: str = "accumulator") -> Mutant:
-    return Mutant(name, "kernels/gemm_ampere.py", old, new, fault, expected)
+    return Mutant(name, "kernels/gemm_mma_sync.py", old, new, fault, expected)
 
 
 def _schedule(name: str, old: str, new: str, fault: str) -> Mutant:
@@ -373,7 +373,7 @@ def _schedule(name: str, old: str, new: str, fault: str) -> Mutant:
 
 
 def _hopper(name: str, old: str, new: str, fault: str, expected: str = "accumulator") -> Mutant:
-    return Mutant(name, "kernels/gemm_hopper.py", old, new, fault, expected)
+    return Mutant(name, "kernels/gemm_wgmma.py", old, new, fault, expected)
 
 
 _AMPERE = (

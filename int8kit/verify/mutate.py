@@ -154,8 +154,8 @@ def _idle(mutant: Mutant, executors: list[Executor]) -> Verdict | None:
     if executors[-1].on == "interpreter":
         return Verdict(*about, "needs a card", evidence=mutant.needs_card) if mutant.needs_card else None
     card = present()
-    if mutant.kernel is Kernel.HOPPER and card is not None and card.arch != 90:
-        return Verdict(*about, "not applicable", evidence=f"the hopper kernel runs on sm_90 only, not on {card.name}")
+    if mutant.kernel is Kernel.WGMMA and card is not None and card.arch != 90:
+        return Verdict(*about, "not applicable", evidence=f"the wgmma kernel runs on sm_90 only, not on {card.name}")
     return None
 
 
@@ -166,13 +166,13 @@ def _job(mutant: Mutant, executors: list[Executor]) -> _Job:
 
 def _properties(kernel: Kernel) -> tuple[str, ...]:
     """Those that a kernel's faults may break: the rows' kernels are plain Triton, and only Hopper's begins early."""
-    more = {Kernel.POINTER: PROPERTIES[3:], Kernel.HOPPER: ("order",)}
+    more = {Kernel.TRITON: PROPERTIES[3:], Kernel.WGMMA: ("order",)}
     return (*PROPERTIES[:3], *more.get(kernel, ()))
 
 
 def _executor(kernel: Kernel, executors: list[Executor]) -> Executor:
     """Ampere's kernel as the card's code that was asked for; the others as this card's own."""
-    return executors[0 if kernel is Kernel.AMPERE else -1]
+    return executors[0 if kernel is Kernel.MMA_SYNC else -1]
 
 
 async def _run(

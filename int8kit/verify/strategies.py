@@ -77,7 +77,7 @@ def sizes(block: int, most: int) -> st.SearchStrategy[int]:
 def served(d: Draw, config: TileConfig) -> bool:
     """False if another kernel than that of `config` would serve operands like those of `d`, and be judged."""
     aligned = d.shape.n % 8 == d.shape.k % 16 == d.padding % 16 == 0
-    return aligned or config.kernel is Kernel.POINTER
+    return aligned or config.kernel is Kernel.TRITON
 
 
 @st.composite
@@ -86,7 +86,7 @@ def draws(draw: st.DrawFn, configs: tuple[TileConfig, ...], most: int, ops: int)
     config = draw(st.sampled_from(configs))
     m, n = draw(sizes(config.block_m, most)), draw(sizes(config.block_n, most))
     k = draw(sizes(config.block_k, max(config.block_k + 1, min(4096, ops // (2 * m * n)))))
-    aligned = config.kernel is not Kernel.POINTER
+    aligned = config.kernel is not Kernel.TRITON
     if aligned:  # see `served`
         n, k = -(-n // 8) * 8, -(-k // 16) * 16
     return Draw(

@@ -7,18 +7,19 @@ import torch
 
 from int8kit import Int8Linear, Int8SwiGLU, gpus, reference
 from int8kit.kernels import gemm
-from int8kit.spec import GemmShape, Kernel, Plan, TileConfig, why_illegal
+from int8kit.lookup import Plan
+from int8kit.spec import GemmShape, Kernel, TileConfig, why_illegal
 from int8kit.verify import checks, foreign
 from int8kit.verify.bits import operands
 from int8kit.verify.strategies import Draw
 
 
 def ampere(*tile, **more):
-    return TileConfig(*tile, kernel=Kernel.AMPERE, **more)
+    return TileConfig(*tile, kernel=Kernel.MMA_SYNC, **more)
 
 
 def hopper(block_m, block_n, stages, **more):
-    return TileConfig(block_m, block_n, 128, 8, stages, kernel=Kernel.HOPPER, **more)
+    return TileConfig(block_m, block_n, 128, 8, stages, kernel=Kernel.WGMMA, **more)
 
 
 CONFIGS = [
@@ -51,7 +52,7 @@ SHAPES = [  # one row; tails in M, N and K; a wave and a bit; few tiles and many
 
 
 def cases():
-    """(configuration, executor) pairs: the Hopper kernel natively, the others natively and as sm_86 code."""
+    """(configuration, executor) pairs: the wgmma kernel natively, the others natively and as sm_86 code."""
     if not torch.cuda.is_available():
         return []
     executors = foreign.executors(gpus.get("rtx3090"))
@@ -126,7 +127,8 @@ def test_serves_the_device_of_its_operands(config):
         assert got.device == own[0].device
         assert torch.equal(got.cpu(), want.cpu())
     layer = Int8Linear.from_linear(
-        torch.nn.Linear(1040, 520, device="cuda:1", dtype=torch.bfloat16), Plan(((300, config),))
+        torch.nn.Linear(1040, 520, device="cuda:1", dtype=torch.bfloat16),
+        Plan.fixed((GemmShape(300, 520, 1040), config)),
     )
     rows = torch.randn(300, 1040, device="cuda:1", dtype=torch.bfloat16)
     assert torch.equal(layer(rows).cpu(), layer.to("cpu")(rows.cpu()))
@@ -136,9 +138,9 @@ def test_serves_the_device_of_its_operands(config):
 @pytest.mark.parametrize("config", [c.values[0] for c in cases() if c.values[1].arch is None])
 def test_twenty_prompt_lengths_compile_nothing(config):
     layer = Int8Linear.from_linear(
-        torch.nn.Linear(416, 512, device="cuda", dtype=torch.bfloat16), Plan(((2010, config),))
+        torch.nn.Linear(416, 512, device="cuda", dtype=torch.bfloat16), Plan.fixed((GemmShape(2010, 512, 416), config))
     )
-    kernel = {Kernel.POINTER: "_gemm", Kernel.AMPERE: "_gemm_ampere", Kernel.HOPPER: "_gemm_hopper"}[config.kernel]
+    kernel = {Kernel.TRITON: "_gemm", Kernel.MMA_SYNC: "_gemm_mma_sync", Kernel.WGMMA: "_gemm_wgmma"}[config.kernel]
     function = getattr(gemm.module(config.kernel), kernel)
 
     def compiled():

@@ -3,11 +3,14 @@
 import torch
 
 from int8kit import Int8Linear, int8_linear, ops, reference
-from int8kit.kernels import gemm_pointer
+from int8kit.kernels import gemm_triton
+from int8kit.lookup import Plan
 from int8kit.runtime import generate
-from int8kit.spec import Plan, TileConfig
+from int8kit.spec import GemmShape, TileConfig
 
-PLAN = Plan(((64, TileConfig(64, 64, 64, 4, 3)), (4096, TileConfig(128, 128, 64, 8, 3))))
+PLAN = Plan.fixed(
+    (GemmShape(64, 512, 416), TileConfig(64, 64, 64, 4, 3)), (GemmShape(4096, 512, 416), TileConfig(128, 128, 64, 8, 3))
+)
 
 
 def _layer(n=512, k=416):
@@ -55,7 +58,7 @@ def test_a_new_prompt_length_compiles_nothing():
 
 
 def _compiled():
-    return sum(len(cache[0]) for cache in gemm_pointer._gemm.device_caches.values())
+    return sum(len(cache[0]) for cache in gemm_triton._gemm.device_caches.values())
 
 
 def test_other_stream():
@@ -77,9 +80,9 @@ def test_operators_pass_opcheck():
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.int8kit.quantize.default, (x,), test_utils=tests)
     torch.library.opcheck(
-        torch.ops.int8kit.linear.default, (x, layer.wq, layer.sw, layer.bias, PLAN.to_ints()), test_utils=tests
+        torch.ops.int8kit.linear.default, (x, layer.wq, layer.sw, layer.bias, PLAN.text), test_utils=tests
     )
-    args = (q, layer.wq, s, layer.sw, layer.bias, torch.bfloat16, PLAN.to_ints())
+    args = (q, layer.wq, s, layer.sw, layer.bias, torch.bfloat16, PLAN.text)
     torch.library.opcheck(torch.ops.int8kit.scaled_mm.default, args, test_utils=tests)
     assert torch.equal(
         int8_linear(x, layer.wq, layer.sw, layer.bias), ops.scaled_mm(q, layer.wq, s, layer.sw, layer.bias)

@@ -33,7 +33,7 @@ def test_every_shipped_entry(path):
         assert len(stamps) == len(database.serving(gemm.toolchain()))
 
 
-HOPPER = [c for c in legal_configs(90, gpus.get("h200").shared_memory) if c.kernel is Kernel.HOPPER]
+HOPPER = [c for c in legal_configs(90, gpus.get("h200").shared_memory) if c.kernel is Kernel.WGMMA]
 SHAPES = (GemmShape(300, 1160, 4112), GemmShape(2304, 2304, 272), GemmShape(81, 520, 1040))
 LOTS = 8  # processes that share them
 

@@ -48,7 +48,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from int8kit.kernels import schedule
 from int8kit.kernels.activations import silu
-from int8kit.kernels.gemm_pointer import aligned
+from int8kit.kernels.gemm_triton import aligned
 from int8kit.kernels.operands import COMPILE_OPTIONS, Operands, cdiv, run
 from int8kit.kernels.schedule import combine, part, parts_of, share, tile_corner
 from int8kit.spec import TileConfig
@@ -272,7 +272,7 @@ def _consume(
 
 
 @gluon.jit(do_not_specialize=["M", "group_m"])
-def _gemm_hopper(
+def _gemm_wgmma(
     x_desc,
     w_desc,
     out_desc,
@@ -382,7 +382,7 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
     values = _constants(config, o.bias is not None, o.sums_only, o.swiglu)
     args = (*descriptors, *o.vectors, slots, done, o.m, o.n, o.k, config.group_m)
     key = o.key and (config, *o.key)
-    run(_gemm_hopper, (programs, 1), args, values, tuple((LAUNCH_OPTIONS | options).items()), key)
+    run(_gemm_wgmma, (programs, 1), args, values, tuple((LAUNCH_OPTIONS | options).items()), key)
 
 
 def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> tuple[Any, dict[str, Any]]:
@@ -400,4 +400,4 @@ def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> 
     signature |= {"bias_ptr": "*bf16", "slots_ptr": sums, "done_ptr": sums, "M": "i32", "N": "i32", "K": "i32"}
     signature |= {"group_m": "i32"}
     signature |= dict.fromkeys(values, "constexpr")
-    return GluonASTSource(_gemm_hopper, signature, values, aligned(signature)), COMPILE_OPTIONS | LAUNCH_OPTIONS
+    return GluonASTSource(_gemm_wgmma, signature, values, aligned(signature)), COMPILE_OPTIONS | LAUNCH_OPTIONS

@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from int8kit.kernels import schedule
 from int8kit.kernels.activations import silu
-from int8kit.kernels.gemm_pointer import aligned
+from int8kit.kernels.gemm_triton import aligned
 from int8kit.kernels.operands import COMPILE_OPTIONS, Operands, cdiv, run
 from int8kit.kernels.schedule import combine, part, parts_of, tile_corner
 from int8kit.spec import TileConfig, warp_grid
@@ -188,7 +188,7 @@ def _store(
 
 
 @gluon.jit(do_not_specialize=["M", "workers", "group_m"])
-def _gemm_ampere(
+def _gemm_mma_sync(
     x_ptr,
     w_ptr,
     sx_ptr,
@@ -322,7 +322,7 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
     )  # fmt: skip
     compile_options = {"num_warps": config.num_warps} | options
     run(
-        _gemm_ampere,
+        _gemm_mma_sync,
         (tiles - leftover + workers, 1),
         args,
         values,
@@ -342,4 +342,4 @@ def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> 
     signature |= dict.fromkeys(("M", "N", "K", "stride_xm", "stride_wn", "stride_om", "workers", "group_m"), "i32")
     signature |= dict.fromkeys(values, "constexpr")
     options = dict(COMPILE_OPTIONS, num_warps=config.num_warps)
-    return GluonASTSource(_gemm_ampere, signature, values, aligned(signature)), options
+    return GluonASTSource(_gemm_mma_sync, signature, values, aligned(signature)), options

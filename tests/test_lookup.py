@@ -1,0 +1,140 @@
+"""lookup.py: one rule for everybody, by levels; and the text in which a plan passes through a torch operator."""
+
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_spec import CONFIGS
+
+from int8kit import db, files, lookup, ops
+from int8kit.bench import contestants
+from int8kit.kernels import gemm
+from int8kit.lookup import Candidate, Level, Plan
+from int8kit.spec import ConfigError, GemmShape, Kernel, Operation, TileConfig, default_config
+from int8kit.toolchain import ANY_TOOLCHAIN, Toolchain
+
+LOW, HIGH = TileConfig(64, 64, 64, 4, 3), TileConfig(128, 128, 64, 8, 3)
+SHAPES = st.builds(GemmShape, st.integers(1, 70000), st.integers(1, 70000), st.integers(1, 131071))
+CANDIDATES = st.lists(st.builds(Candidate, SHAPES, CONFIGS, st.sampled_from(Operation)), max_size=5)
+DATABASES = sorted(files.shipped("tuning_db").glob("*.json"))
+
+
+@given(CANDIDATES, st.integers(1, 200))
+def test_a_plan_survives_its_text(candidates, sms):
+    plan = Plan(tuple(candidates), sms)
+    assert Plan.from_text(plan.text) == plan
+
+
+def test_the_text_of_a_plan_holds_ids_and_no_positions():
+    """An exported graph holds it: a new kernel must not change what an old text means."""
+    config = TileConfig(256, 128, 128, 8, 4, 12, Kernel.WGMMA, 1)
+    plan = Plan((Candidate(GemmShape(4296, 12288, 4608), config),), 132)
+    assert plan.text == "int8kit.plan/2;132;gemm 4296x12288x4608 wgmma 256,128,128,8,4,12,1"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "format ''.*expected 'int8kit.plan/2'"),
+        ("int8kit.plan/3;82", "format 'int8kit.plan/3'"),
+        ("int8kit.plan/2", "damaged plan"),
+        ("int8kit.plan/2;82;gemm 4x4x4 triton 1,2,3", "damaged plan"),
+        ("int8kit.plan/2;82;gemm 4x4x4 cublas 64,64,64,4,3,8,0", "damaged plan"),
+        ("int8kit.plan/2;82;gemm 0x4x4 triton 64,64,64,4,3,8,0", "damaged plan"),
+    ],
+)
+def test_a_damaged_plan_is_one_line(text, reason):
+    with pytest.raises(ConfigError, match=reason):
+        Plan.from_text(text)
+
+
+def test_a_plan_chooses_the_nearest_m_by_log_distance():
+    plan = Plan.fixed((GemmShape(1000, 8, 8), LOW), (GemmShape(9000, 8, 8), HIGH))
+    assert plan.choose(GemmShape(1000, 8, 8)) == LOW
+    assert plan.choose(GemmShape(2000, 8, 8)) == LOW
+    assert plan.choose(GemmShape(4000, 8, 8)) == HIGH
+    for far in (1, 249, 36001):
+        assert plan.choose(GemmShape(far, 8, 8)) == default_config(GemmShape(far, 8, 8))
+    assert Plan().choose(GemmShape(5, 8, 8)) == default_config(GemmShape(5, 8, 8))
+
+
+def test_waves_decide_between_two_of_one_distance():
+    """On 10 multiprocessors tiles of 128 rows make one wave of 1000 rows, and of 1300 rows two."""
+    tall = TileConfig(128, 128, 64, 8, 3)
+    below, above = GemmShape(1000, 128, 64), GemmShape(1690, 128, 64)
+    candidates = (Candidate(below, tall), Candidate(above, replace(tall, num_stages=4)))
+    assert lookup.lookup(GemmShape(1300, 128, 64), candidates, sms=10).candidate.shape == above
+    assert lookup.lookup(GemmShape(1280, 128, 64), candidates, sms=10).candidate.shape == below
+
+
+def test_an_operation_prefers_its_own_entries_and_takes_a_gemms():
+    shape = GemmShape(1000, 512, 512)
+    both = (Candidate(shape, LOW), Candidate(shape, HIGH, Operation.SWIGLU))
+    assert lookup.lookup(shape, both, sms=82).config == LOW
+    assert lookup.lookup(shape, both, sms=82, operation=Operation.SWIGLU).config == HIGH
+    assert lookup.lookup(shape, both[:1], sms=82, operation=Operation.SWIGLU).config == LOW
+    assert lookup.lookup(shape, both[1:], sms=82).level == lookup.DEFAULT
+
+
+def test_a_level_can_be_added(monkeypatch):
+    """As a cost model will be: between the nearest shape and the default, for everybody at once."""
+    model = Level("model", lambda request: HIGH if request.shape.m > 100 else None)
+    monkeypatch.setattr(lookup, "LEVELS", (*lookup.LEVELS[:-1], model, lookup.LEVELS[-1]))
+    far = GemmShape(70000, 16, 16)
+    base = db.load(DATABASES[0])
+    assert base.resolve(far, ANY_TOOLCHAIN).level == "model"
+    assert base.plan(16, 16, ANY_TOOLCHAIN).choose(far) == HIGH
+    assert base.resolve(GemmShape(3, 16, 16), ANY_TOOLCHAIN).level == "default"
+
+
+def shapes(base, count, seed):
+    """Shapes near the entries' and far from them, and weights that no entry has."""
+    random_ = random.Random(seed)
+    weights = sorted({(e.n, e.k) for e in base.entries})
+    for _ in range(count):
+        n, k = random_.choice(weights)
+        if random_.random() < 0.5:
+            n, k = (max(1, min(100_000, round(v * 4 ** random_.uniform(-1.3, 1.3)))) for v in (n, k))
+        yield GemmShape(round(2 ** random_.uniform(0, 16)), n, k)
+
+
+@pytest.mark.parametrize("path", DATABASES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("triton", ["3.7.1", "3.9.0"])
+def test_everybody_finds_the_same(path, triton):
+    """Layers, `run`, `verify`, `db explain` and the benchmarks, on 2,000 shapes over the shipped databases."""
+    base = db.load(path)
+    toolchain = Toolchain(triton, gemm.toolchain().kernels)
+    drawn = list(shapes(base, 125, DATABASES.index(path)))
+    unlisted = {choice.shape: choice.config for choice in base.unlisted(drawn, toolchain)}  # `verify`
+    listed = {e.shape for e in base.entries}
+    levels = set()
+    for shape in drawn:
+        choice = base.resolve(shape, toolchain)  # `run`
+        levels.add(choice.level)
+        plan = base.plan(shape.n, shape.k, toolchain)
+        assert plan.choose(shape) == choice.config
+        assert ops._choose(plan.text, Operation.GEMM, shape.m, shape.n, shape.k) == choice.config  # a layer
+        explained = next(one for _, one, _ in base.levels(shape, toolchain) if one is not None)  # `db explain`
+        assert explained == choice
+        assert shape in listed or unlisted[shape] == choice.config
+    assert levels >= {"nearest-m", "nearest", "default"}
+
+
+def test_the_benchmark_finds_the_same(monkeypatch):
+    """Its own calls: what it times alone, and the plan of the layer that it times."""
+    base, toolchain, plans = db.load(DATABASES[0]), gemm.toolchain(), []
+    monkeypatch.setattr(
+        contestants.ops, "int8_linear", lambda x, wq, sw, bias, plan: plans.append(plan) or torch.empty(0)
+    )
+    x = torch.zeros(2, 2)
+    for shape in shapes(base, 50, 99):
+        o = SimpleNamespace(shape=shape, x=x, xq=x, weights=[x], sx=x, sw=x, bias=x, output=lambda: x)
+        alone, layer = (c.prepare(o) for c in contestants.int8kit(base))
+        layer.launches[0]()
+        wanted = base.resolve(shape, toolchain)
+        assert alone.note == layer.note == f"{wanted.config}, {wanted.level}"
+        assert alone.launches[0].keywords["config"] == plans[-1].choose(shape) == wanted.config
