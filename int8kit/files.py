@@ -91,6 +91,7 @@ def check_target(path: Path, *, ours: Callable[[Path], bool], force: bool) -> No
         raise FileError(
             f"{str(path)!r} exists and was not written by int8kit, or is damaged; name another file, or use --force"
         )
+    _check_writable(path)
     folder = Path(os.path.realpath(path)).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,6 +101,12 @@ def check_target(path: Path, *, ours: Callable[[Path], bool], force: bool) -> No
         raise FileError(f"cannot write {str(path)!r} ({_reason(error)}); name a file in a writable folder") from None
 
 
+def _check_writable(path: Path) -> None:
+    """Raise FileError for a file that its owner made read-only: a replacement asks the folder alone."""
+    if path.exists() and not path.stat().st_mode & 0o222:
+        raise FileError(f"cannot write {str(path)!r}: it is read-only; name another file, or chmod u+w it")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well, and vanishes when it does not.
@@ -107,6 +114,7 @@ def replacing(path: Path) -> Iterator[Path]:
     A symbolic link stays one: the file that it names is replaced. A file keeps its mode and its owner.
     """
     target = Path(os.path.realpath(path))
+    _check_writable(target)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=".int8kit-", suffix=target.suffix)
     os.close(handle)
     temporary = Path(name)

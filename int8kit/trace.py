@@ -19,6 +19,7 @@ in a second, in under 1 GB, without weights or a GPU. Attention is taken out one
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -28,15 +29,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from int8kit import files
+from int8kit import files, shapes_schema
 from int8kit.models import Case, Model
+from int8kit.shapes_schema import ShapesDocument, check
 from int8kit.spec import FileError, GemmShape
 
-FORMAT = "int8kit.shapes/1"
+FORMAT = shapes_schema.FORMAT
 
 _ATEN = torch.ops.aten
 # The two factors' places among an operator's arguments.
@@ -231,26 +234,18 @@ def write(document: dict[str, Any], path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The shapes document in `path`. Raises FileError if it is not one."""
+    """The shapes document in `path`. Raises FileError if it is damaged, ShapeError for an impossible GEMM."""
     remedy = "make one with `int8kit trace-shapes`"
     document = files.read_json(path, FORMAT, remedy=remedy)
     try:
-        for case in document["cases"]:
-            for gemm in case["gemms"]:
-                m, n, k, count = (_whole(gemm, key) for key in ("m", "n", "k", "count"))
-                GemmShape(m, n, k), GemmShape(1, count, 1), bool(gemm["bias"])
-                [str(layer) for layer in gemm["layers"]]
-            [_whole(case, key) for key in ("height", "width", "batch", "text_tokens")], str(case["branch"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise FileError(f"{str(path)!r} is damaged ({files.lacks(error)}); {remedy}") from None
+        check(ShapesDocument.model_validate_json(json.dumps(document), strict=True))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise FileError(f"{str(path)!r} is damaged ({place}: {first['msg']}); {remedy}") from None
+    except ValueError as error:
+        raise FileError(f"{str(path)!r} is damaged ({error}); {remedy}") from None
     return document
-
-
-def _whole(row: dict[str, Any], key: str) -> int:
-    value = row[key]
-    if type(value) is not int:
-        raise TypeError(f"{key} = {value!r} is no whole number")
-    return value
 
 
 def int8_shapes(document: dict[str, Any], size: tuple[int, int] | None = None) -> dict[GemmShape, int]:

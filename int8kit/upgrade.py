@@ -28,6 +28,8 @@ def upgraded(document: dict[str, Any]) -> dict[str, Any]:
 
     Fields that format /1 did not have are left as they are, so that the present schema refuses them.
     """
+    if not isinstance(document["entries"], list):
+        raise TypeError("entries: expected a list")
     gpu = dict(document["gpu"])
     known = gpus.GPUS.get(gpu["alias"])
     if known is not None and (known.arch, known.sms, known.name) == (gpu["arch"], gpu["sms"], gpu["name"]):

@@ -19,6 +19,38 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_stays_a_link_and_a_file_keeps_its_mode(tmp_path):
+    (tmp_path / "far").mkdir()
+    real, link, dangling = tmp_path / "far" / "real.json", tmp_path / "link.json", tmp_path / "dangling.json"
+    real.write_text("old")
+    real.chmod(0o640)
+    link.symlink_to("far/real.json")
+    dangling.symlink_to("far/none.json")
+    for path in (link, dangling):
+        files.check_target(path, ours=lambda _: True, force=False)
+        files.write_text(path, "new")
+        assert path.is_symlink()
+        assert path.read_text() == "new"
+    assert real.read_text() == "new"
+    assert real.stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "dangling.json", "far", "link.json", "none.json", "real.json",
+    ]  # fmt: skip
+
+
+def test_a_read_only_file_is_left_alone(tmp_path):
+    """The folder would allow a replacement, and root may write anything."""
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    path.chmod(0o444)
+    with pytest.raises(FileError, match=r"it is read-only; .*chmod"):
+        files.check_target(path, ours=lambda _: True, force=True)
+    with pytest.raises(FileError, match="it is read-only"):
+        files.write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_written_files_have_ordinary_permissions(tmp_path):
     files.write_text(tmp_path / "a.json", "{}")
     (tmp_path / "b").touch()
@@ -31,10 +63,17 @@ def test_written_files_have_ordinary_permissions(tmp_path):
         (None, "no file"),
         ("{", "damaged JSON.*line 1"),
         ("[]", "has the format None"),
-        ('{"format": "other/2"}', "has the format 'other/2'; legal is 'ours/1'"),
+        ('{"format": "other/2"}', "has the format 'other/2'; expected 'ours/1'"),
         (b"\xff\xfe", "cannot read"),
         ("[" * 100_000, "damaged JSON"),
         ('{"a": ' + "1" * 5000 + "}", "damaged JSON"),
+        ('{"format": "ours/1", "a": 1, "a": 1}', "the key 'a' stands twice"),
+        ('{"format": "ours/1", "a": [{"b": 1, "c": {"d": 1, "e": 2, "d": 3}}]}', "the key 'd' stands twice"),
+        ('{"format": "other/1", "format": "ours/1"}', "the key 'format' stands twice"),
+        ('{"format": "ours/1", "a": NaN}', "the number NaN is not finite"),
+        ('{"format": "ours/1", "a": [-Infinity]}', "the number -Infinity is not finite"),
+        ('{"format": "ours/1", "a": 1e999}', "the number 1e999 is not finite"),
+        ("\ufeff{}", "damaged JSON.*BOM"),
     ],
 )
 def test_reading_says_what_is_wrong(tmp_path, text, reason):

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "int8kit"
 # A module may import those of the layers before its own, and of its own.
 LAYERS = [
-    {"spec"}, {"files", "fingerprint", "gpus", "lookup", "reference", "models", "sensors", "toolchain"}, {"schema"},
-    {"upgrade"}, {"kernels", "db"}, {"problems"},
+    {"spec"}, {"files", "fingerprint", "gpus", "lookup", "reference", "models", "sensors", "toolchain"},
+    {"schema", "shapes_schema"}, {"upgrade"}, {"kernels", "db"}, {"problems"},
     {"ops", "ops_prologue"},
     {"trace", "tune", "verify", "runtime"}, {"bench"}, {"report"}, {"terminal"}, {"cli_db", "cli_verify"}, {"cli"},
 ]  # fmt: skip

@@ -123,10 +123,42 @@ def test_a_damaged_file_is_refused(tmp_path, key):
         trace.read(tmp_path / "s.json")
 
 
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda d: d["cases"][0]["gemms"][0].update(m=64.0), "gemms.0.m: Input should be a valid integer"),
+        (lambda d: d["cases"][0]["gemms"][0].update(bias=1), "gemms.0.bias: Input should be a valid boolean"),
+        (lambda d: d["cases"][0]["gemms"][0].update(host="pc"), "gemms.0.host: Extra inputs"),
+        (lambda d: d["cases"][0]["gemms"][0].update(layers="all"), "gemms.0.layers: Input should be a valid"),
+        (lambda d: d["cases"][0]["gemms"][0].update(share=1.5), "gemms.0.share: Input should be less"),
+        (lambda d: d["cases"][0]["gemms"][0].update(flops=7), "7 FLOPs; expected"),
+        (lambda d: d["cases"][0].update(gemm_flops=7), "7 FLOPs in GEMMs; their sum is"),
+        (lambda d: d["cases"][0].update(attention_flops=7), "7 FLOPs in attention; their sum is"),
+        (lambda d: d["cases"][0]["gemms"].append(d["cases"][0]["gemms"][0]), "stands twice"),
+        (lambda d: d["cases"][0].update(height=0), "height: Input should be greater"),
+        (lambda d: d["cases"][0].pop("branch"), "branch: Field required"),
+        (lambda d: d.update(user="me"), "user: Extra inputs"),
+        (lambda d: d.pop("model"), "model: Field required"),
+        (lambda d: d.update(cases={}), "cases: Input should be a valid"),
+    ],
+)
+def test_a_shapes_file_is_read_as_strictly_as_a_database(tmp_path, damage, reason):
+    document = trace.trace(models.get("tiny"), [Case(64, 64)])
+    path = tmp_path / "s.json"
+    trace.write(document, path)
+    document = json.loads(path.read_text())
+    damage(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(FileError, match=rf"is damaged \(.*{reason}.*; make one with `int8kit trace-shapes`") as caught:
+        trace.read(path)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("value", [1.5, "64", float("inf"), True, 0, 2**31])
 def test_extents_are_whole_numbers_in_range(tmp_path, value):
     document = trace.trace(models.get("tiny"), [Case(64, 64)])
-    document["cases"][0]["gemms"][0]["m"] = value
+    document["cases"][0]["gemms"][0] |= {"m": value, "flops": None}
+    document["cases"][0]["gemm_flops"] = None
     trace.write(document, tmp_path / "s.json")
     with pytest.raises(InputError):
         trace.read(tmp_path / "s.json")

@@ -1,0 +1,100 @@
+"""upgrade.py: files of every released format are read, and rewritten in the present one without losing a claim."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from int8kit import db, gpus
+from int8kit.schema import FORMAT
+from int8kit.spec import FileError, Kernel
+from int8kit.toolchain import ANY_TOOLCHAIN
+
+DATA = Path(__file__).parent / "data"
+V1 = sorted((DATA / "tuning_v1").glob("*.json"))
+EVERY = sorted(DATA.glob("tuning_v*/*.json"))
+NAMES = {"pointer": Kernel.TRITON, "ampere": Kernel.MMA_SYNC, "hopper": Kernel.WGMMA}
+
+
+def test_there_is_a_file_of_every_format():
+    assert {json.loads(path.read_text())["format"] for path in EVERY} == {*db.FORMATS}
+    assert len(V1) == 8
+
+
+@pytest.mark.parametrize("path", V1, ids=lambda path: path.stem)
+def test_every_file_that_0_1_shipped_keeps_its_claims(path):
+    """Shapes, configurations, sources, times and runners-up are those of the file; stamps are not taken over."""
+    old, new = json.loads(path.read_text()), db.load(path, path.stem)
+    assert len(old["entries"]) == len(new.entries)
+    assert new.gpu == gpus.get(path.stem)
+
+    def claim(row):
+        config = row["config"]
+        tile = [config[name] for name in ("block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m")]
+        times = [row.get(name) for name in ("model_us", "time_us", "p20_us", "p80_us")]
+        return [*tile, config["stream_k"], *times, *row["resources"].values()], config["kernel"]
+
+    by_key = {(e.m, e.n, e.k, e.triton): e for e in new.entries}
+    for row in old["entries"]:
+        entry = by_key[row["m"], row["n"], row["k"], row["triton"]]
+        now = json.loads(entry.model_dump_json())
+        for before, after in zip([row, *row.get("runners_up", [])], [now, *(now["runners_up"] or [])], strict=True):
+            values, kernel = claim(before)
+            assert claim(after)[0] == values
+            assert after["config"]["kernel"] == NAMES[kernel]
+            assert len(after["kernel"]) == 12
+            assert after["kernel"] != before["kernel"]
+        for name in ("source", "default_us", "bf16_us", "measured_on", "timed_with", "policy", "tried"):
+            assert now[name] == row.get(name)
+        assert now["gpu_state"] == (row.get("card_state") and now["gpu_state"] | row["card_state"])
+        assert entry.verified is None
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_an_upgraded_file_is_of_the_present_format_and_stays_as_it_is(path, tmp_path):
+    base = db.load(path)
+    text = base.dumps()
+    assert json.loads(text)["format"] == FORMAT
+    (tmp_path / "a.json").write_text(text)
+    again = db.load(tmp_path / "a.json")
+    assert again.dumps() == text
+    assert [e.named() for e in base.entries] == list(again.entries)
+    one = base.entries[0]
+    assert again.resolve(one.shape, ANY_TOOLCHAIN) == base.resolve(one.shape, ANY_TOOLCHAIN)
+
+
+def test_a_gpu_that_is_in_no_list_keeps_what_the_file_knows(tmp_path):
+    """Format /1 did not know memory and L2. Nothing invented gets into the file."""
+    document = json.loads(V1[0].read_text())
+    document["gpu"] |= {"alias": "mycard", "name": "My Card", "sms": 99}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(document))
+    base = db.load(path)
+    assert (base.gpu.alias, base.gpu.sms) == ("mycard", 99)
+    assert "memory_gib" not in json.loads(base.dumps())["gpu"]
+    merged = db.update(path, base.gpu, [])
+    assert "l2_bytes" not in json.loads(path.read_text())["gpu"]
+    assert len(merged.entries) == len(base.entries)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda d: d["gpu"].pop("alias"), "no 'alias'"),
+        (lambda d: d["entries"][0].pop("config"), "no 'config'"),
+        (lambda d: d["entries"][0].update(config=3), "is damaged"),
+        (lambda d: d["entries"][0].update(host="pc"), "Extra inputs"),
+        (lambda d: d["entries"][0].update(m="4096"), "entries.0.m: Input should be a valid integer"),
+        (lambda d: d["entries"][0]["config"].update(kernel="cublas"), "kernel: Input should be"),
+        (lambda d: d.update(entries={}), "is damaged"),
+        (lambda d: d.update(gpu=None), "is damaged"),
+    ],
+)
+def test_a_damaged_old_file_is_one_clear_line(tmp_path, damage, reason):
+    document = json.loads(V1[0].read_text())
+    damage(document)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(FileError, match=reason) as caught:
+        db.load(path)
+    assert "\n" not in str(caught.value)
