@@ -1,0 +1,31 @@
+"""The committed digests on a GPU: the definition in torch's own kernels there, and int8kit's operators."""
+
+import golden
+import torch
+
+from int8kit import ops, ops_prologue, reference
+from int8kit.spec import NUMERICS_VERSION
+
+COMMITTED = golden.known()[str(NUMERICS_VERSION)]
+
+
+def test_the_definition_gives_the_same_bits_on_a_gpu():
+    assert golden.digests(reference, "cuda") == COMMITTED
+
+
+def test_the_kernels_give_them():
+    gemm = golden.digests(ops, "cuda", {"quantize", "scaled_mm", "scaled_mm_swiglu"})
+    rows = golden.digests(
+        ops_prologue, "cuda", {"rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope"}
+    )
+    assert len(gemm) == 18
+    assert len(rows) == 21
+    assert gemm | rows == {name: COMMITTED[name] for name in gemm | rows}
+
+
+def test_the_layers_operators_give_them():
+    functions = {"linear": "int8_linear", "linear_swiglu": "int8_linear_swiglu"}
+    for name, (function, args, _) in golden.cases().items():
+        if function in functions:
+            on = [value.cuda() if isinstance(value, torch.Tensor) else value for value in args]
+            assert golden.digest(getattr(ops, functions[function])(*on)) == COMMITTED[name]
