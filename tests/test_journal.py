@@ -200,4 +200,4 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(tmp_path):
     assert "going on where a run was ended" in out
     assert (tmp_path / "killed.json").read_text() == (tmp_path / "straight.json").read_text()
     assert not journal.exists()
-    assert json.loads((tmp_path / "killed.json").read_text())["format"] == "int8kit.tuning/1"
+    assert json.loads((tmp_path / "killed.json").read_text())["format"] == "int8kit.tuning/2"

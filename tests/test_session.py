@@ -102,7 +102,7 @@ def _no_database_of_the_users(monkeypatch, tmp_path):
 @pytest.fixture
 def unknown(monkeypatch):
     """No entry of any database helps."""
-    monkeypatch.setattr(db, "gather", lambda gpu: (db.Database(gpu), ()))
+    monkeypatch.setattr(db, "gather", lambda gpu, toolchain: (db.Database(gpu), ()))
 
 
 def proxy(path):
@@ -131,7 +131,7 @@ def space_bands(config):
 def test_an_entry_says_where_it_is_from(tmp_path):
     (outcome,) = session.run(SHAPES[:1], proxy(tmp_path / "t.json"), Pool(H200))
     (entry,) = db.load(tmp_path / "t.json").entries
-    assert [entry] == outcome.entries
+    assert [entry] == [one.named() for one in outcome.entries]
     assert (entry.source, entry.measured_on, entry.bf16_us) == (Source.PROXY, "NVIDIA H200", 900)
     assert 0 < len(entry.runners_up) <= search.RUNNERS_UP
     times = [entry.time_us, *(o.time_us for o in entry.runners_up)]
