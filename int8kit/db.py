@@ -247,9 +247,10 @@ def _check(document: Document) -> None:
     gpu = document.gpu
     for entry in document.entries:
         shape = entry.shape  # raises ShapeError outside the kernels' domain
-        reason = why_illegal(entry.config, arch=gpu.arch, shared_memory=gpu.shared_memory)
-        if reason:
-            raise TypeError(f"{shape}: {reason}")
+        for one in (entry, *(entry.runners_up or ())):  # any of them may become the winner
+            reason = why_illegal(one.config, arch=gpu.arch, shared_memory=gpu.shared_memory)
+            if reason:
+                raise TypeError(f"{shape}: {reason}")
         if entry.source is not Source.MODELLED and entry.time_us is None:
             raise TypeError(f"{shape}: {entry.source} without time_us")
     twice = [key for key, count in Counter(entry.key for entry in document.entries).items() if count > 1]

@@ -16,9 +16,10 @@ from int8kit.db import Database, identity_of
 from int8kit.gpus import Gpu
 from int8kit.schema import Entry, GpuIdentity, Resources, RunnerUp, Stamp
 from int8kit.spec import POLICIES, TIE, GemmShape, Source, default_config
-from int8kit.toolchain import Toolchain
+from int8kit.toolchain import OLDEST, Toolchain, generation, release
 
 PEAK = 1.05  # of a data sheet's rate: boards with a higher boost clock exist
+ESTIMATE = 5.0  # times that the cost model may be off; 2.1 is the most of the shipped entries
 
 
 def problems(database: Database, toolchain: Toolchain) -> list[str]:
@@ -50,8 +51,12 @@ def _header(database: Database) -> Iterator[str]:
             if given != known:
                 yield f"header: {name} {given!r} of {header.alias!r}, whose record has {known!r}; give another alias"
     for number, text in database.policies.items():
-        if number.isdecimal() and POLICIES.get(int(number), text) != text:
+        if not number.isdecimal():
+            yield f"header: policy {number!r} is no number"
+        elif POLICIES.get(int(number), text) != text:
             yield f"header: policy {number} has another text than this version's"
+    for missing in sorted({str(e.policy) for e in database.entries if e.policy is not None} - set(database.policies)):
+        yield f"header: no text for policy {missing}, which entries name"
 
 
 def _peak(name: str | None) -> Gpu | None:
@@ -93,9 +98,15 @@ class _Check:
             yield "timed by no policy"
         if entry.policy is not None and entry.policy not in POLICIES:
             yield f"unknown policy {entry.policy}; known are {', '.join(map(str, POLICIES))}"
+        if release(entry.triton) < OLDEST:
+            yield f"tuned with Triton {entry.triton}; the kernels need {OLDEST} or later"
+        if entry.timed_with is not None and generation(entry.timed_with) == generation(entry.triton):
+            yield f"carried from Triton {entry.timed_with} to {entry.triton}, which compile the same code"
         everyone = _everyone(entry)
         for one in everyone:
             yield from self._resources(one.resources)
+            if one.config.kernel is entry.config.kernel and one.kernel != entry.kernel:
+                yield "winner and runner-up are of different sources of one kernel"
         configs = [one.config for one in everyone]
         if len(set(configs)) < len(configs):
             yield "a configuration stands twice among winner and runners-up"
@@ -105,6 +116,8 @@ class _Check:
     def _resources(self, resources: Resources) -> Iterator[str]:
         if resources.registers == 0 or resources.shared_bytes == 0:
             yield "no resources: 0 registers or 0 bytes of shared memory"
+        if resources.spill_bytes:
+            yield f"{resources.spill_bytes} bytes of spills; the tuner leaves such kernels out"
         if resources.registers > 255:
             yield f"{resources.registers} registers a thread; 255 is the most"
         if resources.shared_bytes > self.gpu.shared_memory:
@@ -112,6 +125,15 @@ class _Check:
 
     def times(self, entry: Entry) -> Iterator[str]:
         """Times that cannot be, or contradict each other."""
+        if entry.source is Source.MODELLED:
+            if entry.model_us is None:
+                yield "marked modelled, but it has no estimate"
+            else:
+                yield from _too_fast(entry.shape, entry.model_us, self.gpu)
+        elif entry.model_us is not None and entry.time_us is not None and not entry.timed_with:
+            ratio = entry.model_us / entry.time_us
+            if not 1 / ESTIMATE <= ratio <= ESTIMATE:
+                yield f"estimate and time are {max(ratio, 1 / ratio):.0f} times apart"
         if entry.time_us is None:
             if entry.p20_us or entry.p80_us or entry.default_us or entry.bf16_us:
                 yield "quantiles or times of others without a time of its own"
@@ -130,6 +152,9 @@ class _Check:
                 yield f"slower than the default, {entry.time_us} and {entry.default_us} us"
             if entry.config == default_config(entry.shape) and entry.time_us != entry.default_us:
                 yield f"it is the default, and the default has another time, {entry.time_us} and {entry.default_us} us"
+        others = [other.time_us for other in entry.runners_up or ()]
+        if others != sorted(others):
+            yield "runners-up are not in the order of their times"
         for other in entry.runners_up or ():
             if other.time_us * (1 + TIE) < entry.time_us:
                 yield f"a runner-up is faster, {other.time_us} and {entry.time_us} us; tune again"

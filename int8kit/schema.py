@@ -65,10 +65,10 @@ class Stamp(_Row):
 class GpuState(_Row):
     """The GPU while it ran an entry's kernel, as NVML tells; what cannot be had is absent."""
 
-    sm_mhz: int | None = None
-    memory_mhz: int | None = None
-    power_w: int | None = None
-    temperature_c: int | None = None
+    sm_mhz: int | None = Field(default=None, ge=0)
+    memory_mhz: int | None = Field(default=None, ge=0)
+    power_w: int | None = Field(default=None, ge=0)
+    temperature_c: int | None = Field(default=None, ge=-50, le=150)
     throttle: tuple[str, ...] | None = None  # what holds the clock back: "power cap" and so on
 
 

@@ -42,6 +42,8 @@ ANY_TOOLCHAIN = Toolchain("", {})
 """For questions that no toolchain decides, such as what a file holds for a shape."""
 
 _GENERATIONS = ("3.6", "3.8")
+OLDEST = Version(_GENERATIONS[0])
+"""Of the versions of Triton that can compile the kernels."""
 
 
 def release(version: str) -> Version:

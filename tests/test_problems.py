@@ -102,6 +102,14 @@ def become_default(document):
         (lambda d: d["gpu"].update(l2_bytes=1), "header: l2_bytes 1"),
         (lambda d: d["gpu"].update(name="NVIDIA GeForce RTX 3090 Ti"), "header: name 'NVIDIA GeForce RTX 3090 Ti'"),
         (lambda d: d["policies"].update({"3": "stopwatch"}), "header: policy 3 has another text"),
+        (lambda d: d["policies"].clear(), "header: no text for policy 3, which entries name"),
+        (lambda d: d["policies"].update(abc=""), "header: policy 'abc' is no number"),
+        (lambda d: first(d).update(triton="2.1.0"), "tuned with Triton 2.1.0; the kernels need 3.6"),
+        (lambda d: first(d).update(timed_with="3.7.0"), "carried from Triton 3.7.0 to 3.6.0"),
+        (lambda d: first(d).update(model_us=1e9), "estimate and time are .* times apart"),
+        (lambda d: first(d)["resources"].update(spill_bytes=8), "8 bytes of spills"),
+        (lambda d: runner(d).update(kernel="0" * 12), "winner and runner-up are of different sources"),
+        (lambda d: first(d)["runners_up"].reverse(), "runners-up are not in the order of their times"),
     ],
 )  # fmt: skip
 def test_an_edit_is_reported(document, tmp_path, edit, reason):
@@ -118,6 +126,14 @@ def test_toolchains_are_compared(document, tmp_path):
     assert "the mma_sync kernel has changed since; tune and verify again" in line
     [line] = found(document, tmp_path, Toolchain("3.9.0", {}))
     assert "not proven under Triton 3.9.0" in line
+
+
+def test_a_modelled_entry_needs_an_estimate_that_can_be(document, tmp_path):
+    document = json.loads((SHIPPED / "rtx3060.json").read_text())
+    document["entries"] = document["entries"][:1]
+    for us, reason in ((0.01, "0.01 us is impossible; NVIDIA GeForce RTX 3060 needs"), (None, "it has no estimate")):
+        first(document)["model_us"] = us
+        assert any(reason in line for line in found(document, tmp_path))
 
 
 def test_a_tie_is_no_problem(document, tmp_path):
