@@ -247,8 +247,8 @@ def _check(document: Document) -> None:
     gpu = document.gpu
     for entry in document.entries:
         shape = entry.shape  # raises ShapeError outside the kernels' domain
-        for one in (entry, *(entry.runners_up or ())):  # any of them may become the winner
-            reason = why_illegal(one.config, arch=gpu.arch, shared_memory=gpu.shared_memory)
+        for config in (entry.config, *(one.config for one in entry.runners_up or ())):  # any may become the winner
+            reason = why_illegal(config, arch=gpu.arch, shared_memory=gpu.shared_memory)
             if reason:
                 raise TypeError(f"{shape}: {reason}")
         if entry.source is not Source.MODELLED and entry.time_us is None:
