@@ -146,7 +146,9 @@ def explain(
         "config": vars(choice.config), "why": choice.why, "proven": choice.verified,
         "levels": {level: one and one.model_dump(mode="json", exclude_none=True) for level, _, one in levels},
     }  # fmt: skip
-    proofs = f"proven: {report.proven_by(entry, toolchain)}" if entry and choice.verified else "not proven"
+    proofs = (
+        f"proven: {report.proven_by(entry, toolchain, base.gpu.arch)}" if entry and choice.verified else "not proven"
+    )
     title = f"{shape} on {base.gpu.name}: {choice.config}, {proofs} (Triton {toolchain.triton}, the present kernel)"
     show(document, f"{title}\n\n{report.levels_table(levels)}", as_json)
     if strict and choice.level != "exact":

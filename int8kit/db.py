@@ -156,7 +156,7 @@ class Database:
                 found.append((level, Choice(shape, match.config, level, f"no entry of {self.gpu.alias} is near"), None))
             else:
                 entry = next(e for candidate, e in pairs if candidate == match.candidate)
-                proven = bool(entry.proofs(toolchain))
+                proven = bool(entry.proofs(toolchain, self.gpu.arch))
                 found.append((level, Choice(shape, match.config, level, provenance(entry, toolchain), proven), entry))
         return found
 

@@ -186,7 +186,9 @@ class _Check:
         verify = f"run `int8kit verify --gpu {self.gpu.alias}` on a GPU"
         if entry.is_stale(self.toolchain):
             yield f"the {entry.config.kernel} kernel has changed since; tune and verify again"
-        elif not entry.proofs(self.toolchain):
-            only = ", only in the interpreter" if entry.stamps(self.toolchain) else ""
-            triton = f"Triton {self.toolchain.triton}" if self.toolchain.triton else "any Triton"
-            yield f"not proven under {triton} with the present kernel{only}; {verify}"
+        elif not entry.proofs(self.toolchain, self.gpu.arch):
+            others = entry.stamps(self.toolchain)
+            ran = dict.fromkeys(f"as sm_{s.arch} code" if s.arch else "in the interpreter" for s in others)
+            only = f", only {' and '.join(ran)}" if ran else ""
+            code = f"sm_{self.gpu.arch} code under Triton {self.toolchain.triton or 'of any version'}"
+            yield f"not proven as {code} with the present kernel{only}; {verify}"

@@ -70,15 +70,15 @@ def database_table(database: Database, toolchain: Toolchain) -> str:
             (e.shape, e.config, e.source, f"{us:.0f}" if us else "", f"{e.shape.ops / us / 1e6:.0f}" if us else "",
              f"{e.default_us / e.time_us:.2f}x" if e.default_us and e.time_us else "",
              f"{e.bf16_us / e.time_us:.2f}x" if e.bf16_us and e.time_us else "",
-             e.triton, proven_by(e, toolchain), "changed" if e.is_stale(toolchain) else "")
+             e.triton, proven_by(e, toolchain, database.gpu.arch), "changed" if e.is_stale(toolchain) else "")
         )  # fmt: skip
     head = ("M x N x K", "tile", "source", "us", "TOP/s", "vs default", "vs bf16", "Triton", "proven", "kernel")
     return tabulate(rows, head, disable_numparse=True, stralign="right")
 
 
-def proven_by(entry: Entry, toolchain: Toolchain) -> str:
-    """What proves an entry under a toolchain, such as "native on NVIDIA H200"; "no" without a proof."""
-    proofs = dict.fromkeys(f"{s.executor} on {s.device}" for s in entry.proofs(toolchain))
+def proven_by(entry: Entry, toolchain: Toolchain, arch: int) -> str:
+    """What proves an entry as code of `arch`, such as "native on NVIDIA H200"; "no" without a proof."""
+    proofs = dict.fromkeys(f"{s.executor} on {s.device}" for s in entry.proofs(toolchain, arch))
     return ", ".join(proofs) or "no"
 
 

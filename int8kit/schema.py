@@ -138,12 +138,15 @@ class Entry(_Row):
         """Whether the entry's kernel has changed since it was tuned."""
         return toolchain.is_stale(self.config.kernel, self.kernel)
 
-    def proofs(self, toolchain: Toolchain) -> list[Stamp]:
-        """Stamps that prove the entry as it is, under `toolchain`. What the interpreter ran was not compiled."""
-        return [s for s in self.stamps(toolchain) if s.executor != "interpreter"]
+    def proofs(self, toolchain: Toolchain, arch: int) -> list[Stamp]:
+        """Stamps that prove the entry as it is, under `toolchain`, as code of `arch` (86 for sm_86).
+
+        The interpreter compiles nothing, and the compiler makes other code for another architecture.
+        """
+        return [s for s in self.stamps(toolchain) if s.arch == arch]
 
     def stamps(self, toolchain: Toolchain) -> list[Stamp]:
-        """Stamps of the entry as it is, under `toolchain`, those of the interpreter too."""
+        """Stamps of the entry as it is, under `toolchain`, whatever was executed."""
         kernel, own = self.config.kernel, self.identity
         return [
             s

@@ -244,7 +244,9 @@ def test_strict_refuses_what_is_not_proven(outcome, tmp_path):
     path, card = tmp_path / "t.json", gpus.get("rtx3090")
     db.update(path, card, entries)
     request = replace(REQUEST, steps=1, gpu="rtx3090", database=path, strict=True)
-    reason = rf"not proven under Triton {triton.__version__} .* run `int8kit verify --gpu rtx3090` on a GPU"
+    reason = (
+        rf"not proven as sm_86 code under Triton {triton.__version__} .* run `int8kit verify --gpu rtx3090` on a GPU"
+    )
     with pytest.raises(CheckFailed, match=reason):
         generate.generate(request)
     assert len(generate.unproven_of(generate.generate(replace(request, strict=False)).choices)) > 1
