@@ -89,3 +89,19 @@ def quiet_interpreter():
     """Overflow and NaN are data to these kernels: what runs them on the CPU shall not warn of them."""
     with np.errstate(all="ignore"):
         yield
+
+
+@pytest.fixture
+def verb(capfd):
+    """A verb called in this process, which has imported what it needs: verb("db", "show", status=0) -> (out, err)."""
+    from int8kit import cli
+
+    def call(*args, status=0):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(map(str, args)))
+        out, err = capfd.readouterr()
+        assert ended.value.code == status, out + err
+        return out, err
+
+    return call

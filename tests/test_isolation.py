@@ -56,7 +56,7 @@ def test_a_test_finds_nothing_of_another(number):
     os.environ["INT8KIT_LEFT_BEHIND"] = "1"
     assert torch.randint(1 << 30, ()).item() == torch.randint(1 << 30, (), generator=torch.manual_seed(0)).item()
     with pytest.warns(gemm.Fallback):
-        gemm._notice(Kernel.AMPERE, "a reason")
+        gemm._notice(Kernel.MMA_SYNC, "a reason")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        gemm._notice(Kernel.AMPERE, "a reason")
+        gemm._notice(Kernel.MMA_SYNC, "a reason")

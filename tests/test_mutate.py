@@ -59,6 +59,7 @@ def test_each_fault_has_one_place_in_the_present_source(mutant):
 
 
 def test_the_tiles_of_the_mutants_are_legal():
+    assert set(TILES) == set(Kernel) - {Kernel.TRITON}
     for kernel, tiles in TILES.items():
         arch, memory = (90, 232448) if kernel is Kernel.WGMMA else (86, 101376)
         assert {tile.kernel for tile in tiles} == {kernel}

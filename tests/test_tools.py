@@ -119,6 +119,7 @@ def test_resources_of_the_shipped_kernels_and_beside_another_version(tmp_path):
     command = [sys.executable, ROOT / "tools" / "resources.py", "--gpu", "rtx3090"]
     subprocess.run([*command, "--out", out], cwd=ROOT, check=True, timeout=300, env=environment, capture_output=True)
     document = json.loads(out.read_text())
+    assert document["kernels"]
     for name, row in document["kernels"].items():
         registers, spills, kib = row
         assert 16 <= registers <= 255, name

@@ -183,15 +183,23 @@ def _hanging(job, on_example):
 
 
 def test_a_kernel_that_waits_for_ever_is_a_failure_like_any_other(monkeypatch):
-    monkeypatch.setattr(isolate, "SILENCE_S", 20.0)  # a child's start takes some of it
+    """The others' examples are tried meanwhile. Once they are, a second of silence will do: no child is to start."""
+    told = []
+
+    def on_example():
+        told.append(1)
+        if len(told) == 3:
+            monkeypatch.setattr(isolate, "SILENCE_S", 1.0)
+
     jobs = [isolate.Job(name, EXECUTOR) for name in ("output", "accumulator", "entries")]
-    outcomes = isolate.run_all(jobs, _hanging, processes=2)
-    assert [r.failure for r, _ in outcomes] == ["an example of output: no end in 20 s", None, None]
+    outcomes = isolate.run_all(jobs, _hanging, processes=2, on_example=on_example)
+    assert [r.failure for r, _ in outcomes] == ["an example of output: no end in 1 s", None, None]
 
 
 def test_isolated_checks_are_the_same():
     jobs = [isolate.Job("quantize", EXECUTOR)]
     [(result, _)] = isolate.run_all(jobs, isolate.Proof(BASE, examples=20))
+    assert result.failure is None
     assert result == checks.run("quantize", EXECUTOR, BASE, examples=20)[0]
 
 
