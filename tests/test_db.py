@@ -214,6 +214,7 @@ def _write(path, first):
         db.update(path, GPU, [entry(m=m)])
 
 
+@pytest.mark.process
 def test_two_writers_lose_nothing(tmp_path):
     path = tmp_path / "a.json"
     context = multiprocessing.get_context("spawn")

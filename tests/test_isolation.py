@@ -30,6 +30,7 @@ print(json.dumps(found | {"triton": triton.knobs.cache.dir, "home": os.path.expa
 """
 
 
+@pytest.mark.process
 def test_a_child_has_the_sessions_folders_and_this_process_the_same():
     child = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
     found = json.loads(child.stdout)

@@ -87,6 +87,7 @@ def test_exported_names_are_pinned():
         _ = int8kit.nothing
 
 
+@pytest.mark.process
 def test_import_touches_nothing_heavy():
     code = "import sys, int8kit; print(sorted(m for m in ('torch', 'triton', 'diffusers') if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

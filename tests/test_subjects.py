@@ -243,6 +243,7 @@ def test_an_epilogue_that_rounds_otherwise_shows_in_16_bits_too(tmp_path, monkey
     assert int(re.search(r": (\d+) of 2097152 differ", failure)[1]) < 2000
 
 
+@pytest.mark.process
 def test_a_failure_is_printed_as_a_command_that_fails_and_is_kept(tmp_path, monkeypatch, capfd, data):
     (tmp_path / "mine.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)

@@ -162,6 +162,7 @@ def _dying(job, on_example):
     return hold.Result(job.name, str(job.executor), 1), {}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_a_kernel_that_ends_its_process_is_a_failure_like_any_other(processes):
     jobs = [isolate.Job(name, EXECUTOR) for name in ("accumulator", "output", "entries")]
@@ -182,6 +183,7 @@ def _hanging(job, on_example):
     return hold.Result(job.name, str(job.executor), 1), {}
 
 
+@pytest.mark.process
 def test_a_kernel_that_waits_for_ever_is_a_failure_like_any_other(monkeypatch):
     """The others' examples are tried meanwhile. Once they are, a second of silence will do: no child is to start."""
     told = []
@@ -196,6 +198,7 @@ def test_a_kernel_that_waits_for_ever_is_a_failure_like_any_other(monkeypatch):
     assert [r.failure for r, _ in outcomes] == ["an example of output: no end in 1 s", None, None]
 
 
+@pytest.mark.process
 def test_isolated_checks_are_the_same():
     jobs = [isolate.Job("quantize", EXECUTOR)]
     [(result, _)] = isolate.run_all(jobs, isolate.Proof(BASE, examples=20))
