@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from int8kit.spec import CheckFailed, FileError, InputError, TileConfig, legal_configs
+from int8kit.spec import CheckFailed, FileError, InputError, TileConfig, UnknownName, legal_configs
 from int8kit.terminal import Json, note, progress, quiet_libraries, show
 
 
@@ -28,7 +28,10 @@ def verify(
     mutate: Annotated[
         bool, typer.Option("--mutate", help="Verify the verifier: faults seeded into copies of the kernels.")
     ] = False,
-    only: Annotated[list[str] | None, typer.Option(help="With --mutate: this fault alone; repeatable.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="This property alone, and no stamps; with --mutate: this fault alone. Repeatable."),
+    ] = None,
     subject: Annotated[
         list[str] | None,
         typer.Option(help="Judge this GEMM beside int8kit's: torch._int_mm, ..., or module:function; repeatable."),
@@ -45,7 +48,7 @@ def verify(
     """Prove the kernels bit-exact against torch._int_mm, 64-bit integers and the reference.
 
     Executes on the GPU, or at reduced sizes in Triton's interpreter on a CPU. Exit status 1 if anything differs, with
-    the smallest example that does.
+    the smallest example that does. With --only, one property or several: what was just mended, in seconds.
 
     With --mutate, faults are seeded one by one into copies of the kernels, and the same checks must catch each: exit
     status 1 if one survives that could run here. Those that only a card shows are named. Minutes on a CPU.
@@ -67,8 +70,8 @@ def verify(
         raise InputError("--model with --mutate, --subject, --db or --shapes: it compares layers; leave it out")
     if inputs and not model:
         raise InputError(f"--inputs {inputs}: of a model's forwards; add --model")
-    if only and not mutate:
-        raise InputError(f"--only {only[0]}: names a fault of --mutate; add --mutate")
+    if only and (subject or model):
+        raise InputError("--only with --subject or --model: it names a property of int8kit's kernels; leave it out")
     if exhaustive and (mutate or subject or model):
         raise InputError("--exhaustive with --mutate, --subject or --model: it is of int8kit's kernels; leave it out")
     import torch
@@ -82,12 +85,12 @@ def verify(
     elif subject:
         _judge(gpu, subject, examples, seed, as_json, markdown)
     else:
-        _prove(gpu, database, shapes, examples, seed, exhaustive, stamp, as_json, markdown)
+        _prove(gpu, database, shapes, only or [], examples, seed, exhaustive, stamp, as_json, markdown)
 
 
 def _prove(
-    gpu: str | None, database: Path | None, shapes: Path | None, examples: int | None, seed: int, exhaustive: bool,
-    stamp: bool, as_json: bool, markdown: bool,
+    gpu: str | None, database: Path | None, shapes: Path | None, only: list[str], examples: int | None, seed: int,
+    exhaustive: bool, stamp: bool, as_json: bool, markdown: bool,
 ) -> None:  # fmt: skip
     from int8kit import db, files, gpus, report, trace
     from int8kit.kernels import gemm
@@ -102,6 +105,10 @@ def _prove(
     wanted = trace.int8_shapes(trace.read(shapes or files.shipped("shapes") / "ideogram4.json"))
     unlisted = tuple(base.unlisted(wanted, toolchain))
     executors = foreign.executors(card)
+    jobs = [isolate.Job(name, executor) for executor in executors for name in checks.names(executor, base, unlisted)]
+    if only:
+        _check_names(only, {job.name for job in jobs})
+        jobs = [job for job in jobs if job.name in only]
     named = ", ".join(map(str, paths)) or "no database, so the defaults"
     for executor in executors:
         reduced = ", at reduced M, N and K" if executor.on == "interpreter" else ""
@@ -116,7 +123,6 @@ def _prove(
         note(f"{examples} examples of each property, over {runnable} configurations")
     results: list[hold.Result] = []
     stamps: dict[Any, list[Any]] = {}
-    jobs = [isolate.Job(name, executor) for executor in executors for name in checks.names(executor, base, unlisted)]
     with progress("verifying") as (bar, task):
         outcomes = isolate.run_all(
             jobs,
@@ -139,8 +145,21 @@ def _prove(
     show({"gpu": card.alias, "databases": paths, "results": [vars(r) for r in results]}, "\n".join(lines), as_json)
     if failures:
         raise CheckFailed(f"{len(failures)} of {len(results)} properties differ: {', '.join(r.name for r in failures)}")
-    for path in paths if stamp and stamps else ():
+    if only and stamp and stamps:
+        note("not stamped: a stamp says that every property holds; leave --only out")
+    for path in paths if stamp and stamps and not only else ():
         _stamp(path, stamps, base)
+
+
+def _check_names(only: list[str], known: set[str]) -> None:
+    """Raise InputError for the first of `only` that is no property of the kernels here."""
+    from int8kit.verify.mutants import CATALOGUE
+
+    for name in only:
+        if name in {mutant.name for mutant in CATALOGUE} - known:
+            raise InputError(f"--only {name}: names a fault of --mutate; add --mutate")
+        if name not in known:
+            raise UnknownName("property", name, known)
 
 
 def _keep(name: str, example: str, subject: str = "int8kit") -> None:

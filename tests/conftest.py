@@ -1,14 +1,87 @@
-"""Where no GPU is, kernels run in Triton's interpreter; the choice is made before triton is first imported."""
+"""The environment of every test: folders of the session's own, and Triton's interpreter where no GPU is.
 
+The variables are set here because torch, Triton and platformdirs read them at their import or their first use. The
+workers of pytest-xdist and the children of tests inherit them, so a kernel is compiled once in a session.
+"""
+
+import atexit
 import os
+import random
+import shutil
+import signal
+import site
+import sys
+import tempfile
+import uuid
+from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+FOLDERS = {
+    "HOME": "home",
+    "XDG_CACHE_HOME": "cache",
+    "XDG_CONFIG_HOME": "config",
+    "XDG_DATA_HOME": "data",
+    "XDG_STATE_HOME": "state",
+    "TRITON_HOME": "home",
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "HF_HOME": "huggingface",
+    "DASK_CONFIG": "config/dask",
+}
+
+
+def _enclose():
+    """Point every user's folder into one of this session's, which goes when the session ends."""
+    folder = tempfile.mkdtemp(prefix="int8kit-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ.setdefault("PYTHONUSERBASE", site.getuserbase())  # else it would follow HOME, with what is installed
+    os.environ.update({name: str(Path(folder, below)) for name, below in FOLDERS.items()})
+    os.environ["INT8KIT_TEST_SESSION"] = folder
+
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has its controller's
+    _enclose()
+SESSION = Path(os.environ["INT8KIT_TEST_SESSION"])
+os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))  # more would wait for each other
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-os.environ["HF_HUB_OFFLINE"] = "1"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and the children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(config, items):
+    """Under pytest-xdist a module stays together, but for its long tests, which come first and fill the workers."""
+    if not hasattr(config, "workerinput"):
+        return
+    long = {item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("process")}
+    for item in items:
+        if item not in long and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: item not in long)
+
+
+@pytest.fixture(autouse=True)
+def _as_if_alone():
+    """What a test finds does not depend on those before it: no data of theirs, and the same random numbers."""
+    environment, path = dict(os.environ), list(sys.path)
+    os.environ["XDG_DATA_HOME"] = str(SESSION / "data" / uuid.uuid4().hex)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    if gemm := sys.modules.get("int8kit.kernels.gemm"):
+        gemm._notice.cache_clear()
+    yield
+    sys.path[:] = path
+    for name in os.environ.keys() - environment.keys() - {"PYTEST_CURRENT_TEST"}:  # a verb sets some
+        del os.environ[name]
+    os.environ.update(environment)
 
 
 @pytest.fixture
@@ -16,3 +89,19 @@ def quiet_interpreter():
     """Overflow and NaN are data to these kernels: what runs them on the CPU shall not warn of them."""
     with np.errstate(all="ignore"):
         yield
+
+
+@pytest.fixture
+def verb(capfd):
+    """A verb called in this process, which has imported what it needs: verb("db", "show", status=0) -> (out, err)."""
+    from int8kit import cli
+
+    def call(*args, status=0):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(map(str, args)))
+        out, err = capfd.readouterr()
+        assert ended.value.code == status, out + err
+        return out, err
+
+    return call

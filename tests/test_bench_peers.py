@@ -140,6 +140,7 @@ def test_each_adapter_calls_its_peer_as_released(tool, monkeypatch):
     assert all(reason.startswith("ModuleNotFoundError") for reason in absent.values())
 
 
+@pytest.mark.process
 def test_dry_run(tmp_path):
     run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     done = run([sys.executable, TOOL, "--dry-run", "--arch", "sm86", "--only", "vllm", "--only", "bf16",

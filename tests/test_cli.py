@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +17,11 @@ from PIL import Image
 from int8kit import cli, db, files, trace
 from int8kit.bench import gemm
 from int8kit.spec import GemmShape, Kernel, default_config
-from int8kit.verify import late
+from int8kit.verify import checks, isolate, late
 
 WITHOUT_A_CARD = pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here")
+HERE = "cuda" if torch.cuda.is_available() else "cpu"
+VERIFY = "int8kit verify --gpu rtx3090"  # of the documents
 TUNE = ("tune", "--gpu", "rtx3090", "--shapes", "s.json", "-o", "t.json")
 
 
@@ -31,35 +35,67 @@ def int8kit(*args, cwd, status=0, **env):
     return done
 
 
+def of_the_workshop(test):
+    """Mark a test of the folder that is tuned once: it costs that, and stays with the others."""
+    for mark in (pytest.mark.slow, pytest.mark.process, pytest.mark.xdist_group("workshop")):
+        test = mark(test)
+    return test
+
+
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    """A folder in which the whole way was walked once: s.json, t.json, out/image.png."""
+def walk(tmp_path_factory):
+    """A folder with s.json, and t.json by a tuner that Ctrl-C ended and that went on; and what both runs said.
+
+    Few rows, since small tiles are compiled fast.
+    """
     folder = tmp_path_factory.mktemp("workshop")
-    int8kit("trace-shapes", "tiny", "--size", "256x128", "--text-tokens", "40", "-o", "s.json", cwd=folder)
-    int8kit(*TUNE, cwd=folder)
-    return folder
+    int8kit("trace-shapes", "tiny", "--size", "64x48", "--text-tokens", "9", "-o", "s.json", cwd=folder)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "int8kit.cli", *TUNE], cwd=folder, text=True, start_new_session=True,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    journal = folder / "t.json.journal"
+
+    def compiled():
+        return journal.read_text().count('"compiled"') if journal.exists() else 0
+
+    while compiled() < 6:  # in the middle of some 100 kernels
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
+    out, err = process.communicate(timeout=60)
+    ended = SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err, compiled=compiled())
+    return SimpleNamespace(folder=folder, ended=ended, again=int8kit(*TUNE, cwd=folder))
 
 
-def test_trace_shapes(tmp_path):
-    done = int8kit("trace-shapes", "ideogram4", "--size", "1024x768", "--batch", "2", "--json", cwd=tmp_path)
-    document = json.loads(done.stdout)
-    assert document == trace.read(tmp_path / "shapes" / "ideogram4.json")
-    assert [(c["height"], c["width"], c["batch"], c["branch"]) for c in document["cases"]] == [
-        (768, 1024, 2, "cond"),
-        (768, 1024, 2, "uncond"),
-    ]
-    assert {"m", "n", "k", "count", "bias", "layers"} <= set(document["cases"][0]["gemms"][0])
-    table = int8kit("trace-shapes", "tiny", "--slots", "2048", "--branch", "cond", cwd=tmp_path).stdout
-    assert "layers.*.feed_forward.w2" in table
-    assert "2048 text slots" in table
+@pytest.fixture
+def workshop(walk):
+    return walk.folder
 
 
+@of_the_workshop
+def test_ctrl_c_keeps_what_is_done(walk):
+    ended, again = walk.ended, walk.again
+    assert ended.returncode == 130
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert "interrupted; what was finished is kept" in ended.stderr
+    assert "run the same command again" in ended.stderr
+    assert ended.compiled > 0
+    assert "wrote" in again.stdout
+    assert f"going on where a run was ended: {ended.compiled} kernels compiled" in again.stderr
+    shapes = trace.int8_shapes(trace.read(walk.folder / "s.json"))
+    assert len(db.load(walk.folder / "t.json").entries) == len(shapes)
+
+
+@of_the_workshop
 def test_tune(workshop):
     base = db.load(workshop / "t.json", "rtx3090")
     assert {e.shape for e in base.entries} == set(trace.int8_shapes(trace.read(workshop / "s.json")))
     assert len({e.triton for e in base.entries}) == 1
 
 
+@of_the_workshop
 def test_tune_says_where_it_stands(workshop):
     done = int8kit(*TUNE, "--json", cwd=workshop)
     report = json.loads(done.stdout)
@@ -69,30 +105,71 @@ def test_tune_says_where_it_stands(workshop):
     assert len(again.entries) == len(report["entries"])
 
 
-def test_verify_stamps_what_it_proved(workshop):
+@of_the_workshop
+def test_run(workshop, monkeypatch, verb):
+    done = int8kit("run", "--size", "64x48", "--steps", "2", "--gpu", "rtx3090", "--db", "t.json", cwd=workshop)
+    assert "wrote out/image.png" in done.stdout
+    assert "peak memory" in done.stdout
+    with Image.open(workshop / "out" / "image.png") as image:
+        image.load()
+        assert image.size == (64, 48)
+    monkeypatch.chdir(workshop)
+    out, err = verb("run", "--size", "64x48", "--steps", "2", "--json")  # ours: overwritten
+    report = json.loads(out)
+    assert report["configurations"]
+    assert report["step_ms"] > 0
+    assert "denoising" in err
+
+
+@of_the_workshop
+def test_verify_stamps_what_it_proved(workshop, tmp_path, monkeypatch, verb):
     """One entry of the plain kernel, which every machine executes, beside those that were tuned."""
     base = db.load(workshop / "t.json")
     plain = base.entries[0].model_copy(update={"m": 333, "config": default_config(GemmShape(333, 64, 64))})
-    (workshop / "p.json").write_text(base.merged([plain]).dumps())
-    done = int8kit("verify", "--gpu", "rtx3090", "--db", "p.json", "--examples", "15", cwd=workshop)
-    assert "holds" in done.stdout
-    assert "differs" not in done.stdout
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    proven = [bool(e.verified) for e in db.load(workshop / "p.json").entries]
-    executed = [here == "cuda" or e.config.kernel is Kernel.TRITON for e in db.load(workshop / "p.json").entries]
-    assert proven == executed
+    text = base.merged([plain]).dumps()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.json").write_text(text)
+    monkeypatch.setattr(isolate, "run_all", lambda jobs, judge, **_: [judge(job, lambda _: None) for job in jobs])
+    args = ("verify", "--gpu", "rtx3090", "--db", "p.json", "--examples", "15")
+    out, err = verb(*args, "--only", "batch", "--only", "entries", "--json")
+    assert [r["name"] for r in json.loads(out)["results"]] == ["batch", "entries"]
+    assert "not stamped: a stamp says that every property holds" in err
+    assert (tmp_path / "p.json").read_text() == text
+    assert not any(e.verified for e in db.load(tmp_path / "p.json").entries)
+
+    monkeypatch.setattr(checks, "names", lambda *_: ["batch", "entries"])  # as if these were all
+    out, _ = verb(*args)
+    assert "holds" in out
+    assert "differs" not in out
+    entries = db.load(tmp_path / "p.json").entries
+    proven = [bool(e.verified) for e in entries]
+    assert proven == [HERE == "cuda" or e.config.kernel is Kernel.TRITON for e in entries]
     assert any(proven)
-    assert all(proven) or f"{proven.count(False)} " in re.search(r"holds; \d+ need a card", done.stdout)[0]
-    done = int8kit("verify", "--gpu", "rtx3090", "--db", "p.json", "--examples", "15", "--json", cwd=workshop)
-    names = {r["name"] for r in json.loads(done.stdout)["results"]}
+    if not all(proven):
+        assert f"{proven.count(False)} " in re.search(r"holds; \d+ need a card", out)[0]
+    out, err = verb(*args, "--json")
+    assert {r["name"] for r in json.loads(out)["results"]} == {"batch", "entries"}
+    assert "up to date" in err
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_verify_proves_every_property(tmp_path):
+    """The documents' command as it stands, in an empty folder."""
+    done = int8kit(*shlex.split(VERIFY)[1:], cwd=tmp_path)
+    _, rule, *rows = done.stdout.splitlines()
+    assert set(rule) == {"-", " "}
+    names = {re.split("  +", row)[0] for row in rows}
     assert names == {
         "accumulator", "output", "swiglu", "batch", "linearity", "zero rows", "nan rows", "strided", "repeats",
         "configuration", "quantize", "rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope",
         "entries",
-    } | ({"order"} if late.overlaps(here) else set())  # fmt: skip
-    assert "up to date" in done.stderr
+    } | ({"order"} if late.overlaps(HERE) else set())  # fmt: skip
+    assert done.stdout.count("holds") == len(rows)
+    assert "came with the package: not stamped; copy it to ./tuning_db" in done.stderr
 
 
+@pytest.mark.process
 def test_verify_fails_on_a_broken_kernel(tmp_path):
     """A copy of the package with one character of the kernel changed: exit status 1, and an example."""
     package = files.shipped("shapes").parent
@@ -104,24 +181,11 @@ def test_verify_fails_on_a_broken_kernel(tmp_path):
     assert text.count("mask=(ks < K - k)[:, None]") == 1
     kernel.write_text(text.replace("mask=(ks < K - k)[:, None]", "mask=(ks <= K - k)[:, None]"))
     kernel.write_text(kernel.read_text().replace("mask=(ks < K - k)[None, :]", "mask=(ks <= K - k)[None, :]"))
-    done = int8kit("verify", "--gpu", "rtx3090", "--no-stamp", "--examples", "40", cwd=tmp_path, status=1,
-                   PYTHONPATH=str(tmp_path))  # fmt: skip
-    assert re.search(r"accumulator differs on .*smallest example:\n  1x1x\d+, ", done.stdout)
+    done = int8kit("verify", "--gpu", "rtx3090", "--only", "accumulator", "--no-stamp", "--examples", "40",
+                   cwd=tmp_path, status=1, PYTHONPATH=str(tmp_path))  # fmt: skip
+    example = r"\n  1x1x\d+, .*: 1 of 1 differ, first \[0, 0\]: got "  # and not an exception, which is told here too
+    assert re.search(rf"accumulator differs on .*smallest example:{example}", done.stdout)
     assert "Traceback" not in done.stderr
-
-
-def test_run(workshop):
-    done = int8kit("run", "--size", "64x48", "--steps", "2", "--gpu", "rtx3090", "--db", "t.json", cwd=workshop)
-    assert "wrote out/image.png" in done.stdout
-    assert "peak memory" in done.stdout
-    with Image.open(workshop / "out" / "image.png") as image:
-        image.load()
-        assert image.size == (64, 48)
-    done = int8kit("run", "--size", "64x48", "--steps", "2", "--json", cwd=workshop)  # ours: overwritten
-    report = json.loads(done.stdout)
-    assert report["configurations"]
-    assert report["step_ms"] > 0
-    assert "denoising" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -195,6 +259,8 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("verify", "--gpu", "rtx3090", "--db", "mine.json"), ["has the format None", "int8kit.tuning/1"]),
         (("verify", "--examples", "0"), ["--examples", "0"]),
         (("verify", "--exhaustive", "--mutate"), ["--exhaustive with --mutate", "leave it out"]),
+        (("verify", "--gpu", "rtx3090", "--only", "x"), ["unknown property 'x'", "accumulator, batch", "zero rows"]),
+        (("verify", "--only", "output", "--model", "tiny"), ["--only with --subject or --model", "leave it out"]),
         (("run", "--model", "sdxl"), ["'sdxl'", "tiny", "hub id"]),
         (("run", "--model", "nobody/nothing"), ["cannot load 'nobody/nothing'", "hf auth login"]),
         (("run", "--size", "250x256"), ["width 250", "240 and 256"]),
@@ -249,6 +315,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capfd, args, words):
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+@pytest.mark.process
 def test_a_missing_package_names_its_extra(tmp_path):
     (tmp_path / "diffusers.py").write_text("raise ModuleNotFoundError(name='diffusers')")
     done = int8kit("trace-shapes", "tiny", cwd=tmp_path, status=2, PYTHONPATH=str(tmp_path))
@@ -256,45 +323,21 @@ def test_a_missing_package_names_its_extra(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.process
 def test_bad_input_in_a_process_of_its_own(tmp_path):
     done = int8kit("tune", "--gpu", "rtx9", cwd=tmp_path, status=2)
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
 
 
-def test_force_overwrites(tmp_path):
+def test_force_overwrites(tmp_path, verb):
     (tmp_path / "mine.json").write_text("precious")
-    int8kit("trace-shapes", "tiny", "--size", "64x64", "-o", "mine.json", "--force", cwd=tmp_path)
+    verb("trace-shapes", "tiny", "--size", "64x64", "-o", tmp_path / "mine.json", "--force")
     assert files.is_ours(tmp_path / "mine.json", trace.FORMAT)
 
 
-def test_ctrl_c_keeps_what_is_done(tmp_path):
-    int8kit("trace-shapes", "tiny", "--size", "64x64", "-o", "s.json", cwd=tmp_path)
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    environment.pop("TRITON_INTERPRET", None)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "int8kit.cli", *TUNE], cwd=tmp_path, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    while len(list((tmp_path / "cache").glob("*/*.cubin"))) < 6:  # in the middle of some 100 kernels
-        assert process.poll() is None
-        time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in out + err
-    assert "interrupted; what was finished is kept" in err
-    assert "run the same command again" in err
-    compiled = (tmp_path / "t.json.journal").read_text().count('"compiled"')
-    assert compiled > 0
-    done = int8kit(*TUNE, cwd=tmp_path, TRITON_CACHE_DIR=str(tmp_path / "cache"))
-    assert "wrote" in done.stdout
-    assert f"going on where a run was ended: {compiled} kernels compiled" in done.stderr
-    assert len(db.load(tmp_path / "t.json").entries) == len(trace.int8_shapes(trace.read(tmp_path / "s.json")))
-
-
-def test_verbs_show_an_example():
-    for verb in (
+def test_verbs_show_an_example(verb):
+    for name in (
         "trace-shapes",
         "tune",
         "verify",
@@ -306,5 +349,5 @@ def test_verbs_show_an_example():
         "db explain",
         "db carry",
     ):
-        assert f"Example: int8kit {verb}" in int8kit(*verb.split(), "--help", cwd=".").stdout
-    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", int8kit("--version", cwd=".").stdout)
+        assert f"Example: int8kit {name}" in verb(*name.split(), "--help")[0]
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", verb("--version")[0])

@@ -154,6 +154,7 @@ def test_the_published_schema_is_the_models(capfd):
     assert call(capfd, "db", "schema")[0] == text
 
 
+@pytest.mark.process
 def test_carry_takes_what_compiles_as_well_here_and_says_what_does_not(tmp_path):
     """The entries' Triton is said to be of another generation than the one that is here."""
     other = "3.9.0" if generation(triton.__version__) == "3.6" else "3.6.0"

@@ -9,7 +9,17 @@ from int8kit.db import Database
 from int8kit.kernels import gemm
 from int8kit.problems import problems
 from int8kit.schema import Entry, Resources, stamp
-from int8kit.spec import FileError, GemmShape, Kernel, Operation, Source, TileConfig, default_config, why_illegal
+from int8kit.spec import (
+    FileError,
+    GemmShape,
+    Int8kitError,
+    Kernel,
+    Operation,
+    Source,
+    TileConfig,
+    default_config,
+    why_illegal,
+)
 from int8kit.toolchain import ANY_TOOLCHAIN, Toolchain, generation
 
 GPU = gpus.get("rtx3090")
@@ -180,12 +190,12 @@ def test_damage_is_one_clear_error(tmp_path, damage, reason):
     document = json.loads(path.read_text())
     damage(document)
     path.write_text(json.dumps(document))
-    with pytest.raises(Exception, match=reason) as caught:
+    with pytest.raises(Int8kitError, match=reason) as caught:
         db.load(path, "rtx3090")
     assert "\n" not in str(caught.value)
     assert caught.value.exit_status == 2
     before = path.read_text()
-    with pytest.raises(Exception, match=reason):
+    with pytest.raises(Int8kitError, match=reason):
         db.update(path, GPU, [entry()])
     assert path.read_text() == before
 
@@ -205,6 +215,7 @@ def _write(path, first):
         db.update(path, GPU, [entry(m=m)])
 
 
+@pytest.mark.process
 def test_two_writers_lose_nothing(tmp_path):
     path = tmp_path / "a.json"
     context = multiprocessing.get_context("spawn")

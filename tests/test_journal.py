@@ -169,6 +169,7 @@ print("done", len(outcome.entries))
 """
 
 
+@pytest.mark.process
 def test_killed_at_random_moments_it_ends_as_if_it_never_was(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
 

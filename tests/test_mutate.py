@@ -59,6 +59,7 @@ def test_each_fault_has_one_place_in_the_present_source(mutant):
 
 
 def test_the_tiles_of_the_mutants_are_legal():
+    assert set(TILES) == set(Kernel) - {Kernel.TRITON}
     for kernel, tiles in TILES.items():
         arch, memory = (90, 232448) if kernel is Kernel.WGMMA else (86, 101376)
         assert {tile.kernel for tile in tiles} == {kernel}
@@ -74,6 +75,8 @@ def test_a_stale_catalogue_is_refused_before_any_work():
     assert mutate.find([]) == CATALOGUE
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_each_end_is_told_apart(scratch):
     """A wrong bit, an exception, a signal, a syntax error and a hang are caught; a sham survives every property."""
     todo = [*mutate.find(["stale-scale-row"]), RAISES, ABORTS, BROKEN, HANGS, SHAM]
@@ -98,6 +101,7 @@ def test_each_end_is_told_apart(scratch):
     assert not list(scratch.iterdir())
 
 
+@pytest.mark.process
 def test_faults_are_not_sought_in_unsound_kernels(monkeypatch, scratch):
     package = scratch / "installed" / "int8kit"
     shutil.copytree(mutate.PACKAGE, package)
@@ -108,6 +112,7 @@ def test_faults_are_not_sought_in_unsound_kernels(monkeypatch, scratch):
     assert [path.name for path in scratch.iterdir()] == ["installed"]
 
 
+@pytest.mark.process
 def test_a_child_that_judges_another_copy_is_refused(monkeypatch, scratch):
     monkeypatch.setattr(shutil, "copytree", lambda _, to, ignore: to.mkdir())  # so that the installed one is found
     with pytest.raises(CheckFailed, match=r"the child judged .*int8kit, not its own copy"):
@@ -142,6 +147,7 @@ def test_what_a_machine_cannot_run_is_named(monkeypatch):
     assert mutate._idle(mutate.find(["hopper-deadlock"])[0], card) is None
 
 
+@pytest.mark.slow
 def test_properties_over_given_tiles():
     """What a child runs: its kernel's configurations alone, so that no other kernel hides the fault."""
     seen = []
@@ -152,25 +158,18 @@ def test_properties_over_given_tiles():
     assert {d.config for d in seen[:5]} == set(tiles)
 
 
-def int8kit(*args, cwd, status):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "int8kit.cli", "verify", "--mutate", *args], cwd=cwd, env=environment,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
-
-
-def test_the_verb_kills(tmp_path):
-    done = int8kit("--only", "scales-joined", "--only", "naive-owner", "--examples", "5", "--json",
-                   cwd=tmp_path, status=0)  # fmt: skip
-    document = json.loads(done.stdout)
+@pytest.mark.process
+def test_the_verb_kills(monkeypatch, scratch, verb):
+    """By one property: a run by all of them, of sound kernels too, is above."""
+    monkeypatch.setattr(mutate, "_properties", lambda kernel: ("output",))
+    out, _ = verb("verify", "--mutate", "--only", "scales-joined", "--only", "naive-owner", "--examples", "5", "--json")
+    document = json.loads(out)
     killed, stream_k = document["mutants"]
     assert (killed["name"], killed["by"], killed["how"]) == ("scales-joined", "output", "differs")
     assert document["killed"] >= 1
     assert document["score"] == 1.0
     assert stream_k["ending"] == ("killed" if torch.cuda.is_available() else "needs a card")
+    assert not list(scratch.iterdir())
 
 
 def test_a_survivor_is_listed_and_fails_the_verb(monkeypatch, capfd):
@@ -238,6 +237,7 @@ def living_in(folder):
     return found
 
 
+@pytest.mark.process
 def test_ctrl_c_leaves_nothing_behind(tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 from dataclasses import replace
+from multiprocessing import forkserver
 
 import pytest
 from measured import exhaustive
@@ -40,16 +41,20 @@ HOPPER = [
 ]
 
 
-@pytest.fixture(scope="module", params=[80, 86, 89, 90])
-def compiled(request):
-    jobs = [(c, even) for c in SAMPLE for even in (True, False)]
-    jobs += [(c, True) for c in (HOPPER if request.param == 90 else AMPERE)]
+@pytest.fixture(scope="module")
+def pool():
     with workers.Workers() as pool:
-        return request.param, pool.compile_all(request.param, jobs)
+        yield pool
 
 
-def test_compiles_for_absent_cards(compiled):
-    arch, outcomes = compiled
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.xdist_group("offline-pool")
+@pytest.mark.parametrize("arch", [80, 86, 89, 90])
+def test_compiles_for_absent_cards(pool, arch):
+    jobs = [(c, even) for c in SAMPLE for even in (True, False)]
+    jobs += [(c, True) for c in (HOPPER if arch == 90 else AMPERE)]
+    outcomes = pool.compile_all(arch, jobs)
     assert len(outcomes) == 2 * len(SAMPLE) + 3
     for (config, _), resources in outcomes.items():
         assert isinstance(resources, Resources), resources
@@ -59,6 +64,33 @@ def test_compiles_for_absent_cards(compiled):
         assert resources.shared_bytes <= shared_memory_bound(config, arch=arch)
 
 
+@pytest.fixture(scope="module")
+def fresh():
+    """function(*args) in a process in which Triton compiles, and has done nothing yet.
+
+    Each is forked from one that has imported what they need, and answers a single question: a fork costs a hundredth of
+    the imports. It has one thread alone, since a fork would lose the others.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["int8kit.kernels.gemm", "int8kit.kernels.swiglu_quantize", "int8kit.tune.offline"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        forkserver.ensure_running()
+
+    def ask(function, *args):
+        with context.Pool(1) as pool:
+            return pool.apply(function, args)
+
+    assert ask(_state) == (1, False, set())
+    return ask
+
+
+def _state():
+    from int8kit.kernels import operands
+
+    return len(os.listdir(f"/proc/{os.getppid()}/task")), operands.interpreted(), operands._SETTLED
+
+
 def _instructions(arch, config):
     from int8kit.verify.foreign import tensor_core_instructions
 
@@ -66,6 +98,8 @@ def _instructions(arch, config):
     return tensor_core_instructions(ptx), "fma.rn.f32" in ptx, ".ftz" in ptx
 
 
+@pytest.mark.process
+@pytest.mark.xdist_group("offline-fresh")
 @pytest.mark.parametrize(
     ("arch", "config", "instruction"),
     [
@@ -76,10 +110,8 @@ def _instructions(arch, config):
     ],
     ids=str,
 )
-def test_runs_on_integer_tensor_cores_and_contracts_nothing(monkeypatch, arch, config, instruction):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # for the child
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found, fma, ftz = pool.apply(_instructions, (arch, config))
+def test_runs_on_integer_tensor_cores_and_contracts_nothing(fresh, arch, config, instruction):
+    found, fma, ftz = fresh(_instructions, arch, config)
     assert found == {instruction}
     assert not fma
     assert not ftz
@@ -88,10 +120,11 @@ def test_runs_on_integer_tensor_cores_and_contracts_nothing(monkeypatch, arch, c
 def test_interpreter_has_no_compiler():
     from int8kit.kernels import gemm
 
-    if gemm.interpreted():
-        with pytest.raises(ConfigError, match="TRITON_INTERPRET"):
-            offline.compile_for(86, SAMPLE[0])
-        assert os.environ["TRITON_INTERPRET"] == "1"
+    if not gemm.interpreted():
+        pytest.skip("Triton compiles here")
+    with pytest.raises(ConfigError, match="TRITON_INTERPRET"):
+        offline.compile_for(86, SAMPLE[0])
+    assert os.environ["TRITON_INTERPRET"] == "1"
 
 
 def test_occupancy():
@@ -156,6 +189,8 @@ def _sought(arch, config, code):
     return seen == [mine]
 
 
+@pytest.mark.process
+@pytest.mark.xdist_group("offline-fresh")
 @pytest.mark.parametrize(
     ("config", "code"),
     [
@@ -164,11 +199,9 @@ def _sought(arch, config, code):
     ],
     ids=str,
 )  # fmt: skip
-def test_a_launch_finds_what_was_compiled_offline(monkeypatch, config, code):
+def test_a_launch_finds_what_was_compiled_offline(fresh, config, code):
     """Else kernels would be compiled twice, and the second time one after the other."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # for the child
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(_sought, (90, config, code))
+    assert fresh(_sought, 90, config, code)
 
 
 def _key(config, before):
@@ -185,15 +218,12 @@ def _key(config, before):
     return source.hash()
 
 
+@pytest.mark.process
+@pytest.mark.xdist_group("offline-fresh")
 @pytest.mark.parametrize("config", [SAMPLE[3], AMPERE[0], HOPPER[0]], ids=str)
-def test_what_was_compiled_is_found_whatever_was_used_before(monkeypatch, config):
+def test_what_was_compiled_is_found_whatever_was_used_before(fresh, config):
     """Triton's own key of a function depends on it: the timing process compiled again what the others had."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # for the children
-    keys = set()
-    for before in ("", "silu", "swiglu_quantize"):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            keys.add(pool.apply(_key, (config, before)))
-    assert len(keys) == 1
+    assert len({fresh(_key, config, before) for before in ("", "silu", "swiglu_quantize")}) == 1
 
 
 EXHAUSTIVE = [

@@ -1,4 +1,4 @@
-"""Promises outside the code: import direction, exported names, what an import touches, shipped files, the documents."""
+"""Promises outside the code: imports, exported names, shipped files, the documents, and tests that can fail."""
 
 import ast
 import itertools
@@ -18,6 +18,9 @@ from int8kit import files
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "int8kit"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+DOCUMENTS = sorted(ROOT.glob("*.md"))
+TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 # A module may import those of the layers before its own, and of its own.
 LAYERS = [
     {"spec"}, {"files", "fingerprint", "gpus", "lookup", "reference", "models", "sensors", "toolchain"},
@@ -41,9 +44,15 @@ def imported(path):
             yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("int8kit."))
 
 
+def test_what_the_tests_here_go_through_is_there():
+    assert len(MODULES) > 50
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"} <= {path.name for path in DOCUMENTS}
+    assert len(TESTS) > 40
+
+
 def test_imports_go_one_way():
     rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    for path in PACKAGE.rglob("*.py"):
+    for path in MODULES:
         if path.name == "__init__.py" and path.parent == PACKAGE:
             continue
         for name in imported(path):
@@ -54,7 +63,8 @@ def test_imports_go_one_way():
 
 def test_stages_do_not_import_each_other():
     stages = {"trace", "tune", "verify", "runtime"}
-    for path in PACKAGE.rglob("*.py"):
+    assert stages <= {stem(path) for path in MODULES}
+    for path in MODULES:
         if stem(path) in stages:
             assert not (set(imported(path)) & stages) - {stem(path)}, path
 
@@ -77,6 +87,7 @@ def test_exported_names_are_pinned():
         _ = int8kit.nothing
 
 
+@pytest.mark.process
 def test_import_touches_nothing_heavy():
     code = "import sys, int8kit; print(sorted(m for m in ('torch', 'triton', 'diffusers') if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -84,12 +95,12 @@ def test_import_touches_nothing_heavy():
 
 
 def test_every_module_opens_with_what_it_is():
-    for path in PACKAGE.rglob("*.py"):
+    for path in MODULES:
         assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
 def test_documents_name_files_that_exist():
-    for document in ROOT.glob("*.md"):
+    for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (ROOT / target).exists(), f"{document.name} -> {target}"
         for path in re.findall(r"`((?:int8kit|tests|tools|docs|shapes|tuning_db)/[\w./*-]+)`", document.read_text()):
@@ -106,27 +117,43 @@ def console(document):
 
 
 def examples():
-    yield from ((doc.name, command) for doc in ROOT.glob("*.md") for command in console(doc))
+    yield from ((doc.name, command) for doc in DOCUMENTS for command in console(doc))
     for module in PACKAGE.glob("cli*.py"):
         for command in re.findall(r"^ +Example: (.+)$", module.read_text(), re.MULTILINE):
             yield module.name, command.strip()
 
 
-@pytest.mark.parametrize(("command", "where"), {command: where for where, command in examples()}.items())
-def test_commands_of_the_documents_run(command, where, tmp_path):
+MARKS = {"run": ["slow"], "trace-shapes": ["slow"], "tune": ["slow", "process"]}
+"""By verb. In test_cli.py's group a second tuner finds kernels of the first."""
+ELSEWHERE = {"int8kit verify --gpu rtx3090": "test_cli.py"}
+"""Run as they stand by tests that look at more than the exit status."""
+
+
+def documented():
+    for command, where in {command: where for where, command in examples() if command not in ELSEWHERE}.items():
+        marks = [getattr(pytest.mark, name) for name in MARKS.get(command.split()[1], ())]
+        yield pytest.param(command, where, marks=[*marks, pytest.mark.xdist_group("workshop")] if marks else [])
+
+
+def test_commands_that_other_tests_run_are_there():
+    assert set(ELSEWHERE) <= {command for _, command in examples()}
+    for command, name in ELSEWHERE.items():
+        assert f'"{command}"' in (Path(__file__).parent / name).read_text()
+
+
+@pytest.mark.parametrize(("command", "where"), list(documented()))
+def test_commands_of_the_documents_run(command, where, tmp_path, monkeypatch, verb):
     """Each printed command as it stands, in an empty folder; those that need a real card or real weights parse only."""
-    verb, *args = shlex.split(command)
-    assert verb == "int8kit", f"{where}: {command}"
+    program, *args = shlex.split(command)
+    assert program == "int8kit", f"{where}: {command}"
     card = "bench" in args or ("tune" in args and "--gpu" not in args)
     needs = card or "ideogram-ai/" in command
     if "tuning_db/" in command:
         shutil.copytree(files.shipped("tuning_db"), tmp_path / "tuning_db")
     if needs:
         args = [*itertools.takewhile(lambda word: word[0].isalpha(), args), "--help"]
-    done = subprocess.run(
-        [sys.executable, "-m", "int8kit.cli", *args], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    verb(*args)
 
 
 def test_make_targets_of_the_readme_exist():
@@ -136,10 +163,12 @@ def test_make_targets_of_the_readme_exist():
     assert named <= targets
 
 
+@pytest.mark.process
 def test_wheel_holds_the_shipped_files(tmp_path):
     """A wheel built from this tree finds its shapes and databases outside the checkout."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, ROOT], check=True, capture_output=True, timeout=300)
+    build = ["wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]  # by the environment's hatchling
+    subprocess.run([*pip, *build], check=True, capture_output=True, timeout=300)
     [wheel] = tmp_path.glob("*.whl")
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
@@ -166,3 +195,92 @@ def test_python_of_the_readme_runs():
         names = {}
         exec(block, names)
         assert names["y"].shape == (2, 12288)
+
+
+CHECKERS = {"raises", "warns", "fail", "opcheck", "benchmark"}
+
+
+def collected(tree):
+    return [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test")]
+
+
+def name_of(call):
+    return getattr(call.func, "attr", getattr(call.func, "id", ""))
+
+
+def can_be_false(test):
+    """False for what an assertion takes for true whatever it means: a text, a tuple, a generator, x == x."""
+    if isinstance(test, ast.Compare):
+        return all(ast.dump(other) != ast.dump(test.left) for other in test.comparators)
+    if isinstance(test, ast.BoolOp):
+        return all(map(can_be_false, test.values)) and (
+            isinstance(test.op, ast.And) or all(map(is_question, test.values))
+        )
+    return not isinstance(
+        test, ast.Constant | ast.JoinedStr | ast.Tuple | ast.List | ast.Set | ast.Dict | ast.GeneratorExp | ast.Lambda
+    )
+
+
+def is_question(test):
+    """Whether an operand of `or` is answered by yes or no: anything else may be a text that is always there."""
+    if isinstance(test, ast.BoolOp):
+        return all(map(is_question, test.values))
+    if isinstance(test, ast.UnaryOp):
+        return isinstance(test.op, ast.Not)
+    if isinstance(test, ast.Call):
+        return name_of(test) in {"all", "any", "isinstance"}
+    return isinstance(test, ast.Compare)
+
+
+def checks_something(function, functions, seen=()):
+    """Whether a function asserts or expects an error, itself or by another of its module."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assert):
+            return True
+        if isinstance(node, ast.Call):
+            name = name_of(node)
+            if name in CHECKERS or name.startswith("assert"):
+                return True
+            if name in functions and name not in seen and checks_something(functions[name], functions, (*seen, name)):
+                return True
+    return False
+
+
+def cannot_fail(source):
+    """What in a test module would pass whatever the program does, where that can be seen: [(line, why)]."""
+    tree = ast.parse(source)
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    found = [(test.lineno, "no assertion") for test in collected(tree) if not checks_something(test, functions)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert) and not can_be_false(node.test):
+            found.append((node.lineno, "always true"))
+        if isinstance(node, ast.Call) and name_of(node) == "raises" and ast.unparse(node.args[0]).endswith("Exception"):
+            found.append((node.lineno, "any exception"))
+    return found
+
+
+def test_every_test_can_fail():
+    assert {str(path): found for path in TESTS if (found := cannot_fail(path.read_text()))} == {}
+
+
+@pytest.mark.parametrize(
+    ("statement", "why"),
+    [
+        ('assert "1 of 3 differ" in text or difference(a, b)', "always true"),
+        ('assert text == "a" or "b"', "always true"),
+        ('assert (text == "a", "why")', "always true"),
+        ("assert (x > 0 for x in found)", "always true"),
+        ("assert text == text", "always true"),
+        ("assert text and 1", "always true"),
+        ("difference(a, b)", "no assertion"),
+        ("helper()", "no assertion"),
+        ("with pytest.raises(Exception, match='x'):\n        pass", "any exception"),
+        ("assert x in text or not y or any(found)", None),
+        ("assert difference(a, b)", None),
+        ("checker()", None),
+    ],
+)
+def test_what_cannot_fail_is_seen(statement, why):
+    helpers = "def helper():\n    pass\ndef checker():\n    assert x > 0\n"
+    found = cannot_fail(f"{helpers}def test_it():\n    {statement}\n")
+    assert [one for _, one in found] == ([why] if why else [])

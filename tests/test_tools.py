@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
 ROOT = Path(__file__).parent.parent
 
 
@@ -98,6 +99,8 @@ def test_sanitize_asks_every_tool_and_judges_what_it_found(tmp_path):
     assert "memcheck: FOUND" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("workshop")  # where its kernels have been compiled
 def test_exhaustive_runs_dry(tmp_path):
     out = tmp_path / "exhaustive.json"
     shape = ("--gpu", "rtx3090", "--shape", "4096x256x1024", "--seeds")
@@ -113,12 +116,15 @@ def test_exhaustive_runs_dry(tmp_path):
     assert row["times"] == sorted(row["times"], key=lambda t: t[1])
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("workshop")  # where its kernels have been compiled
 def test_resources_of_the_shipped_kernels_and_beside_another_version(tmp_path):
     out = tmp_path / "r.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, ROOT / "tools" / "resources.py", "--gpu", "rtx3090"]
     subprocess.run([*command, "--out", out], cwd=ROOT, check=True, timeout=300, env=environment, capture_output=True)
     document = json.loads(out.read_text())
+    assert document["kernels"]
     for name, row in document["kernels"].items():
         registers, spills, kib = row
         assert 16 <= registers <= 255, name
