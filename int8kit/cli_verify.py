@@ -30,7 +30,7 @@ def verify(
     ] = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="This property alone, and no stamps; with --mutate: this fault alone. Repeatable."),
+        typer.Option(help="This property alone, such as entries; with --mutate: this fault alone. Repeatable."),
     ] = None,
     subject: Annotated[
         list[str] | None,
@@ -48,7 +48,8 @@ def verify(
     """Prove the kernels bit-exact against torch._int_mm, 64-bit integers and the reference.
 
     Executes on the GPU, or at reduced sizes in Triton's interpreter on a CPU. Exit status 1 if anything differs, with
-    the smallest example that does. With --only, one property or several: what was just mended, in seconds.
+    the smallest example that does. With --only, one property or several, in seconds: `--only entries` executes and
+    stamps the database's configurations alone.
 
     With --mutate, faults are seeded one by one into copies of the kernels, and the same checks must catch each: exit
     status 1 if one survives that could run here. Those that only a card shows are named. Minutes on a CPU.
@@ -145,9 +146,7 @@ def _prove(
     show({"gpu": card.alias, "databases": paths, "results": [vars(r) for r in results]}, "\n".join(lines), as_json)
     if failures:
         raise CheckFailed(f"{len(failures)} of {len(results)} properties differ: {', '.join(r.name for r in failures)}")
-    if only and stamp and stamps:
-        note("not stamped: a stamp says that every property holds; leave --only out")
-    for path in paths if stamp and stamps and not only else ():
+    for path in paths if stamp and stamps else ():
         _stamp(path, stamps, base)
 
 
