@@ -17,7 +17,7 @@ from PIL import Image
 from int8kit import cli, db, files, trace
 from int8kit.bench import gemm
 from int8kit.spec import GemmShape, Kernel, default_config
-from int8kit.verify import checks, isolate, late
+from int8kit.verify import isolate, late
 
 WITHOUT_A_CARD = pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here")
 HERE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -55,6 +55,27 @@ def cdiv(a, b):
     """a / b, rounded up."""
     return -(-a // b)
 
+if LIMIT > 3:
+    MODE = "wide"
+else:
+    MODE = "narrow"
+
+def times(factor):
+    def inner(x):
+        return x * factor
+    return inner
+
+double = times(2)
+
+def logged(f):
+    def wrapper(*a):
+        return f(*a)
+    return wrapper
+
+@logged
+def halved(x):
+    return x // 7
+
 def told(text):
     warnings.warn(f"slow: {text}")
     return 0
@@ -82,7 +103,8 @@ def launch(o, block, options):
     helpers.CACHE[block] = made
     size: int = grid(o.m, block)
     found = helpers.TABLE, helpers.DERIVED, helpers.Kind.HIGH, told(1)
-    return size, constants(block, even=True), made.used, found, {{"a": 1}}
+    more = helpers.MODE, helpers.double(2), helpers.halved(4)
+    return size, constants(block, even=True), made.used, found, more, {{"a": 1}}
 
 def why_not(o):
     # the copy is 16 bytes wide
@@ -101,6 +123,13 @@ COUNTS = [
     ("helpers", "self.x + 1", "self.x + 2"),
     ("helpers", "-(-a // b)", "a // b"),
     ("helpers", "return 0", "return 1"),
+    ("helpers", "LIMIT > 3", "LIMIT > 9"),
+    ("helpers", '"narrow"', '"thin"'),
+    ("helpers", "times(2)", "times(3)"),
+    ("helpers", "x * factor", "x + factor"),
+    ("helpers", "x // 7", "x // 8"),
+    ("helpers", "return f(*a)", "return f(*a) + 1"),
+    ("helpers", "@logged\n", ""),
     ("kernel", '("BLOCK", block)', '("BLOCK_M", block)'),
     ("kernel", '("BLOCK", block), ("EVEN", even)', '("EVEN", even), ("BLOCK", block)'),
     ("kernel", "even=True", "even=False"),
@@ -123,6 +152,8 @@ KEEPS = [
     ("helpers", 'return "operands"', 'return "o"'),
     ("helpers", "LOW = 1", "LOW = 7"),
     ("helpers", '"""a / b, rounded up."""\n    ', ""),
+    ("helpers", "inner", "scaled"),
+    ("helpers", "factor", "by"),
     ("kernel", "tiles", "count"),
     ("kernel", "rows", "extent"),
     ("kernel", "made", "checked"),

@@ -23,7 +23,7 @@ DOCUMENTS = sorted(ROOT.glob("*.md"))
 TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 # A module may import those of the layers before its own, and of its own.
 LAYERS = [
-    {"spec"}, {"files", "fingerprint", "gpus", "lookup", "reference", "models", "sensors", "toolchain"},
+    {"spec"}, {"canonical", "files", "fingerprint", "gpus", "lookup", "reference", "models", "sensors", "toolchain"},
     {"schema", "shapes_schema"}, {"upgrade"}, {"kernels", "db"}, {"problems"},
     {"ops", "ops_prologue"},
     {"trace", "tune", "verify", "runtime"}, {"bench"}, {"report"}, {"terminal"}, {"cli_db", "cli_verify"}, {"cli"},
