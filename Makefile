@@ -1,15 +1,19 @@
-# Two commands: `make demo` walks the whole way, `make test` runs the gate. Both set up .venv on their first start.
+# `make demo` walks the whole way, `make test` runs the gate, `make test-fast` what of it takes a minute. All set up .venv
+# on their first start.
 PYTHON ?= python3
 VENV := .venv
 OUT := out
 
-.PHONY: demo test clean
+.PHONY: demo test test-fast clean
 
 demo: $(VENV)/ready
 	PATH="$(abspath $(VENV))/bin:$$PATH" tools/demo.sh $(OUT)
 
 test: $(VENV)/ready
 	PATH="$(abspath $(VENV))/bin:$$PATH" tools/check.sh
+
+test-fast: $(VENV)/ready
+	PATH="$(abspath $(VENV))/bin:$$PATH" tools/check.sh -m "not slow and not process"
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

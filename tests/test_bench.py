@@ -91,6 +91,8 @@ def test_whose_code_is_timed():
         contestants.ours(CARD, path=OTHER_MODELS)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("bench-outcome")
 def test_every_contestant_is_held_against_the_reference(outcome):
     assert len(outcome.shapes) == 2
     for shape in outcome.shapes:
@@ -104,6 +106,8 @@ def test_every_contestant_is_held_against_the_reference(outcome):
     outcome.conclude()
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("bench-outcome")
 def test_document(outcome):
     document = outcome.document()
     assert json.loads(json.dumps(document, allow_nan=False)) == document
@@ -115,6 +119,8 @@ def test_document(outcome):
     assert document["contestants"][0]["what"]
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("bench-outcome")
 def test_tables(outcome):
     text = report.bench_tables(outcome.document())
     for word in (

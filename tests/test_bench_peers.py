@@ -119,6 +119,7 @@ def install_stand_ins(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
 
 
+@pytest.mark.slow
 def test_each_adapter_calls_its_peer_as_released(tool, monkeypatch):
     install_stand_ins(monkeypatch)
     monkeypatch.setattr(tool, "vllm_ops", vllm_stand_in)

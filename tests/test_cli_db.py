@@ -1,10 +1,8 @@
 """`int8kit db`, and the user's own database over the shipped one."""
 
+import contextlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from int8kit.kernels import gemm
 from int8kit.schema import FORMAT, Entry, Resources, json_schema, stamp
 from int8kit.spec import GemmShape, Kernel, Source, TileConfig
 from int8kit.toolchain import ANY_TOOLCHAIN, generation
+from int8kit.tune import workers
 
 SHIPPED = files.shipped("tuning_db") / "rtx3090.json"
 RTX3090 = gpus.get("rtx3090")
@@ -154,8 +153,17 @@ def test_the_published_schema_is_the_models(capfd):
     assert call(capfd, "db", "schema")[0] == text
 
 
+@pytest.fixture
+def compilers(monkeypatch):
+    """One pool for all calls of a verb: each would start its own."""
+    with workers.Workers() as pool:
+        monkeypatch.setattr(workers, "Workers", lambda: contextlib.nullcontext(pool))
+        yield
+
+
+@pytest.mark.slow
 @pytest.mark.process
-def test_carry_takes_what_compiles_as_well_here_and_says_what_does_not(tmp_path):
+def test_carry_takes_what_compiles_as_well_here_and_says_what_does_not(tmp_path, capfd, compilers):
     """The entries' Triton is said to be of another generation than the one that is here."""
     other = "3.9.0" if generation(triton.__version__) == "3.6" else "3.6.0"
     hash_ = gemm.kernel_hash()
@@ -170,11 +178,8 @@ def test_carry_takes_what_compiles_as_well_here_and_says_what_does_not(tmp_path)
     ]
     path = tmp_path / "t.json"
     db.update(path, gpus.get("rtx3090"), entries)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "int8kit.cli", "db", "carry", path, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-    left = json.loads(done.stdout)["left"]
+    command = ("db", "carry", path, "--json")
+    left = json.loads(call(capfd, *command)[0])["left"]
     assert "blocks a multiprocessor" in left["2x64x64"]
     assert "has changed since" in left["3x64x64"]
     found = db.load(path).entries
@@ -182,9 +187,7 @@ def test_carry_takes_what_compiles_as_well_here_and_says_what_does_not(tmp_path)
     (new,) = [e for e in found if e.triton == triton.__version__]
     assert (new.shape.m, new.timed_with, new.time_us, new.verified) == (1, other, 9.0, None)
     assert 16 < new.resources.registers < 255
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert json.loads(again.stdout)["carried"] == 0
+    assert json.loads(call(capfd, *command)[0])["carried"] == 0
     db.update(path, gpus.get("rtx3090"), [entries[0].model_copy(update={"time_us": 8.0})])  # tuned anew
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert json.loads(again.stdout)["carried"] == 1
+    assert json.loads(call(capfd, *command)[0])["carried"] == 1
     assert [e.time_us for e in db.load(path).entries if e.triton == triton.__version__] == [8.0]

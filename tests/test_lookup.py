@@ -102,6 +102,7 @@ def shapes(base, count, seed):
         yield GemmShape(round(2 ** random_.uniform(0, 16)), n, k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", DATABASES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("triton", ["3.7.1", "3.9.0"])
 def test_everybody_finds_the_same(path, triton):

@@ -48,6 +48,7 @@ def test_what_the_tests_here_go_through_is_there():
     assert len(MODULES) > 50
     assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"} <= {path.name for path in DOCUMENTS}
     assert len(TESTS) > 40
+    assert len(list(files.shipped("tuning_db").glob("*.json"))) >= 8  # by which other modules parametrize tests
 
 
 def test_imports_go_one_way():

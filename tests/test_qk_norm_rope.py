@@ -21,6 +21,7 @@ def operands(heads, d, dtype, period):
     return fused.operands(Fused("qk_norm_rope", 2, period, d, "normal", 2, dtype, dtype, heads=heads), DEVICE)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fused.examples("qk_norm_rope"))
 def test_equals_the_reference(f):

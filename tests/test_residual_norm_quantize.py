@@ -29,6 +29,7 @@ def assert_equal(got, want):
         assert difference(a, b) is None
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fused.examples("residual_norm_quantize"))
 def test_equals_the_reference(f):

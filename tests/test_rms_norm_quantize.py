@@ -17,6 +17,7 @@ EXECUTOR = foreign.executors(gpus.get("rtx3090"))[-1]
 pytestmark = pytest.mark.usefixtures("quiet_interpreter")
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fused.examples("rms_norm_quantize"))
 def test_equals_the_reference(f):

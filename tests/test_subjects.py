@@ -142,6 +142,7 @@ def test_every_property_of_our_own_kernels_is_run_by_default():
     assert set(properties.ALL) - set(names) <= {"order"}  # which needs a card that lets kernels overlap
 
 
+@pytest.mark.slow
 def test_int_mm_holds_where_it_promises():
     (ours, theirs) = matrix.run(["torch._int_mm"], EXECUTOR, TILES, examples=6)
     assert (ours.subject, theirs.subject) == ("int8kit", "torch._int_mm")
@@ -231,6 +232,7 @@ def once(xq, wq, sx, sw, bias, out_dtype):
 """
 
 
+@pytest.mark.slow
 def test_an_epilogue_that_rounds_otherwise_shows_in_16_bits_too(tmp_path, monkeypatch):
     """As fused multiply-adds do, in one of some 10^4 or 10^5 elements: small examples pass it over."""
     (tmp_path / "mine_once.py").write_text(ONCE)

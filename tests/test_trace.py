@@ -118,6 +118,7 @@ def test_shipped_file_is_what_the_tracer_gives():
     assert fresh in document["cases"]
 
 
+@pytest.mark.slow
 def test_the_default_call_gives_the_shipped_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:

@@ -35,6 +35,7 @@ def verdict(name, examples=40):
     return result.failure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["accumulator", "output", "quantize"])
 def test_the_kernels_hold(name):
     assert verdict(name) is None
@@ -85,6 +86,7 @@ def _toward_zero(xq, wq, sx, sw, bias=None, *, config, out, arch=None, out_dtype
     return out.copy_(y if bias is None else y + bias.float())
 
 
+@pytest.mark.slow
 def test_what_float32_cannot_hold_is_caught(monkeypatch):
     monkeypatch.setattr(gemm, "accumulate", _single)
     monkeypatch.setattr(gemm, "scaled_mm", _toward_zero)

@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 ruff format --check .
 ruff check .
 mypy
-python -m pytest -q -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder "$@"
+python -m pytest -q -n logical --maxprocesses 4 "$@"
