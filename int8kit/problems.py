@@ -190,5 +190,5 @@ class _Check:
             others = entry.stamps(self.toolchain)
             ran = dict.fromkeys(f"as sm_{s.arch} code" if s.arch else "in the interpreter" for s in others)
             only = f", only {' and '.join(ran)}" if ran else ""
-            code = f"sm_{self.gpu.arch} code under Triton {self.toolchain.triton or 'of any version'}"
-            yield f"not proven as {code} with the present kernel{only}; {verify}"
+            triton = f"Triton {self.toolchain.triton}" if self.toolchain.triton else "any Triton"
+            yield f"not proven under {triton} as sm_{self.gpu.arch} code with the present kernel{only}; {verify}"

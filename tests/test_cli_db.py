@@ -95,7 +95,7 @@ def test_check(home, capfd):
     name = f"bad.json: 4296x12288x4608 ({TILE}): "
     assert f"{name}slower than the default, 90.0 and 80.0 us" in out
     assert (
-        f"{name}not proven as sm_86 code under Triton {triton.__version__} with the present kernel; run `int8kit verify"
+        f"{name}not proven under Triton {triton.__version__} as sm_86 code with the present kernel; run `int8kit verify"
         in out
     )
     assert "broken.json: damaged JSON" in out

@@ -245,7 +245,7 @@ def test_strict_refuses_what_is_not_proven(outcome, tmp_path):
     db.update(path, card, entries)
     request = replace(REQUEST, steps=1, gpu="rtx3090", database=path, strict=True)
     reason = (
-        rf"not proven as sm_86 code under Triton {triton.__version__} .* run `int8kit verify --gpu rtx3090` on a GPU"
+        rf"not proven under Triton {triton.__version__} as sm_86 code .* run `int8kit verify --gpu rtx3090` on a GPU"
     )
     with pytest.raises(CheckFailed, match=reason):
         generate.generate(request)

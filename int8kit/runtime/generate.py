@@ -107,8 +107,8 @@ def generate(request: Request) -> Outcome:
     pipe, choices = ideogram4.prepare(stock, request.prompt, case, database, device, toolchain)
     if request.strict and (unproven := unproven_of(choices)):
         raise CheckFailed(
-            f"{len(unproven)} of {len(choices)} configurations are not proven as sm_{gpu.arch} code under Triton "
-            f"{toolchain.triton} with the present kernels, first {unproven[0].config} for {unproven[0].shape}; "
+            f"{len(unproven)} of {len(choices)} configurations are not proven under Triton {toolchain.triton} as "
+            f"sm_{gpu.arch} code with the present kernels, first {unproven[0].config} for {unproven[0].shape}; "
             f"run `int8kit verify --gpu {gpu.alias}` on a GPU, which stamps what holds"
         )
     prepared = time.perf_counter()
