@@ -6,7 +6,8 @@
 For each shape: all configurations in short samples; then the fastest of them, the model's first ones and what
 `int8kit tune` chooses for it, with their bands, again in samples that the power limit shapes. Of the latter come the
 best one and by how much the others miss it; of the former the rank correlation (Spearman) with the model. The tuner
-starts without a database, and sees only the shapes named. The last line is one JSON object.
+starts without a database, and sees only the shapes named. A configuration is a list of the values of "config_fields".
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from int8kit.tune import measure, search, session, space, tasks, workers
 from int8kit.tune.measure import Times
 
 ROUNDS, HOT_ROUNDS = 3, 9
+FIELDS = [field.name for field in fields(TileConfig)]
 FIRST = 8  # of the model's order
 FASTEST = 12  # of the short samples, timed again
 CHUNK, CHUNK_S = 200, 120.0  # configurations in one set of rounds, and how long it may take
@@ -101,6 +103,11 @@ def spearman(a: list[float], b: list[float]) -> float:
     return 1 - 6 * sum((ranks[0][i] - ranks[1][i]) ** 2 for i in range(n)) / (n * (n * n - 1)) if n > 1 else 1.0
 
 
+def values(config: TileConfig) -> list[Any]:
+    """A configuration as the document holds it: the values of FIELDS."""
+    return [getattr(config, name) for name in FIELDS]
+
+
 def judge(
     shape: GemmShape, gpu: gpus.Gpu, configs: list[TileConfig], found: search.Space, once: Timer, tuned: Any
 ) -> dict[str, Any]:
@@ -120,17 +127,17 @@ def judge(
 
     row = {
         "m": shape.m, "n": shape.n, "k": shape.k, "configurations": len(kept), "wrong": len(order) - len(kept),
-        "best": str(best), "best_us": round(hot[best].p50, 2), "default_regret": regret(default_config(shape)),
+        "best": values(best), "best_us": round(hot[best].p50, 2), "default_regret": regret(default_config(shape)),
         "spearman": round(spearman([us for us, *_ in kept], [short[c].p50 for _, c, _ in kept]), 3),
-        "first": str(seeds[0]), "first_regret": regret(seeds[0]), "eight_regret": min(map(regret, seeds)),
+        "first": values(seeds[0]), "first_regret": regret(seeds[0]), "eight_regret": min(map(regret, seeds)),
     }  # fmt: skip
     if tuned:
         evaluations = len(kept) * len(space.BANDS)
-        row |= {"tuned": str(tuned.config), "tuned_regret": regret(tuned.config), "tuned_tried": tuned.tried,
+        row |= {"tuned": values(tuned.config), "tuned_regret": regret(tuned.config), "tuned_tried": tuned.tried,
                 "tuned_share": round(tuned.tried / evaluations, 4)}  # fmt: skip
-    row["hot"] = [[str(c), round(t.p20, 2), round(t.p50, 2), round(t.p80, 2)] for c, t in hot.items()]
+    row["hot"] = [[values(c), round(t.p20, 2), round(t.p50, 2), round(t.p80, 2)] for c, t in hot.items()]
     row["times"] = [
-        [str(c), round(us, 2), round(short[c].p50, 2), r.registers, r.shared_bytes] for us, c, r in kept
+        [values(c), round(us, 2), round(short[c].p50, 2), r.registers, r.shared_bytes] for us, c, r in kept
     ]  # fmt: skip
     return row
 
@@ -152,7 +159,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         note(f"{len(jobs)} kernels compiled in {time.monotonic() - start:.0f} s, {len(found.failed)} failed")
         entries = {}
         if not args.no_tune and not args.dry_run:
-            db.gather = lambda gpu: (db.Database(gpu), ())  # type: ignore[assignment]  # what is known would be known
+            db.gather = lambda gpu, toolchain: (db.Database(gpu), ())  # type: ignore[assignment]  # what is known would be known
             start = time.monotonic()
             (outcome,) = session.run(shapes, [target], pool, note=note)
             entries = {entry.shape: entry for entry in outcome.entries}
@@ -162,9 +169,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             start = time.monotonic()
             rows.append(judge(shape, gpu, [*configs, default_config(shape)], found, once, entries.get(shape)))
             note(f"{shape}: {rows[-1]['best']} in {time.monotonic() - start:.0f} s")
-            document = {"format": "int8kit.exhaustive/1", "gpu": gpu.alias, "source": target.source.value,
+            document = {"format": "int8kit.exhaustive/2", "gpu": gpu.alias, "source": target.source.value,
                         "card": target.card and target.card.name, "triton": tasks.toolchain().split()[-1],
-                        "invented": args.dry_run, "shapes": rows}  # fmt: skip
+                        "invented": args.dry_run, "config_fields": FIELDS, "shapes": rows}  # fmt: skip
             if args.out:
                 files.write_text(args.out, files.dump_rows(document, "shapes"))
     return document
