@@ -74,9 +74,9 @@ def test_what_legality_leaves_out_would_not_run(pool, alias):
     spilling = []
     for kernel in kernels_of(gpu.arch):
         of = [c for c in many if c.kernel is kernel and c.block_k == min(DOMAINS[kernel].block_k)]
-        spilling += random.Random(0).sample(of, min(2, len(of)))
+        spilling += random.Random(0).sample(of, min(2 if kernel is Kernel.TRITON else 1, len(of)))
     assert len(over) == 6
-    assert len(spilling) >= 2
+    assert len(spilling) == (3 if gpu.arch < 90 else 2)  # of wgmma's there are none
     outcomes = pool.compile_all(gpu.arch, [(c, True) for c in {*over, *spilling}])
     for config in over:
         assert outcomes[config, True].shared_bytes > gpu.shared_memory, config
