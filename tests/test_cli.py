@@ -16,6 +16,7 @@ from PIL import Image
 
 from int8kit import cli, db, files, trace
 from int8kit.bench import gemm
+from int8kit.kernels.gemm import kernel_hash
 from int8kit.spec import GemmShape, Kernel, default_config
 from int8kit.verify import isolate, late
 
@@ -46,10 +47,10 @@ def of_the_workshop(test):
 def walk(tmp_path_factory):
     """A folder with s.json, and t.json by a tuner that Ctrl-C ended and that went on; and what both runs said.
 
-    Few rows, since small tiles are compiled fast.
+    Shapes of the documents' example, which needs the same kernels afterwards.
     """
     folder = tmp_path_factory.mktemp("workshop")
-    int8kit("trace-shapes", "tiny", "--size", "64x48", "--text-tokens", "9", "-o", "s.json", cwd=folder)
+    int8kit("trace-shapes", "ideogram4", "--size", "1024x1024", "-o", "s.json", cwd=folder)
     process = subprocess.Popen(
         [sys.executable, "-m", "int8kit.cli", *TUNE], cwd=folder, text=True, start_new_session=True,
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
@@ -123,7 +124,8 @@ def test_run(workshop, monkeypatch, verb):
 def test_verify_stamps_what_it_proved(workshop, tmp_path, monkeypatch, verb):
     """One entry of the plain kernel, which every machine executes, beside those that were tuned."""
     base = db.load(workshop / "t.json")
-    plain = base.entries[0].model_copy(update={"m": 333, "config": default_config(GemmShape(333, 64, 64))})
+    config = default_config(GemmShape(333, 64, 64))
+    plain = base.entries[0].model_copy(update={"m": 333, "config": config, "kernel": kernel_hash(config.kernel)})
     text = base.merged([plain]).dumps()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.json").write_text(text)

@@ -66,8 +66,9 @@ def test_what_legality_leaves_out_would_not_run(pool, alias):
     """
     gpu = gpus.get(alias)
     pruned = _pruned(gpu)
-    tight = sorted(
-        pruned["shared memory"], key=lambda c: (shared_memory_bound(c, arch=gpu.arch), c.block_m * c.block_n)
+    tight = sorted(  # of those that are equally near, what compiles fast: few accumulators a thread
+        pruned["shared memory"],
+        key=lambda c: (shared_memory_bound(c, arch=gpu.arch), c.block_m * c.block_n / c.num_warps),
     )
     over = [c for kernel in kernels_of(gpu.arch) for c in [c for c in tight if c.kernel is kernel][:3]]
     many = [c for c in pruned["accumulators"] if c.block_m * c.block_n == 256 * 32 * c.num_warps and c.num_warps >= 4]
