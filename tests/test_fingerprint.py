@@ -270,6 +270,7 @@ for file, old, new in json.load(sys.stdin):
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_each_part_of_each_kernel_counts(tmp_path, monkeypatch):
     """In one child process, on a copy of the package: imports cost more than the hashes."""
     shutil.copytree(PACKAGE, tmp_path / "int8kit", ignore=shutil.ignore_patterns("__pycache__"))

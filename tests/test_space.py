@@ -66,17 +66,18 @@ def test_what_legality_leaves_out_would_not_run(pool, alias):
     """
     gpu = gpus.get(alias)
     pruned = _pruned(gpu)
-    tight = sorted(
-        pruned["shared memory"], key=lambda c: (shared_memory_bound(c, arch=gpu.arch), c.block_m * c.block_n)
+    tight = sorted(  # of those that are equally near, what compiles fast: few accumulators a thread
+        pruned["shared memory"],
+        key=lambda c: (shared_memory_bound(c, arch=gpu.arch), c.block_m * c.block_n / c.num_warps),
     )
     over = [c for kernel in kernels_of(gpu.arch) for c in [c for c in tight if c.kernel is kernel][:3]]
     many = [c for c in pruned["accumulators"] if c.block_m * c.block_n == 256 * 32 * c.num_warps and c.num_warps >= 4]
     spilling = []
     for kernel in kernels_of(gpu.arch):
         of = [c for c in many if c.kernel is kernel and c.block_k == min(DOMAINS[kernel].block_k)]
-        spilling += random.Random(0).sample(of, min(2, len(of)))
+        spilling += random.Random(0).sample(of, min(2 if kernel is Kernel.TRITON else 1, len(of)))
     assert len(over) == 6
-    assert len(spilling) >= 2
+    assert len(spilling) == (3 if gpu.arch < 90 else 2)  # of wgmma's there are none
     outcomes = pool.compile_all(gpu.arch, [(c, True) for c in {*over, *spilling}])
     for config in over:
         assert outcomes[config, True].shared_bytes > gpu.shared_memory, config

@@ -11,11 +11,17 @@ from test_bench_peers import install_stand_ins, vllm_stand_in
 
 from int8kit import cli, gpus, reference
 from int8kit.spec import GemmShape, InputError, Kernel, UnknownName
-from int8kit.verify import checks, corpus, foreign, hold, late, matrix, properties, replay, subjects
+from int8kit.verify import checks, corpus, foreign, hold, isolate, late, matrix, properties, replay, subjects
 from int8kit.verify.strategies import Draw, from_json, to_json
 
 EXECUTOR = foreign.executors(gpus.get("rtx3090"))[-1]
 TILES = checks.SMALL_TILES
+
+
+@pytest.fixture(autouse=True)
+def _one_child(monkeypatch):
+    """At a time: the examples are few, and a child costs the imports."""
+    monkeypatch.setattr(isolate, "processes", lambda executor: 1)
 
 
 @pytest.fixture
