@@ -130,7 +130,7 @@ def test_verify_stamps_what_it_proved(workshop, tmp_path, monkeypatch, verb):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.json").write_text(text)
     monkeypatch.setattr(isolate, "run_all", lambda jobs, judge, **_: [judge(job, lambda _: None) for job in jobs])
-    args = ("verify", "--gpu", "rtx3090", "--db", "p.json", "--examples", "15")
+    args = ("verify", "--gpu", "rtx3090", "--db", "p.json", "--shapes", workshop / "s.json", "--examples", "15")
     verb(*args, "--only", "batch")
     assert (tmp_path / "p.json").read_text() == text
     out, _ = verb(*args, "--only", "batch", "--only", "entries")
