@@ -36,6 +36,23 @@ def int8kit(*args, cwd, status=0, **env):
     return done
 
 
+@pytest.mark.slow
+@pytest.mark.process
+def test_trace_shapes(tmp_path, monkeypatch, verb):
+    done = int8kit("trace-shapes", "ideogram4", "--size", "1024x768", "--batch", "2", "--json", cwd=tmp_path)
+    document = json.loads(done.stdout)
+    assert document == trace.read(tmp_path / "shapes" / "ideogram4.json")
+    assert [(c["height"], c["width"], c["batch"], c["branch"]) for c in document["cases"]] == [
+        (768, 1024, 2, "cond"),
+        (768, 1024, 2, "uncond"),
+    ]
+    assert {"m", "n", "k", "count", "bias", "layers"} <= set(document["cases"][0]["gemms"][0])
+    monkeypatch.chdir(tmp_path)
+    table, _ = verb("trace-shapes", "tiny", "--slots", "2048", "--branch", "cond")
+    assert "layers.*.feed_forward.w2" in table
+    assert "2048 text slots" in table
+
+
 def of_the_workshop(test):
     """Mark a test of the folder that is tuned once: it costs that, and stays with the others."""
     for mark in (pytest.mark.slow, pytest.mark.process, pytest.mark.xdist_group("workshop")):
