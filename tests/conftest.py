@@ -51,9 +51,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# a loaded machine is no fault, and what failed in an earlier run must not decide this one
+settings.register_profile("tests", deadline=None, database=None)
+settings.load_profile("tests")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and the children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

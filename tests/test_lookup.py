@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_spec import CONFIGS
 
@@ -23,7 +23,6 @@ CANDIDATES = st.lists(st.builds(Candidate, SHAPES, CONFIGS, st.sampled_from(Oper
 DATABASES = sorted(files.shipped("tuning_db").glob("*.json"))
 
 
-@settings(deadline=None)  # a loaded machine is no fault
 @given(CANDIDATES, st.integers(1, 200))
 def test_a_plan_survives_its_text(candidates, sms):
     plan = Plan(tuple(candidates), sms)
