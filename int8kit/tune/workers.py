@@ -51,6 +51,8 @@ _CONFIG = {
     "distributed.scheduler.allowed-failures": 0,  # whatever ended a worker is tried again by us, alone
     "distributed.worker.multiprocessing-method": "spawn",
     "distributed.scheduler.active-memory-manager.start": False,
+    # its nanny starts a worker again; by default the cluster gives up one that is down 15 s after an earlier end
+    "distributed.deploy.lost-worker-timeout": "1000 days",
 }
 # Ctrl-C reaches the whole group; it is the parent's to handle
 _PRELOAD = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
