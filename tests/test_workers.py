@@ -15,61 +15,8 @@ from int8kit.spec import CheckFailed, InputError, TileConfig
 from int8kit.tune import tasks, workers
 
 pytestmark = [pytest.mark.process, pytest.mark.xdist_group("workers-pool")]
-
 FREE = Resources(registers=128, spill_bytes=0, shared_bytes=49152)
 TILE = TileConfig(16, 64, 128, 4, 4)
-
-
-def _compile_or_die(arch, config, even_k, code):
-    if config.block_k == 32:
-        os.abort()
-    if config.num_stages == 6:
-        time.sleep(60)
-    if config.block_k == 256:
-        return "compile: no"
-    return FREE
-
-
-def test_a_compiler_that_aborts_or_hangs_costs_one_configuration(monkeypatch):
-    monkeypatch.setattr(tasks, "compile_kernel", _compile_or_die)
-    monkeypatch.setattr(workers, "LIMIT_S", 2)
-    good = [(TileConfig(64, 64, 64, 4, s), True) for s in (2, 3, 4)]
-    jobs = [*good, (TileConfig(64, 64, 32, 4, 3), True), (TileConfig(64, 64, 256, 4, 3), True)]
-    jobs.append((TileConfig(64, 64, 64, 4, 6), True))
-    with workers.Workers(processes=2) as pool:
-        outcomes = pool.compile_all(86, jobs)
-    assert [outcomes[job] for job in good] == [FREE] * 3
-    assert outcomes[jobs[3]] == "crash: it ended its process"
-    assert outcomes[jobs[4]] == "compile: no"
-    assert outcomes[jobs[5]] == "timeout: not done in 2 s"
-
-
-def test_a_cluster_of_somebody_elses_compiles_and_is_compared(monkeypatch):
-    with LocalCluster(
-        n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0", env={"TRITON_INTERPRET": "0"}
-    ) as other:
-        with workers.Workers(other.scheduler_address) as pool:
-            ((job, outcome),) = pool.compile_all(86, [(TILE, True)]).items()
-        assert job == (TILE, True)
-        assert isinstance(outcome, Resources)
-        monkeypatch.setattr(tasks, "toolchain", lambda: "another Triton")
-        with (
-            workers.Workers(other.scheduler_address) as pool,
-            pytest.raises(InputError, match=r"has int8kit .*; legal is what runs here, another Triton"),
-        ):
-            pool.compile_all(86, [(TILE, True)])
-
-
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense", "carrier://pigeon"])
-def test_no_scheduler_is_one_clear_error(monkeypatch, address):
-    monkeypatch.setattr(workers, "CONNECT_S", 1)
-    with (
-        workers.Workers(address) as pool,
-        pytest.raises(InputError, match=f"no scheduler with workers at '{address}'.*tcp://host:8786"),
-    ):
-        pool.compile_all(86, [(TILE, True)])
-
-
 CARD = "7"
 
 
@@ -87,12 +34,80 @@ def _where(number, fate):
     return os.environ["CUDA_VISIBLE_DEVICES"], os.getpid()
 
 
-@pytest.fixture
-def pool(monkeypatch):
-    monkeypatch.setattr(workers, "_devices", lambda: [CARD])
-    monkeypatch.setattr(tasks, "describe", _describe)
-    with workers.Workers(processes=2) as pool:
+def _as_if_here(patch):
+    patch.setattr(workers, "_devices", lambda: [CARD])
+    patch.setattr(tasks, "describe", _describe)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two workers that compile and one with a card, for all tests: a start costs each the imports."""
+    with pytest.MonkeyPatch.context() as patch, workers.Workers(processes=2) as pool:
+        _as_if_here(patch)
+        pool.cards()
+        patch.undo()
         yield pool
+
+
+@pytest.fixture
+def pool(cluster, monkeypatch):
+    """The cluster, whole again where a test has ended its processes."""
+    _as_if_here(monkeypatch)
+    deadline = time.monotonic() + 60
+    cluster._look()
+    while len(cluster._workers) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+        cluster._look()
+    return cluster
+
+
+def _compile_or_die(arch, config, even_k, code):
+    if config.block_k == 32:
+        os.abort()
+    if config.num_stages == 6:
+        time.sleep(60)
+    if config.block_k == 256:
+        return "compile: no"
+    return FREE
+
+
+def test_a_compiler_that_aborts_or_hangs_costs_one_configuration(pool, monkeypatch):
+    monkeypatch.setattr(tasks, "compile_kernel", _compile_or_die)
+    monkeypatch.setattr(workers, "LIMIT_S", 2)
+    good = [(TileConfig(64, 64, 64, 4, s), True) for s in (2, 3, 4)]
+    jobs = [*good, (TileConfig(64, 64, 32, 4, 3), True), (TileConfig(64, 64, 256, 4, 3), True)]
+    jobs.append((TileConfig(64, 64, 64, 4, 6), True))
+    outcomes = pool.compile_all(86, jobs)
+    assert [outcomes[job] for job in good] == [FREE] * 3
+    assert outcomes[jobs[3]] == "crash: it ended its process"
+    assert outcomes[jobs[4]] == "compile: no"
+    assert outcomes[jobs[5]] == "timeout: not done in 2 s"
+
+
+def test_a_cluster_of_somebody_elses_compiles_and_is_compared(monkeypatch):
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0", env={"TRITON_INTERPRET": "0"}
+    ) as other:
+        with workers.Workers(other.scheduler_address) as pool:
+            ((job, outcome),) = pool.compile_all(86, [(TILE, True)]).items()
+        assert job == (TILE, True)
+        assert isinstance(outcome, Resources)
+        monkeypatch.setattr(tasks, "toolchain", lambda: "another Triton")
+        with (
+            workers.Workers(other.scheduler_address) as pool,
+            pytest.raises(InputError, match=r"has int8kit .*, but this process has another Triton: install the same"),
+        ):
+            pool.compile_all(86, [(TILE, True)])
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense", "carrier://pigeon"])
+def test_no_scheduler_is_one_clear_error(monkeypatch, address):
+    monkeypatch.setattr(workers, "CONNECT_S", 1)
+    with (
+        workers.Workers(address) as pool,
+        pytest.raises(InputError, match=f"no scheduler with workers at '{address}'.*tcp://host:8786"),
+    ):
+        pool.compile_all(86, [(TILE, True)])
 
 
 def test_calls_for_a_card_go_where_it_is_and_others_elsewhere(pool):

@@ -43,6 +43,7 @@ Outcome = Resources | str
 
 LIMIT_S = 60.0  # of one compilation; the slowest seen takes 19
 CONNECT_S = 10
+ASK_S = 120.0  # for a new worker to import torch and say what it is
 TICK_S = 0.5  # between looks at which workers there are
 ALONE_S = 60.0  # how long a batch waits for a worker that could take it
 PROCESSES = 32  # at most, of this machine's; each takes about half a GB
@@ -165,6 +166,7 @@ class Workers:
         self._stack = contextlib.ExitStack()
         self._client: Any = None
         self._workers: dict[str, Gpu | None] = {}  # by address, with the card of each
+        self._asked: dict[str, Any] = {}  # by address, the future with what the worker says of itself
         self._flights: dict[str, _Flight] = {}  # by the future's key
         self._landed: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._names = itertools.count()
@@ -175,6 +177,7 @@ class Workers:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.close()
         self._client = None
+        self._asked.clear()
 
     def cards(self) -> list[Gpu]:
         """The card of each worker that has one. Raises InputError if no scheduler answers."""
@@ -298,16 +301,25 @@ class Workers:
                 self._flights.pop(key)
                 flight.future.cancel()
                 self._ended(flight)
-        new = sorted(there - set(self._workers))
-        if new:
-            mine = tasks.toolchain()
-            for worker, said in self._client.run(tasks.describe, workers=new, on_error="return").items():
-                if isinstance(said, BaseException):
-                    continue  # it died again: the next look will tell
-                theirs, card = said
-                if theirs != mine:
-                    raise InputError(f"the worker {worker} has {theirs}; legal is what runs here, {mine}")
-                self._workers[worker] = card
+        self._meet(there)
+
+    def _meet(self, there: set[str]) -> None:
+        """Ask each new worker for its toolchain and its GPU, and take in each that has answered.
+
+        A call that blocks here would block for ever where the worker ends meanwhile. A worker that answers with an
+        error is not asked again.
+        """
+        for address in self._asked.keys() - there:
+            self._asked.pop(address).cancel()
+        for address in sorted(there - self._workers.keys() - self._asked.keys()):
+            self._asked[address] = self._client.submit(
+                _guarded, tasks.describe, ASK_S, workers=[address], pure=False, key=f"describe-{id(self)}-{address}"
+            )
+        for address in [address for address, future in self._asked.items() if future.status == "finished"]:
+            theirs, card = self._asked.pop(address).result()
+            if theirs != (mine := tasks.toolchain()):
+                raise InputError(f"the worker {address} has {theirs}, but this process has {mine}: install the same")
+            self._workers[address] = card
 
     def _connect(self) -> None:
         if self._client is None:
@@ -317,7 +329,16 @@ class Workers:
             self._stack.enter_context(dask.config.set(_CONFIG))
             logging.getLogger("distributed").setLevel(logging.CRITICAL)
             self._client = self._local() if self.scheduler is None else self._remote(self.scheduler)
+            deadline = time.monotonic() + ASK_S
             self._look()
+            while time.monotonic() < deadline and not all(future.done() for future in self._asked.values()):
+                time.sleep(0.05)
+                self._look()
+            self._look()
+            failed = [(address, future) for address, future in self._asked.items() if future.status == "error"]
+            if failed and not self._workers:
+                address, future = failed[0]
+                raise InputError(f"the worker {address} cannot run int8kit: {future.exception()}")
 
     def _local(self) -> Any:
         from distributed import Client, Nanny, Scheduler, SpecCluster
