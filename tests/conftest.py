@@ -116,6 +116,15 @@ def _as_if_alone():
     os.environ.update(environment)
 
 
+@pytest.fixture(scope="session")
+def compilers():
+    """Processes that compile, one pool for all tests of the group "compilers": each would pay the imports again."""
+    from int8kit.tune import workers
+
+    with workers.Workers() as pool:
+        yield pool
+
+
 @pytest.fixture
 def quiet_interpreter():
     """Overflow and NaN are data to these kernels: what runs them on the CPU shall not warn of them."""

@@ -153,18 +153,12 @@ def test_the_published_schema_is_the_models(capfd):
     assert call(capfd, "db", "schema")[0] == text
 
 
-@pytest.fixture
-def compilers(monkeypatch):
-    """One pool for all calls of a verb: each would start its own."""
-    with workers.Workers() as pool:
-        monkeypatch.setattr(workers, "Workers", lambda: contextlib.nullcontext(pool))
-        yield
-
-
 @pytest.mark.slow
 @pytest.mark.process
-def test_carry_takes_what_compiles_as_well_here_and_says_what_does_not(tmp_path, capfd, compilers):
+@pytest.mark.xdist_group("compilers")
+def test_carry_takes_what_compiles_as_well_here_and_says_what_does_not(tmp_path, capfd, compilers, monkeypatch):
     """The entries' Triton is said to be of another generation than the one that is here."""
+    monkeypatch.setattr(workers, "Workers", lambda: contextlib.nullcontext(compilers))
     other = "3.9.0" if generation(triton.__version__) == "3.6" else "3.6.0"
     hash_ = gemm.kernel_hash()
     fits, spilt = TileConfig(64, 64, 64, 4, 3), TileConfig(64, 64, 128, 4, 3)

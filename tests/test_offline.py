@@ -12,7 +12,7 @@ from measured import exhaustive
 from int8kit import gpus
 from int8kit.schema import Resources
 from int8kit.spec import GROUP_M, ConfigError, GemmShape, Kernel, TileConfig, shared_memory_bound
-from int8kit.tune import offline, workers
+from int8kit.tune import offline
 
 RTX3090 = gpus.get("rtx3090")
 SHAPE = GemmShape(4296, 4608, 4608)
@@ -41,20 +41,14 @@ HOPPER = [
 ]
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with workers.Workers() as pool:
-        yield pool
-
-
 @pytest.mark.slow
 @pytest.mark.process
-@pytest.mark.xdist_group("offline-pool")
+@pytest.mark.xdist_group("compilers")
 @pytest.mark.parametrize("arch", [80, 86, 89, 90])
-def test_compiles_for_absent_cards(pool, arch):
+def test_compiles_for_absent_cards(compilers, arch):
     jobs = [(c, even) for c in SAMPLE for even in (True, False)]
     jobs += [(c, True) for c in (HOPPER if arch == 90 else AMPERE)]
-    outcomes = pool.compile_all(arch, jobs)
+    outcomes = compilers.compile_all(arch, jobs)
     assert len(outcomes) == 2 * len(SAMPLE) + 3
     for (config, _), resources in outcomes.items():
         assert isinstance(resources, Resources), resources

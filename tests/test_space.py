@@ -17,7 +17,7 @@ from int8kit.spec import (
     shared_memory_bound,
     why_illegal,
 )
-from int8kit.tune import space, workers
+from int8kit.tune import space
 
 
 @pytest.mark.parametrize("gpu", gpus.GPUS.values(), ids=lambda g: g.alias)
@@ -48,17 +48,11 @@ def _pruned(gpu):
     return found
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with workers.Workers() as pool:
-        yield pool
-
-
 @pytest.mark.slow
 @pytest.mark.process
-@pytest.mark.xdist_group("space-pool")
+@pytest.mark.xdist_group("compilers")
 @pytest.mark.parametrize("alias", ["rtx3090", "a100", "h200"])
-def test_what_legality_leaves_out_would_not_run(pool, alias):
+def test_what_legality_leaves_out_would_not_run(compilers, alias):
     """Compiled all the same: it takes more shared memory than there is, or spills; or has warps without a part.
 
     Of what should spill, the kernels with the shortest steps: these need the fewest registers beside the accumulators,
@@ -78,7 +72,7 @@ def test_what_legality_leaves_out_would_not_run(pool, alias):
         spilling += random.Random(0).sample(of, min(2 if kernel is Kernel.TRITON else 1, len(of)))
     assert len(over) == 6
     assert len(spilling) == (3 if gpu.arch < 90 else 2)  # of wgmma's there are none
-    outcomes = pool.compile_all(gpu.arch, [(c, True) for c in {*over, *spilling}])
+    outcomes = compilers.compile_all(gpu.arch, [(c, True) for c in {*over, *spilling}])
     for config in over:
         assert outcomes[config, True].shared_bytes > gpu.shared_memory, config
     for config in spilling:
