@@ -7,26 +7,26 @@ __version__ = "0.1.0.dev0"
 
 # Public name -> module; imported when first used, so that `import int8kit` needs no torch.
 _HOMES = {
-    "ConfigError": "spec",
-    "FileError": "spec",
+    "ConfigError": "errors",
+    "FileError": "errors",
     "GemmShape": "spec",
-    "InputError": "spec",
-    "Int8Linear": "runtime.linear",
-    "Int8kitError": "spec",
+    "InputError": "errors",
+    "Int8Linear": "layers",
+    "Int8kitError": "errors",
     "Plan": "lookup",
-    "ShapeError": "spec",
+    "ShapeError": "errors",
     "TileConfig": "spec",
-    "UnknownName": "spec",
-    "Int8SwiGLU": "runtime.linear",
+    "UnknownName": "errors",
+    "Int8SwiGLU": "layers",
     "int8_linear": "ops",
     "int8_linear_swiglu": "ops",
-    "qk_norm_rope": "ops_prologue",
+    "qk_norm_rope": "ops",
     "quantize": "ops",
-    "residual_norm_quantize": "ops_prologue",
-    "rms_norm_quantize": "ops_prologue",
+    "residual_norm_quantize": "ops",
+    "rms_norm_quantize": "ops",
     "scaled_mm": "ops",
     "scaled_mm_swiglu": "ops",
-    "swiglu_quantize": "ops_prologue",
+    "swiglu_quantize": "ops",
 }
 __all__ = ["__version__", *_HOMES]
 

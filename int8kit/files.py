@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from int8kit.spec import FileError
+from int8kit.errors import FileError
 
 
 def shipped(folder: str) -> Path:

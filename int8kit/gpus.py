@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from int8kit import files
-from int8kit.spec import FileError, UnknownName
+from int8kit.errors import FileError, UnknownName
 
 SPEC_FORMAT = "int8kit.gpu/1"
 

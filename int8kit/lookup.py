@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-from int8kit.spec import ConfigError, GemmShape, Kernel, Operation, ShapeError, TileConfig, default_config, is_near
+from int8kit.errors import ConfigError, ShapeError
+from int8kit.spec import GemmShape, Kernel, Operation, TileConfig, default_config, is_near
 
 
 class Candidate(NamedTuple):

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from int8kit.spec import FileError, InputError, UnknownName
+from int8kit.errors import FileError, InputError, UnknownName
 
 BRANCHES = ("cond", "uncond")
 PATCH = 16  # pixels of an image token's side: VAE factor 8, patches of 2 x 2

@@ -1,20 +1,30 @@
-"""torch operators over the kernels: the only door from torch to `int8kit.kernels`.
+"""torch operators over the kernels: the entry point from torch to `int8kit.kernels`.
 
     int8kit::quantize(x [M, K]) -> (q [M, K] int8, s [M] fp32)
-    int8kit::scaled_mm(xq [M, K], wq [N, K], sx [M], sw [N], bias?, out_dtype, plan) -> [M, N]
-    int8kit::scaled_mm_swiglu(the same) -> [M, N / 2]        wq's rows a gate and an up in turn
-    int8kit::linear(x [..., K], wq [N, K], sw [N], bias?, plan) -> [..., N]
+    int8kit::scaled_mm(xq [M, K], wq [N, K], sx [M], sw [N], bias [N]?, out_dtype, plan) -> [M, N]
+    int8kit::scaled_mm_swiglu(the same) -> [M, N / 2]        rows of wq alternate: gate, up, gate, up
+    int8kit::linear(x [..., K], wq [N, K], sw [N], bias [N]?, plan) -> [..., N]
     int8kit::linear_swiglu(the same) -> [..., N / 2]
+    int8kit::rms_norm_quantize(x [M, K], weight [K]?, modulation [B, K]?, eps) -> (q [M, K] int8, s [M] fp32)
+    int8kit::residual_norm_quantize(residual [M, K], branch [M, K], branch_weight [K], gate [B, K], weight [K],
+                                    modulation [B, K], eps) -> (new [M, K], q [M, K] int8, s [M] fp32)
+    int8kit::swiglu_quantize(gu [M, 2 F]) -> (q [M, F] int8, s [M] fp32)
+    int8kit::qk_norm_rope(qkv [M, 3 H D], q_weight [D], k_weight [D], cos [L, D], sin [L, D], heads, eps)
+                                    -> (q [M, H D], k [M, H D])
 
-`plan` is `Plan.text`: what may serve the weight, gathered when the model was loaded. On CUDA they run the
-Triton kernels, on the CPU `int8kit.reference`; both give the same bits. Importing this module registers them, once.
+`plan` is `Plan.text`: the configurations that may serve the weight, gathered when the model was loaded. On CUDA an
+operator runs its Triton kernel, on the CPU the function of `int8kit.reference`. Both give the same bits. The import of
+this module registers the operators of `OPERATORS`, once. Triton is imported when a kernel first runs.
 
-A `torch.library.Library` rather than `custom_op`: the same schema and fake kernels at less cost a call.
+The module uses `torch.library.Library` and not `custom_op`: the same schemas and fake kernels cost less per call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,20 +32,23 @@ from int8kit import reference
 from int8kit.lookup import Plan
 from int8kit.spec import GemmShape, Operation, TileConfig
 
-_LIBRARY = torch.library.Library("int8kit", "FRAGMENT")
-_LIBRARY.define("quantize(Tensor x) -> (Tensor, Tensor)")
-for _ending in ("", "_swiglu"):
-    _LIBRARY.define(
-        f"scaled_mm{_ending}(Tensor xq, Tensor wq, Tensor sx, Tensor sw, Tensor? bias, ScalarType out_dtype, "
-        "str plan) -> Tensor"
-    )
-    _LIBRARY.define(f"linear{_ending}(Tensor x, Tensor wq, Tensor sw, Tensor? bias, str plan) -> Tensor")
+
+class Operator(NamedTuple):
+    """A torch operator: its schema and its implementations."""
+
+    schema: str
+    cuda: Callable[..., Any]
+    cpu: Callable[..., Any]
+    fake: Callable[..., Any]  # shapes and dtypes of the results, for torch.compile and export
 
 
-def _quantize_cuda(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    from int8kit.kernels import quantize
+def _kernel(name: str) -> Callable[..., Any]:
+    """The wrapper `name` of the kernel module `name`, which is imported at the first call."""
 
-    return quantize.quantize(x)
+    def call(*args: Any) -> Any:
+        return getattr(import_module(f"int8kit.kernels.{name}"), name)(*args)
+
+    return call
 
 
 @lru_cache(maxsize=4096)
@@ -43,7 +56,7 @@ def _choose(plan: str, operation: Operation, m: int, n: int, k: int) -> TileConf
     return Plan.from_text(plan).choose(GemmShape(m, n, k), operation)
 
 
-def _product_cuda(
+def _scaled_mm_cuda(
     xq: torch.Tensor,
     wq: torch.Tensor,
     sx: torch.Tensor,
@@ -71,80 +84,100 @@ def _linear_cuda(
     *,
     swiglu: bool = False,
 ) -> torch.Tensor:
+    from int8kit.kernels.quantize import quantize
+
     rows = x.reshape(-1, x.shape[-1])
-    xq, sx = _quantize_cuda(rows if rows.stride(1) == 1 else rows.contiguous())
-    return _product_cuda(xq, wq, sx, sw, bias, x.dtype, plan, swiglu=swiglu).reshape(*x.shape[:-1], -1)
+    xq, sx = quantize(rows if rows.stride(1) == 1 else rows.contiguous())
+    return _scaled_mm_cuda(xq, wq, sx, sw, bias, x.dtype, plan, swiglu=swiglu).reshape(*x.shape[:-1], -1)
 
 
-def _product_cpu(
-    xq: torch.Tensor,
-    wq: torch.Tensor,
-    sx: torch.Tensor,
-    sw: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    plan: str,
-    *,
-    swiglu: bool = False,
-) -> torch.Tensor:
+def _scaled_mm_cpu(*args: Any, swiglu: bool = False) -> torch.Tensor:
+    xq, wq, sx, sw, bias, out_dtype, _ = args
     product = reference.scaled_mm_swiglu if swiglu else reference.scaled_mm
     return product(xq, wq, sx, sw, bias, out_dtype=out_dtype)
 
 
-def _linear_cpu(
-    x: torch.Tensor,
-    wq: torch.Tensor,
-    sw: torch.Tensor,
-    bias: torch.Tensor | None,
-    plan: str,
-    *,
-    swiglu: bool = False,
-) -> torch.Tensor:
+def _linear_cpu(*args: Any, swiglu: bool = False) -> torch.Tensor:
+    x, wq, sw, bias, _ = args
     return (reference.linear_swiglu if swiglu else reference.linear)(x, wq, sw, bias)
 
 
-def _product_fake(
-    xq: torch.Tensor,
-    wq: torch.Tensor,
-    sx: torch.Tensor,
-    sw: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    plan: str,
-    *,
-    swiglu: bool = False,
-) -> torch.Tensor:
+def _scaled_mm_fake(*args: Any, swiglu: bool = False) -> Any:
+    xq, wq, _, _, _, out_dtype, _ = args
     return xq.new_empty((xq.shape[0], wq.shape[0] // (1 + swiglu)), dtype=out_dtype)
 
 
-def _linear_fake(
-    x: torch.Tensor,
-    wq: torch.Tensor,
-    sw: torch.Tensor,
-    bias: torch.Tensor | None,
-    plan: str,
-    *,
-    swiglu: bool = False,
-) -> torch.Tensor:
+def _linear_fake(*args: Any, swiglu: bool = False) -> Any:
+    x, wq = args[:2]
     return x.new_empty((*x.shape[:-1], wq.shape[0] // (1 + swiglu)))
 
 
-@torch.library.register_fake("int8kit::quantize", lib=_LIBRARY)
-def _quantize_fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
+def _quantized(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Empty q [M, width] and s [M] for the rows of x."""
+    return x.new_empty((x.shape[0], width), dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
-_LIBRARY.impl("quantize", _quantize_cuda, "CUDA")
-_LIBRARY.impl("quantize", reference.quantize, "CPU")
-for _name, _swiglu, _cuda, _cpu, _fake in (
-    ("scaled_mm", False, _product_cuda, _product_cpu, _product_fake),
-    ("scaled_mm_swiglu", True, _product_cuda, _product_cpu, _product_fake),
-    ("linear", False, _linear_cuda, _linear_cpu, _linear_fake),
-    ("linear_swiglu", True, _linear_cuda, _linear_cpu, _linear_fake),
-):
-    _LIBRARY.impl(_name, partial(_cuda, swiglu=_swiglu), "CUDA")
-    _LIBRARY.impl(_name, partial(_cpu, swiglu=_swiglu), "CPU")
-    torch.library.register_fake(f"int8kit::{_name}", partial(_fake, swiglu=_swiglu), lib=_LIBRARY)
+def _norm_fake(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    return _quantized(x, x.shape[1])
+
+
+def _residual_norm_fake(residual: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    return residual.new_empty(residual.shape), *_quantized(residual, residual.shape[1])
+
+
+def _swiglu_fake(gu: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return _quantized(gu, gu.shape[1] // 2)
+
+
+def _qk_norm_rope_fake(qkv: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    shape = (qkv.shape[0], qkv.shape[1] // 3)
+    return qkv.new_empty(shape), qkv.new_empty(shape)
+
+
+def _product(schema: str, cuda: Any, cpu: Any, fake: Any, *, swiglu: bool) -> Operator:
+    """One of a pair of operators that share code: the plain product and its SwiGLU."""
+    return Operator(schema, *(partial(function, swiglu=swiglu) for function in (cuda, cpu, fake)))
+
+
+_SCALED_MM = "(Tensor xq, Tensor wq, Tensor sx, Tensor sw, Tensor? bias, ScalarType out_dtype, str plan) -> Tensor"
+_LINEAR = "(Tensor x, Tensor wq, Tensor sw, Tensor? bias, str plan) -> Tensor"
+OPERATORS: dict[str, Operator] = {
+    "quantize": Operator("(Tensor x) -> (Tensor, Tensor)", _kernel("quantize"), reference.quantize, _norm_fake),
+    "scaled_mm": _product(_SCALED_MM, _scaled_mm_cuda, _scaled_mm_cpu, _scaled_mm_fake, swiglu=False),
+    "scaled_mm_swiglu": _product(_SCALED_MM, _scaled_mm_cuda, _scaled_mm_cpu, _scaled_mm_fake, swiglu=True),
+    "linear": _product(_LINEAR, _linear_cuda, _linear_cpu, _linear_fake, swiglu=False),
+    "linear_swiglu": _product(_LINEAR, _linear_cuda, _linear_cpu, _linear_fake, swiglu=True),
+    "rms_norm_quantize": Operator(
+        "(Tensor x, Tensor? weight, Tensor? modulation, float eps) -> (Tensor, Tensor)",
+        _kernel("rms_norm_quantize"),
+        reference.rms_norm_quantize,
+        _norm_fake,
+    ),
+    "residual_norm_quantize": Operator(
+        "(Tensor residual, Tensor branch, Tensor branch_weight, Tensor gate, Tensor weight, Tensor modulation, "
+        "float eps) -> (Tensor, Tensor, Tensor)",
+        _kernel("residual_norm_quantize"),
+        reference.residual_norm_quantize,
+        _residual_norm_fake,
+    ),
+    "swiglu_quantize": Operator(
+        "(Tensor gu) -> (Tensor, Tensor)", _kernel("swiglu_quantize"), reference.swiglu_quantize, _swiglu_fake
+    ),
+    "qk_norm_rope": Operator(
+        "(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int heads, float eps)"
+        " -> (Tensor, Tensor)",
+        _kernel("qk_norm_rope"),
+        reference.qk_norm_rope,
+        _qk_norm_rope_fake,
+    ),
+}
+
+_LIBRARY = torch.library.Library("int8kit", "FRAGMENT")
+for _name, _operator in OPERATORS.items():
+    _LIBRARY.define(_name + _operator.schema)
+    _LIBRARY.impl(_name, _operator.cuda, "CUDA")
+    _LIBRARY.impl(_name, _operator.cpu, "CPU")
+    torch.library.register_fake(f"int8kit::{_name}", _operator.fake, lib=_LIBRARY)
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,3 +234,45 @@ def int8_linear_swiglu(
     """`int8_linear` with silu(gate) * up of its columns in turn: x [..., K], wq [2 F, K] -> [..., F] of x's dtype."""
     out: torch.Tensor = torch.ops.int8kit.linear_swiglu(x, wq, sw, bias, plan.text)
     return out
+
+
+def rms_norm_quantize(
+    x: torch.Tensor, weight: torch.Tensor | None = None, modulation: torch.Tensor | None = None, eps: float = 1e-5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm, weight and modulation, then int8: see `reference.rms_norm_quantize`; ShapeError outside its domain."""
+    q, s = torch.ops.int8kit.rms_norm_quantize(x, weight, modulation, eps)
+    return q, s
+
+
+def residual_norm_quantize(
+    residual: torch.Tensor,
+    branch: torch.Tensor,
+    branch_weight: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    modulation: torch.Tensor,
+    eps: float = 1e-5,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The residual stream's new value and the next input in int8: see `reference.residual_norm_quantize`."""
+    new, q, s = torch.ops.int8kit.residual_norm_quantize(residual, branch, branch_weight, gate, weight, modulation, eps)
+    return new, q, s
+
+
+def swiglu_quantize(gu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) * up of interleaved columns, then int8: see `reference.swiglu_quantize`."""
+    q, s = torch.ops.int8kit.swiglu_quantize(gu)
+    return q, s
+
+
+def qk_norm_rope(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    heads: int,
+    eps: float = 1e-5,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k out of the joined projection, normed and rotated: see `reference.qk_norm_rope`."""
+    q, k = torch.ops.int8kit.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, heads, eps)
+    return q, k

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import torch
 
-from int8kit.spec import GemmShape, ShapeError
+from int8kit.errors import ShapeError
+from int8kit.spec import GemmShape
 
 _ROWS = 4096  # rows of x that are in float64 at once: bounds the memory, changes no bit
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from functools import lru_cache
 from itertools import product
 from typing import Any, ClassVar
+
+from int8kit.errors import ShapeError
 
 NUMERICS_VERSION = 1
 """Version of the arithmetic that `int8kit.reference` defines. A database of another version is refused."""
@@ -47,50 +48,6 @@ NEAR = 4.0
 
 K_MAX = 131071
 """Largest K whose int32 sums cannot overflow: 128 * 128 * K < 2**31."""
-
-
-class Int8kitError(Exception):
-    """Root of every error that int8kit raises on purpose.
-
-    Int8kitError
-    +-- InputError          the call is off: exit status 2
-    |   +-- ShapeError      a GEMM outside the kernels' domain, or tensors that do not fit together
-    |   +-- ConfigError     a tile configuration that cannot run
-    |   +-- UnknownName     a model, card or branch that is not known; lists those that are
-    |   +-- FileError       a file that is missing, damaged, not ours, or cannot be written
-    +-- CheckFailed         the program ran and the answer is no: exit status 1
-    """
-
-    exit_status = 2
-
-
-class InputError(Int8kitError):
-    """The call is off; the message names the value, the legal values and the remedy."""
-
-
-class ShapeError(InputError):
-    """A GEMM outside the kernels' domain, or tensors that do not fit together."""
-
-
-class ConfigError(InputError):
-    """A tile configuration that cannot run."""
-
-
-class UnknownName(InputError):
-    """A name that is in no list. `UnknownName("card", "rtx9", ["rtx3090"])` spells the message."""
-
-    def __init__(self, what: str, name: str, known: Iterable[str], remedy: str = "") -> None:
-        super().__init__(f"unknown {what} {name!r}; known: {', '.join(sorted(known))}{'; ' + remedy if remedy else ''}")
-
-
-class FileError(InputError):
-    """A file that is missing, damaged, not ours, or cannot be written."""
-
-
-class CheckFailed(Int8kitError):
-    """The program ran and the answer is no."""
-
-    exit_status = 1
 
 
 class Source(StrEnum):
@@ -227,7 +184,7 @@ def shared_memory_bound(config: TileConfig, *, arch: int, out_bytes: int = 2) ->
     and the epilogue reuses it for the output tile. Hopper (wgmma) keeps all steps.
     mma_sync kernel: the ring and, for stream-K, a counter. wgmma kernel: the ring, four chunks of 64 bytes a row that
     wait for their store, scales and bias of two tiles, and the barriers.
-    Never under the compiler's own figure (tests/test_offline.py compiles and compares); `tune` records the exact one.
+    Never under the compiler's own figure (tests/test_cross_compile.py compares); `tune` records the exact figure.
     """
     step = (config.block_m + config.block_n) * config.block_k
     if config.kernel is Kernel.WGMMA:

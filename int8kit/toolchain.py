@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from packaging.version import InvalidVersion, Version
 
-from int8kit.spec import NUMERICS_VERSION, InputError, Kernel
+from int8kit.errors import InputError
+from int8kit.spec import NUMERICS_VERSION, Kernel
 
 
 @dataclass(frozen=True)

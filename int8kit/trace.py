@@ -35,9 +35,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from int8kit import files, shapes_schema
+from int8kit.errors import FileError
 from int8kit.models import Case, Model
 from int8kit.shapes_schema import ShapesDocument, check
-from int8kit.spec import FileError, GemmShape
+from int8kit.spec import GemmShape
 
 FORMAT = shapes_schema.FORMAT
 

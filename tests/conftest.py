@@ -135,12 +135,12 @@ def quiet_interpreter():
 @pytest.fixture
 def verb(capfd):
     """A verb called in this process, which has imported what it needs: verb("db", "show", status=0) -> (out, err)."""
-    from int8kit import cli
+    from int8kit.cli import main
 
     def call(*args, status=0):
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main(list(map(str, args)))
+            main.main(list(map(str, args)))
         out, err = capfd.readouterr()
         assert ended.value.code == status, out + err
         return out, err

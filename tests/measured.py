@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from int8kit.schema import Resources
+from int8kit.database.schema import Resources
 from int8kit.spec import GemmShape, config_from
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"

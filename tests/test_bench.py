@@ -10,12 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from int8kit import gpus, report, sensors, trace
-from int8kit.bench import contestants, gemm, timing
-from int8kit.bench.contestants import Contestant, Entrant
-from int8kit.bench.operands import Operands, differing, poison, poisoned
-from int8kit.spec import CheckFailed, FileError, GemmShape, InputError, UnknownName
-from int8kit.tune.measure import Times
+from int8kit import gpus, trace
+from int8kit.bench import contestants, gemm
+from int8kit.bench.contestants import Contestant
+from int8kit.cli import tables
+from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
+from int8kit.spec import GemmShape
+from int8kit.timing import captured, gpu_state
+from int8kit.timing.captured import Entrant
+from int8kit.timing.interleave import Times
+from int8kit.timing.operands import Operands, differing, poison, poisoned
 
 CARD = gpus.get("h200")
 SHAPE = GemmShape(33, 64, 96)
@@ -122,7 +126,7 @@ def test_document(outcome):
 @pytest.mark.slow
 @pytest.mark.xdist_group("bench-outcome")
 def test_tables(outcome):
-    text = report.bench_tables(outcome.document())
+    text = tables.bench_tables(outcome.document())
     for word in (
         "33x64x96",
         "17x32x64",
@@ -134,7 +138,7 @@ def test_tables(outcome):
     ):
         assert word in text
     empty = gemm.run([], outcome.contestants, CARD, SETTING).document()
-    assert "NVIDIA H200" in report.bench_tables(empty)
+    assert "NVIDIA H200" in tables.bench_tables(empty)
 
 
 def test_ratios_and_ties():
@@ -174,7 +178,7 @@ def test_who_cannot_take_part_is_listed_and_ends_nothing():
     assert reasons["crash"] == reasons["late"] == "ImportError: peer.so: undefined symbol"  # and nobody's folder
     assert reasons["declines"] == "not today"
     assert "returned torch.bfloat16 (33, 63)" in reasons["narrow"]
-    assert "not today" in report.bench_tables(outcome.document())
+    assert "not today" in tables.bench_tables(outcome.document())
 
 
 def test_a_wrong_result_fails_if_it_is_ours():
@@ -224,7 +228,7 @@ def test_without_a_card(tmp_path):
     (tmp_path / "mine.json").write_text("{}")
     with pytest.raises(FileError, match="--force"):
         gemm.session([SHAPE], [], output=tmp_path / "mine.json")
-    assert sensors.Sensors().read() is None
+    assert gpu_state.Sensors().read() is None
 
 
 def test_operands_rotate_past_twice_the_l2():
@@ -309,7 +313,7 @@ def test_a_graph_is_trusted_only_if_it_writes(monkeypatch, replays, refuses, by,
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays and launch()))
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    call = timing.Timed(Entrant([launch] * 3, "n"), graph=True, least=4)
+    call = captured.Timed(Entrant([launch] * 3, "n"), graph=True, least=4)
     assert (call.by, call.note, call.launches) == (by, note, 6 if by == "graph" else 1)
     assert streams == (["mine"] if by == "host" else [])
     assert call.result.tolist() == [3] * 4
@@ -319,20 +323,22 @@ def test_a_graph_is_trusted_only_if_it_writes(monkeypatch, replays, refuses, by,
 
 
 def test_one_line():
-    assert timing.one_line(ValueError("a\n  b")) == "ValueError: a b"
-    assert timing.one_line(OSError("cannot load '/a/b.c/d.so': no")) == "OSError: cannot load 'd.so': no"
-    assert timing.one_line(KeyError()) == "KeyError"
-    assert len(timing.one_line(ValueError("x" * 999))) == 160
+    assert captured.one_line(ValueError("a\n  b")) == "ValueError: a b"
+    assert captured.one_line(OSError("cannot load '/a/b.c/d.so': no")) == "OSError: cannot load 'd.so': no"
+    assert captured.one_line(KeyError()) == "KeyError"
+    assert len(captured.one_line(ValueError("x" * 999))) == 160
 
 
 def test_throttling_has_names():
-    assert sensors.throttling(0x1 | 0x2) == []  # idle, clocks that the user has set
-    assert sensors.throttling(0x4 | 0x40) == ["power cap", "hardware thermal"]
+    assert gpu_state.throttling(0x1 | 0x2) == []  # idle, clocks that the user has set
+    assert gpu_state.throttling(0x4 | 0x40) == ["power cap", "hardware thermal"]
 
 
 def test_the_length_of_a_sample_reaches_the_timer(monkeypatch):
     seen = []
-    monkeypatch.setattr(gemm.measure, "interleave", lambda calls, rounds, sample_us: seen.append((rounds, sample_us)))
+    monkeypatch.setattr(
+        gemm.interleave, "interleave", lambda calls, rounds, sample_us: seen.append((rounds, sample_us))
+    )
     gemm.Setting(rounds=5, sample_us=80000).time([])
     assert seen == [(5, 80000)]
     with pytest.raises(InputError, match=r"samples of 0.05 ms: legal is 0.1 to 10000"):

@@ -14,11 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from int8kit import cli, db, files, trace
+from int8kit import files, trace
 from int8kit.bench import gemm
+from int8kit.cli import main
+from int8kit.database import store
 from int8kit.kernels.gemm import kernel_hash
 from int8kit.spec import GemmShape, Kernel, default_config
-from int8kit.verify import isolate, late
+from int8kit.verify import process_pool
+from int8kit.verify.properties import pdl_probe
 
 WITHOUT_A_CARD = pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here")
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,7 +31,7 @@ TUNE = ("tune", "--gpu", "rtx3090", "--shapes", "s.json", "-o", "t.json")
 
 def int8kit(*args, cwd, status=0, **env):
     done = subprocess.run(
-        [sys.executable, "-m", "int8kit.cli", *map(str, args)],
+        [sys.executable, "-m", "int8kit", *map(str, args)],
         cwd=cwd, capture_output=True, text=True, timeout=300,
         env={k: v for k, v in {**os.environ, **env}.items() if k != "TRITON_INTERPRET"},
     )  # fmt: skip
@@ -69,7 +72,7 @@ def walk(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workshop")
     int8kit("trace-shapes", "ideogram4", "--size", "1024x1024", "-o", "s.json", cwd=folder)
     process = subprocess.Popen(
-        [sys.executable, "-m", "int8kit.cli", *TUNE], cwd=folder, text=True, start_new_session=True,
+        [sys.executable, "-m", "int8kit", *TUNE], cwd=folder, text=True, start_new_session=True,
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
@@ -102,12 +105,12 @@ def test_ctrl_c_keeps_what_is_done(walk):
     assert ended.compiled > 0
     assert f"going on where a run was ended: {ended.compiled} kernels compiled" in again.stderr
     shapes = trace.int8_shapes(trace.read(walk.folder / "s.json"))
-    assert len(db.load(walk.folder / "t.json").entries) == len(shapes)
+    assert len(store.load(walk.folder / "t.json").entries) == len(shapes)
 
 
 @of_the_workshop
 def test_tune(workshop):
-    base = db.load(workshop / "t.json", "rtx3090")
+    base = store.load(workshop / "t.json", "rtx3090")
     assert {e.shape for e in base.entries} == set(trace.int8_shapes(trace.read(workshop / "s.json")))
     assert len({e.triton for e in base.entries}) == 1
 
@@ -117,7 +120,7 @@ def test_tune_says_where_it_stands(walk):
     report = json.loads(walk.again.stdout)
     assert report["source"] in ("modelled", "proxy", "measured")
     assert report["source"] in walk.again.stderr or "measuring" in walk.again.stderr
-    again = db.load(walk.folder / "t.json")
+    again = store.load(walk.folder / "t.json")
     assert len(again.entries) == len(report["entries"])
 
 
@@ -140,20 +143,20 @@ def test_run(workshop, monkeypatch, verb):
 @of_the_workshop
 def test_verify_stamps_what_it_proved(workshop, tmp_path, monkeypatch, verb):
     """One entry of the plain kernel, which every machine executes, beside those that were tuned."""
-    base = db.load(workshop / "t.json")
+    base = store.load(workshop / "t.json")
     config = default_config(GemmShape(333, 64, 64))
     plain = base.entries[0].model_copy(update={"m": 333, "config": config, "kernel": kernel_hash(config.kernel)})
     text = base.merged([plain]).dumps()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.json").write_text(text)
-    monkeypatch.setattr(isolate, "run_all", lambda jobs, judge, **_: [judge(job, lambda _: None) for job in jobs])
+    monkeypatch.setattr(process_pool, "run_all", lambda jobs, judge, **_: [judge(job, lambda _: None) for job in jobs])
     args = ("verify", "--gpu", "rtx3090", "--db", "p.json", "--shapes", workshop / "s.json", "--examples", "15")
     verb(*args, "--only", "batch")
     assert (tmp_path / "p.json").read_text() == text
     out, _ = verb(*args, "--only", "batch", "--only", "entries")
     assert "holds" in out
     assert "differs" not in out
-    entries = db.load(tmp_path / "p.json").entries
+    entries = store.load(tmp_path / "p.json").entries
     proven = [bool(e.verified) for e in entries]
     assert proven == [HERE == "cuda" or e.config.kernel is Kernel.TRITON for e in entries]
     assert any(proven)
@@ -176,7 +179,7 @@ def test_verify_proves_every_property(tmp_path):
         "accumulator", "output", "swiglu", "batch", "linearity", "zero rows", "nan rows", "strided", "repeats",
         "configuration", "quantize", "rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope",
         "entries",
-    } | ({"order"} if late.overlaps(HERE) else set())  # fmt: skip
+    } | ({"order"} if pdl_probe.overlaps(HERE) else set())  # fmt: skip
     assert done.stdout.count("holds") == len(rows)
     assert "came with the package: not stamped; copy it to ./tuning_db" in done.stderr
 
@@ -231,7 +234,7 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
     monkeypatch.setattr(os, "_exit", sys.exit)
     for args in ((), ("--json",)):
         with pytest.raises(SystemExit) as ended:
-            cli.main(["bench", "gemm", "--shape", "8x8x8", "--only", "bf16", *args])
+            main.main(["bench", "gemm", "--shape", "8x8x8", "--only", "bf16", *args])
         assert ended.value.code == status
         out, err = capfd.readouterr()
         document = json.loads(out.splitlines()[-1])
@@ -314,7 +317,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capfd, args, words):
     (tmp_path / "deep.json").write_text(json.dumps({"format": trace.FORMAT, "model": "m", "cases": [case]}))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(SystemExit) as ended:
-        cli.main(list(args))
+        main.main(list(args))
     assert ended.value.code == 2
     out, err = capfd.readouterr()
     assert out == ""

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import triton
 
-from int8kit import cli, db, files, gpus
+from int8kit import files, gpus
+from int8kit.cli import main
+from int8kit.database import store
+from int8kit.database.database import Database
+from int8kit.database.schema import FORMAT, Entry, Resources, json_schema, stamp
 from int8kit.kernels import gemm
-from int8kit.schema import FORMAT, Entry, Resources, json_schema, stamp
 from int8kit.spec import GemmShape, Kernel, Source, TileConfig
 from int8kit.toolchain import ANY_TOOLCHAIN, generation
 from int8kit.tune import workers
@@ -27,7 +30,7 @@ SHAPE = GemmShape(4296, 12288, 4608)
 def home(tmp_path, monkeypatch):
     """An empty folder to work in, and an empty home for the user's own databases."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(db, "user_path", lambda alias: tmp_path / "home" / f"{alias}.json")
+    monkeypatch.setattr(store, "user_path", lambda alias: tmp_path / "home" / f"{alias}.json")
     return tmp_path
 
 
@@ -40,39 +43,39 @@ def entry(kernel=None, **over):
 
 def call(capfd, *args, status=0):
     with pytest.raises(SystemExit) as ended:
-        cli.main(list(map(str, args)))
+        main.main(list(map(str, args)))
     out, err = capfd.readouterr()
     assert ended.value.code == status, out + err
     return out, err
 
 
 def test_the_users_entry_lies_over_the_shipped_one():
-    shipped, paths = db.gather(RTX3090, ANY_TOOLCHAIN)
+    shipped, paths = store.gather(RTX3090, ANY_TOOLCHAIN)
     assert paths == (SHIPPED,)
-    db.update(db.user_path("rtx3090"), RTX3090, [entry()])
-    both, paths = db.gather(RTX3090, ANY_TOOLCHAIN)
-    assert paths == (SHIPPED, db.user_path("rtx3090"))
+    store.update(store.user_path("rtx3090"), RTX3090, [entry()])
+    both, paths = store.gather(RTX3090, ANY_TOOLCHAIN)
+    assert paths == (SHIPPED, store.user_path("rtx3090"))
     assert both.resolve(SHAPE, ANY_TOOLCHAIN).config == TILE != shipped.resolve(SHAPE, ANY_TOOLCHAIN).config
     assert len(both.entries) == len(shipped.entries)
-    assert db.gather(RTX3090, ANY_TOOLCHAIN, SHIPPED) == (shipped, (SHIPPED,))
+    assert store.gather(RTX3090, ANY_TOOLCHAIN, SHIPPED) == (shipped, (SHIPPED,))
 
 
 def test_a_weaker_or_outdated_entry_of_the_users_covers_nothing():
-    shipped, _ = db.gather(RTX3090, ANY_TOOLCHAIN)
+    shipped, _ = store.gather(RTX3090, ANY_TOOLCHAIN)
     for weak in (entry(source=Source.MODELLED), entry(kernel="another")):
-        db.user_path("rtx3090").unlink(missing_ok=True)
-        db.update(db.user_path("rtx3090"), RTX3090, [weak])
-        assert db.gather(RTX3090, gemm.toolchain())[0] == shipped
+        store.user_path("rtx3090").unlink(missing_ok=True)
+        store.update(store.user_path("rtx3090"), RTX3090, [weak])
+        assert store.gather(RTX3090, gemm.toolchain())[0] == shipped
 
 
 def test_stamps_go_to_entries_of_the_configuration_that_was_proven(home):
     path = home / "a.json"
-    db.update(path, RTX3090, [entry()])
+    store.update(path, RTX3090, [entry()])
     new = stamp("cross_arch", device="d", arch=86, entry=entry(), kernel="k", triton="3.6.0")
     stamps = {entry().key: [new]}
-    other = db.Database(RTX3090, (entry().model_copy(update={"config": replace(TILE, num_stages=4)}),))
-    assert not db.stamp(path, stamps, other)
-    assert db.stamp(path, stamps, db.Database(RTX3090, (entry(),)))
+    other = Database(RTX3090, (entry().model_copy(update={"config": replace(TILE, num_stages=4)}),))
+    assert not store.stamp(path, stamps, other)
+    assert store.stamp(path, stamps, Database(RTX3090, (entry(),)))
 
 
 def test_show(capfd):
@@ -81,7 +84,7 @@ def test_show(capfd):
     assert str(SHIPPED) in out
     document = json.loads(call(capfd, "db", "show", "--gpu", "h200", "--json")[0])
     assert document["gpu"]["alias"] == "h200"
-    assert len(document["entries"]) == len(db.load(files.shipped("tuning_db") / "h200.json").entries)
+    assert len(document["entries"]) == len(store.load(files.shipped("tuning_db") / "h200.json").entries)
 
 
 def test_check(home, capfd):
@@ -89,7 +92,7 @@ def test_check(home, capfd):
     assert out.count("sound") == len(out.splitlines()) - 1 == len(list(SHIPPED.parent.glob("*.json"))) - 1
     assert "rtx5090.json: 4096x128x4608" in out  # whose own code nobody has executed yet
     timed = {"p20_us": 88.0, "p80_us": 92.0, "measured_on": "NVIDIA H200", "policy": 3}
-    db.update(home / "bad.json", RTX3090, [entry(time_us=90.0, default_us=80.0, **timed)])
+    store.update(home / "bad.json", RTX3090, [entry(time_us=90.0, default_us=80.0, **timed)])
     (home / "broken.json").write_text("{")
     out, err = call(capfd, "db", "check", "bad.json", "broken.json", status=1)
     name = f"bad.json: 4296x12288x4608 ({TILE}): "
@@ -114,20 +117,20 @@ def test_upgrade(home, capfd):
     out, _ = call(capfd, "db", "upgrade", "a.json")
     assert out == "a.json: 138 entries upgraded, 138 stamps dropped\n"
     once = (home / "a.json").read_bytes()
-    assert db.read(home / "a.json")["format"] == FORMAT
+    assert store.read(home / "a.json")["format"] == FORMAT
     assert "has the present format already" in call(capfd, "db", "upgrade", "a.json")[0]
     assert (home / "a.json").read_bytes() == once
 
 
 def test_merge(home, capfd):
     shutil.copy(SHIPPED, home / "a.json")
-    db.update(home / "b.json", RTX3090, [entry()])
+    store.update(home / "b.json", RTX3090, [entry()])
     call(capfd, "db", "merge", "a.json", "b.json", "-o", "c.json")
-    merged = db.load(home / "c.json")
+    merged = store.load(home / "c.json")
     assert merged.resolve(SHAPE, ANY_TOOLCHAIN).config == TILE
-    assert len(merged.entries) == len(db.load(SHIPPED).entries)
+    assert len(merged.entries) == len(store.load(SHIPPED).entries)
     call(capfd, "db", "merge", "b.json", "--user")
-    assert db.load(db.user_path("rtx3090")).entries == (entry().named(),)
+    assert store.load(store.user_path("rtx3090")).entries == (entry().named(),)
     before = (home / "c.json").read_bytes()
     shutil.copy(files.shipped("tuning_db") / "h200.json", home / "h.json")
     _, err = call(capfd, "db", "merge", "a.json", "h.json", "-o", "c.json", status=2)
@@ -171,17 +174,17 @@ def test_carry_takes_what_compiles_as_well_here_and_says_what_does_not(tmp_path,
         Entry(m=3, n=64, k=64, config=fits, resources=ample, **{**good, "kernel": "older"}),
     ]
     path = tmp_path / "t.json"
-    db.update(path, gpus.get("rtx3090"), entries)
+    store.update(path, gpus.get("rtx3090"), entries)
     command = ("db", "carry", path, "--json")
     left = json.loads(call(capfd, *command)[0])["left"]
     assert "blocks a multiprocessor" in left["2x64x64"]
     assert "has changed since" in left["3x64x64"]
-    found = db.load(path).entries
+    found = store.load(path).entries
     assert len(found) == 4
     (new,) = [e for e in found if e.triton == triton.__version__]
     assert (new.shape.m, new.timed_with, new.time_us, new.verified) == (1, other, 9.0, None)
     assert 16 < new.resources.registers < 255
     assert json.loads(call(capfd, *command)[0])["carried"] == 0
-    db.update(path, gpus.get("rtx3090"), [entries[0].model_copy(update={"time_us": 8.0})])  # tuned anew
+    store.update(path, gpus.get("rtx3090"), [entries[0].model_copy(update={"time_us": 8.0})])  # tuned anew
     assert json.loads(call(capfd, *command)[0])["carried"] == 1
-    assert [e.time_us for e in db.load(path).entries if e.triton == triton.__version__] == [8.0]
+    assert [e.time_us for e in store.load(path).entries if e.triton == triton.__version__] == [8.0]

@@ -4,22 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from int8kit import db, files, gpus
-from int8kit.db import Database
+from int8kit import files, gpus
+from int8kit.database import store
+from int8kit.database.database import Database
+from int8kit.database.problems import problems
+from int8kit.database.schema import Entry, Resources, stamp
+from int8kit.errors import FileError, Int8kitError
 from int8kit.kernels import gemm
-from int8kit.problems import problems
-from int8kit.schema import Entry, Resources, stamp
-from int8kit.spec import (
-    FileError,
-    GemmShape,
-    Int8kitError,
-    Kernel,
-    Operation,
-    Source,
-    TileConfig,
-    default_config,
-    why_illegal,
-)
+from int8kit.spec import GemmShape, Kernel, Operation, Source, TileConfig, default_config, why_illegal
 from int8kit.toolchain import ANY_TOOLCHAIN, Toolchain, generation
 
 GPU = gpus.get("rtx3090")
@@ -152,8 +144,8 @@ def test_of_two_generations_this_ones_entries_serve():
 
 def test_file_is_one_line_an_entry_and_round_trips(tmp_path):
     path = tmp_path / "rtx3090.json"
-    written = db.update(path, GPU, [entry(m=m, time_us=1.5) for m in (3, 1, 2)])
-    assert db.load(path, "rtx3090") == written
+    written = store.update(path, GPU, [entry(m=m, time_us=1.5) for m in (3, 1, 2)])
+    assert store.load(path, "rtx3090") == written
     lines = [line for line in path.read_text().splitlines() if '"config"' in line]
     assert [json.loads(line.rstrip(","))["m"] for line in lines] == [1, 2, 3]
     assert str(tmp_path) not in path.read_text()
@@ -186,17 +178,17 @@ def test_file_is_one_line_an_entry_and_round_trips(tmp_path):
 )
 def test_damage_is_one_clear_error(tmp_path, damage, reason):
     path = tmp_path / "a.json"
-    db.update(path, GPU, [entry()])
+    store.update(path, GPU, [entry()])
     document = json.loads(path.read_text())
     damage(document)
     path.write_text(json.dumps(document))
     with pytest.raises(Int8kitError, match=reason) as caught:
-        db.load(path, "rtx3090")
+        store.load(path, "rtx3090")
     assert "\n" not in str(caught.value)
     assert caught.value.exit_status == 2
     before = path.read_text()
     with pytest.raises(Int8kitError, match=reason):
-        db.update(path, GPU, [entry()])
+        store.update(path, GPU, [entry()])
     assert path.read_text() == before
 
 
@@ -204,15 +196,15 @@ def test_force_replaces_a_file_that_is_not_ours(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("mine")
     with pytest.raises(FileError):
-        db.update(path, GPU, [entry()])
-    db.update(path, GPU, [entry()], force=True)
-    db.update(path, GPU, [entry(m=7)], force=True)
-    assert len(db.load(path).entries) == 2
+        store.update(path, GPU, [entry()])
+    store.update(path, GPU, [entry()], force=True)
+    store.update(path, GPU, [entry(m=7)], force=True)
+    assert len(store.load(path).entries) == 2
 
 
 def _write(path, first):
     for m in range(first, first + 20):
-        db.update(path, GPU, [entry(m=m)])
+        store.update(path, GPU, [entry(m=m)])
 
 
 @pytest.mark.process
@@ -224,29 +216,29 @@ def test_two_writers_lose_nothing(tmp_path):
         writer.start()
     for writer in writers:
         writer.join()
-    assert [e.m for e in db.load(path).entries] == [*range(1, 21), *range(101, 121)]
+    assert [e.m for e in store.load(path).entries] == [*range(1, 21), *range(101, 121)]
 
 
 def test_find(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert db.find("rtx3090") == files.shipped("tuning_db") / "rtx3090.json"
-    assert db.find("nosuchcard") is None
-    db.update(tmp_path / "tuning_db" / "rtx3090.json", GPU, [entry()])
-    assert db.find("rtx3090").resolve() == tmp_path / "tuning_db" / "rtx3090.json"
-    assert db.find("rtx3090", tmp_path / "x.json") == tmp_path / "x.json"
+    assert store.find("rtx3090") == files.shipped("tuning_db") / "rtx3090.json"
+    assert store.find("nosuchcard") is None
+    store.update(tmp_path / "tuning_db" / "rtx3090.json", GPU, [entry()])
+    assert store.find("rtx3090").resolve() == tmp_path / "tuning_db" / "rtx3090.json"
+    assert store.find("rtx3090", tmp_path / "x.json") == tmp_path / "x.json"
 
 
 def test_a_card_without_a_record_keeps_its_identity(tmp_path):
     mine = replace(GPU, alias="mycard", name="My Card", sms=99)
-    db.update(tmp_path / "a.json", mine, [entry()])
-    loaded = db.load(tmp_path / "a.json").gpu
+    store.update(tmp_path / "a.json", mine, [entry()])
+    loaded = store.load(tmp_path / "a.json").gpu
     assert (loaded.alias, loaded.sms, loaded.arch) == ("mycard", 99, 86)
 
 
 @pytest.mark.parametrize("path", sorted(files.shipped("tuning_db").glob("*.json")), ids=lambda p: p.stem)
 def test_shipped_databases_are_sound(path):
     """Every entry is legal, without spills, of the present kernels, and proven under both tested versions of Triton."""
-    base, kernels = db.load(path, path.stem), gemm.toolchain().kernels
+    base, kernels = store.load(path, path.stem), gemm.toolchain().kernels
     assert path.read_text() == base.dumps()
     assert base.gpu == gpus.get(path.stem)
     for triton in ("3.6.0", "3.7.1"):
@@ -266,7 +258,7 @@ def test_shipped_databases_are_sound(path):
 @pytest.mark.parametrize("alias", ["rtx3090", "h200"])
 def test_what_serves_for_another_m_is_never_slower_than_the_default(alias):
     """On what was timed: each entry left out in turn, the near one's kernel among those timed at its shape."""
-    base = db.load(files.shipped("tuning_db") / f"{alias}.json")
+    base = store.load(files.shipped("tuning_db") / f"{alias}.json")
     timed = [e for e in base.entries if e.time_us and e.default_us]
     ratios = []
     for e in timed:

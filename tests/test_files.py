@@ -1,7 +1,7 @@
 import pytest
 
 from int8kit import files
-from int8kit.spec import FileError
+from int8kit.errors import FileError
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):

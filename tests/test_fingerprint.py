@@ -217,8 +217,8 @@ REAL = {  # an edit of each part of each kernel
         ("kernels/gemm_triton.py", '"num_stages": config.num_stages}', '"num_stages": 2}', "options"),
         ("kernels/gemm_triton.py", "    return None\n", "    return '' if operands.m == 1 else None\n", "why_not"),
         ("kernels/activations.py", "constexpr(86.0)", "constexpr(87.0)", "constant of a helper"),
-        ("kernels/operands.py", '"enable_fp_fusion": False', '"enable_fp_fusion": True', "compile options"),
-        ("kernels/operands.py", "loose % 16", "loose % 8", "specialization"),
+        ("kernels/launch.py", '"enable_fp_fusion": False', '"enable_fp_fusion": True', "compile options"),
+        ("kernels/launch.py", "loose % 16", "loose % 8", "specialization"),
         ("kernels/gemm.py", "if operands.m == 0:", "if operands.m <= 1:", "entry"),
     ],
     "mma_sync": [
@@ -228,8 +228,8 @@ REAL = {  # an edit of each part of each kernel
         ("kernels/gemm_mma_sync.py", "128: 768}", "128: 384}", "table"),
         ("kernels/gemm_mma_sync.py", "[16, 8])),", "[16, 16])),", "constants"),
         ("kernels/gemm_mma_sync.py", "operands.k % 16", "operands.k % 8", "why_not"),
-        ("kernels/schedule.py", "total * worker // workers", "total // workers * worker", "scheduler"),
-        ("kernels/schedule.py", "max(leftover, 1) * pieces", "max(leftover, 1)", "workspace"),
+        ("kernels/tile_scheduler.py", "total * worker // workers", "total // workers * worker", "scheduler"),
+        ("kernels/tile_scheduler.py", "max(leftover, 1) * pieces", "max(leftover, 1)", "workspace"),
         ("spec.py", "m <= config.num_warps]", "m < config.num_warps]", "warp grid"),
     ],
     "wgmma": [
@@ -248,7 +248,7 @@ SAME = [
     ("kernels/gemm_wgmma.py", "is no multiple of 16", "has to be a multiple of 16"),
     ("kernels/gemm_mma_sync.py", "tiles", "count"),
     ("kernels/operands.py", "move them to one", "use one device"),
-    ("kernels/schedule.py", '"""Of a CUDA device."""', '"""Multiprocessors of a CUDA device."""'),
+    ("kernels/tile_scheduler.py", '"""Of a CUDA device."""', '"""Multiprocessors of a CUDA device."""'),
 ]
 
 CHILD = """

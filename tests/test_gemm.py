@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from int8kit import reference
+from int8kit.errors import ShapeError
 from int8kit.kernels import gemm
-from int8kit.spec import Kernel, ShapeError, TileConfig
+from int8kit.spec import Kernel, TileConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = TileConfig(32, 32, 32, 4, 2, group_m=2)

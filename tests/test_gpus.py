@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from int8kit import gpus
-from int8kit.spec import FileError, UnknownName
+from int8kit.errors import FileError, UnknownName
 
 
 def test_every_record_is_sound():

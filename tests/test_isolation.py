@@ -12,10 +12,10 @@ import pytest
 import torch
 import triton
 
-from int8kit import db
+from int8kit.database import store
 from int8kit.kernels import gemm
 from int8kit.spec import Kernel
-from int8kit.verify import corpus
+from int8kit.verify.examples import regressions
 
 SESSION = Path(os.environ["INT8KIT_TEST_SESSION"])
 FOLDERS = (
@@ -44,8 +44,8 @@ def test_a_child_has_the_sessions_folders_and_this_process_the_same():
 def test_every_folder_is_the_sessions():
     for name in FOLDERS:
         assert SESSION in Path(os.environ[name]).parents, name
-    assert SESSION in db.user_path("rtx3090").parents
-    assert SESSION in corpus.path().parents
+    assert SESSION in store.user_path("rtx3090").parents
+    assert SESSION in regressions.path().parents
 
 
 @pytest.mark.parametrize("number", [1, 2])

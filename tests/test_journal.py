@@ -10,11 +10,13 @@ import time
 
 import pytest
 
-from int8kit import db, gpus
-from int8kit.schema import Entry, Resources
-from int8kit.spec import FileError, GemmShape, Kernel, Source, TileConfig
+from int8kit import gpus
+from int8kit.database import store
+from int8kit.database.schema import Entry, Resources
+from int8kit.errors import FileError
+from int8kit.spec import GemmShape, Kernel, Source, TileConfig
+from int8kit.timing.interleave import Times
 from int8kit.tune.journal import Journal
-from int8kit.tune.measure import Times
 from int8kit.tune.search import Trail
 
 RTX3090 = gpus.get("rtx3090")
@@ -145,7 +147,7 @@ CHILD = """
 import sys, time
 from pathlib import Path
 from int8kit import gpus
-from int8kit.schema import Resources
+from int8kit.database.schema import Resources
 from int8kit.spec import GemmShape
 from int8kit.tune import session
 
@@ -196,7 +198,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(tmp_path):
             break
         kills += 1
         if (tmp_path / "killed.json").exists():
-            db.load(tmp_path / "killed.json")  # whole at every moment
+            store.load(tmp_path / "killed.json")  # whole at every moment
     assert 2 <= kills < 40
     assert "going on where a run was ended" in out
     assert (tmp_path / "killed.json").read_text() == (tmp_path / "straight.json").read_text()

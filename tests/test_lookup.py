@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_spec import CONFIGS
 
-from int8kit import db, files, lookup, ops
+from int8kit import files, lookup, ops
 from int8kit.bench import contestants
+from int8kit.database import store
+from int8kit.errors import ConfigError
 from int8kit.kernels import gemm
 from int8kit.lookup import Candidate, Level, Plan
-from int8kit.spec import ConfigError, GemmShape, Kernel, Operation, TileConfig, default_config
+from int8kit.spec import GemmShape, Kernel, Operation, TileConfig, default_config
 from int8kit.toolchain import ANY_TOOLCHAIN, Toolchain
 
 LOW, HIGH = TileConfig(64, 64, 64, 4, 3), TileConfig(128, 128, 64, 8, 3)
@@ -85,7 +87,7 @@ def test_a_level_can_be_added(monkeypatch):
     model = Level("model", lambda request: HIGH if request.shape.m > 100 else None)
     monkeypatch.setattr(lookup, "LEVELS", (*lookup.LEVELS[:-1], model, lookup.LEVELS[-1]))
     far = GemmShape(70000, 16, 16)
-    base = db.load(DATABASES[0])
+    base = store.load(DATABASES[0])
     assert base.resolve(far, ANY_TOOLCHAIN).level == "model"
     assert base.plan(16, 16, ANY_TOOLCHAIN).choose(far) == HIGH
     assert base.resolve(GemmShape(3, 16, 16), ANY_TOOLCHAIN).level == "default"
@@ -107,7 +109,7 @@ def shapes(base, count, seed):
 @pytest.mark.parametrize("triton", ["3.7.1", "3.9.0"])
 def test_everybody_finds_the_same(path, triton):
     """Layers, `run`, `verify`, `db explain`: 125 shapes for each shipped database and version of Triton."""
-    base = db.load(path)
+    base = store.load(path)
     toolchain = Toolchain(triton, gemm.toolchain().kernels)
     drawn = list(shapes(base, 125, DATABASES.index(path)))
     unlisted = {choice.shape: choice.config for choice in base.unlisted(drawn, toolchain)}  # `verify`
@@ -127,7 +129,7 @@ def test_everybody_finds_the_same(path, triton):
 
 def test_the_benchmark_finds_the_same(monkeypatch):
     """Its own calls: what it times alone, and the plan of the layer that it times."""
-    base, toolchain, plans = db.load(DATABASES[0]), gemm.toolchain(), []
+    base, toolchain, plans = store.load(DATABASES[0]), gemm.toolchain(), []
     monkeypatch.setattr(
         contestants.ops, "int8_linear", lambda x, wq, sw, bias, plan: plans.append(plan) or torch.empty(0)
     )

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from int8kit import models
+from int8kit.errors import FileError, InputError, UnknownName
 from int8kit.models import Case
-from int8kit.spec import FileError, InputError, UnknownName
 
 
 @pytest.mark.parametrize(("height", "width"), [(1000, 1024), (1024, 17), (0, 16), (-16, 16)])

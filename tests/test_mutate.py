@@ -14,11 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from int8kit import cli, cli_verify, gpus
-from int8kit.spec import CheckFailed, Kernel, UnknownName, why_illegal
-from int8kit.verify import checks, foreign, mutate
-from int8kit.verify.mutants import CATALOGUE, TILES, Mutant
-from int8kit.verify.mutate import Verdict
+from int8kit import gpus
+from int8kit.cli import main, verify
+from int8kit.errors import CheckFailed, UnknownName
+from int8kit.spec import Kernel, why_illegal
+from int8kit.verify import executors
+from int8kit.verify.mutation import campaign
+from int8kit.verify.mutation.campaign import Verdict
+from int8kit.verify.mutation.catalogue import CATALOGUE, TILES, Mutant
+from int8kit.verify.properties import checks
 
 GPU = gpus.present() or gpus.get("rtx3090")
 POINTER, ROWS = "kernels/gemm_triton.py", "kernels/quantize.py"
@@ -52,9 +56,9 @@ def test_the_catalogue_is_wide():
 
 @pytest.mark.parametrize("mutant", CATALOGUE, ids=lambda mutant: mutant.name)
 def test_each_fault_has_one_place_in_the_present_source(mutant):
-    source = mutate.mutated(mutant, mutate.PACKAGE)
-    assert ast.dump(ast.parse(source)) != ast.dump(ast.parse((mutate.PACKAGE / mutant.file).read_text()))
-    assert mutant.expected in mutate._properties(mutant.kernel)
+    source = campaign.mutated(mutant, campaign.PACKAGE)
+    assert ast.dump(ast.parse(source)) != ast.dump(ast.parse((campaign.PACKAGE / mutant.file).read_text()))
+    assert mutant.expected in campaign._properties(mutant.kernel)
     assert not mutant.fault.endswith(".")
 
 
@@ -69,19 +73,19 @@ def test_the_tiles_of_the_mutants_are_legal():
 
 def test_a_stale_catalogue_is_refused_before_any_work():
     with pytest.raises(CheckFailed, match=r"'no such text' stands 0 times in kernels/gemm_triton.py"):
-        mutate.run([Mutant("stale", POINTER, "no such text", "", "", "output")], GPU)
+        campaign.run([Mutant("stale", POINTER, "no such text", "", "", "output")], GPU)
     with pytest.raises(UnknownName, match=r"unknown mutant 'x'; known: .*scales-swapped"):
-        mutate.find(["x"])
-    assert mutate.find([]) == CATALOGUE
+        campaign.find(["x"])
+    assert campaign.find([]) == CATALOGUE
 
 
 @pytest.mark.slow
 @pytest.mark.process
 def test_each_end_is_told_apart(scratch):
     """A wrong bit, an exception, a signal, a syntax error and a hang are caught; a sham survives every property."""
-    todo = [*mutate.find(["stale-scale-row"]), RAISES, ABORTS, BROKEN, HANGS, SHAM]
+    todo = [*campaign.find(["stale-scale-row"]), RAISES, ABORTS, BROKEN, HANGS, SHAM]
     steps = []
-    verdicts = mutate.run(todo, GPU, examples=5, silence=15, on_step=lambda *step: steps.append(step))
+    verdicts = campaign.run(todo, GPU, examples=5, silence=15, on_step=lambda *step: steps.append(step))
     assert [(v.name, v.ending, v.by, v.how) for v in verdicts] == [
         ("stale-scale-row", "killed", "output", "differs"), ("raises", "killed", "quantize", "crash"),
         ("aborts", "killed", "quantize", "crash"), ("broken", "killed", "output", "compile"),
@@ -94,9 +98,9 @@ def test_each_end_is_told_apart(scratch):
     assert "SyntaxError" in broken
     assert hangs.endswith("no end in 15 s")
     assert not sham
-    assert list(verdicts[-1].tried) == list(mutate.PROPERTIES)
+    assert list(verdicts[-1].tried) == list(campaign.PROPERTIES)
     assert min(verdicts[-1].tried.values()) >= 5
-    total = len(mutate.PROPERTIES) + len(todo)  # the unchanged kernels, then these
+    total = len(campaign.PROPERTIES) + len(todo)  # the unchanged kernels, then these
     assert (steps[0], steps[-1]) == ((0, total), (total, total))
     assert not list(scratch.iterdir())
 
@@ -104,11 +108,11 @@ def test_each_end_is_told_apart(scratch):
 @pytest.mark.process
 def test_faults_are_not_sought_in_unsound_kernels(monkeypatch, scratch):
     package = scratch / "installed" / "int8kit"
-    shutil.copytree(mutate.PACKAGE, package)
-    (package / "kernels" / "rows.py").write_text("no Python")
-    monkeypatch.setattr(mutate, "PACKAGE", package)
+    shutil.copytree(campaign.PACKAGE, package)
+    (package / "kernels" / "row_primitives.py").write_text("no Python")
+    monkeypatch.setattr(campaign, "PACKAGE", package)
     with pytest.raises(CheckFailed, match=r"the unchanged kernels fail accumulator \(compile\): SyntaxError"):
-        mutate.run([SHAM], GPU, jobs=1)
+        campaign.run([SHAM], GPU, jobs=1)
     assert [path.name for path in scratch.iterdir()] == ["installed"]
 
 
@@ -116,42 +120,42 @@ def test_faults_are_not_sought_in_unsound_kernels(monkeypatch, scratch):
 def test_a_child_that_judges_another_copy_is_refused(monkeypatch, scratch):
     monkeypatch.setattr(shutil, "copytree", lambda _, to, ignore: to.mkdir())  # so that the installed one is found
     with pytest.raises(CheckFailed, match=r"the child judged .*int8kit, not its own copy"):
-        mutate.run([SHAM], GPU, jobs=1)
+        campaign.run([SHAM], GPU, jobs=1)
     assert not list(scratch.iterdir())
 
 
 def test_what_a_machine_cannot_run_is_named(monkeypatch):
     """Not counted, neither as killed nor as survived."""
-    interpreter = [foreign.Executor("interpreter", "cpu", "CPU")]
-    monkeypatch.setattr(foreign, "executors", lambda gpu: interpreter)
-    todo = mutate.find(["hopper-deadlock", "fma-contraction"])
-    verdicts = mutate.run(todo, GPU)
+    interpreter = [executors.Executor("interpreter", "cpu", "CPU")]
+    monkeypatch.setattr(executors, "available", lambda gpu: interpreter)
+    todo = campaign.find(["hopper-deadlock", "fma-contraction"])
+    verdicts = campaign.run(todo, GPU)
     assert [v.ending for v in verdicts] == ["needs a card"] * 2
     assert "interpreter" in verdicts[0].evidence
-    assert mutate.score(verdicts) == {"killed": 0, "ran": 0, "score": None, "idle": {"needs a card": 2}}
+    assert campaign.score(verdicts) == {"killed": 0, "ran": 0, "score": None, "idle": {"needs a card": 2}}
 
-    card = [foreign.Executor("cross_arch", "cuda", "a card", "sm86"), foreign.Executor("native", "cuda", "a card")]
-    monkeypatch.setattr(foreign, "executors", lambda gpu: card)
-    monkeypatch.setattr(mutate, "present", lambda: gpus.get("rtx4090"))
-    [verdict] = mutate.run(mutate.find(["hopper-deadlock"]), GPU, jobs=1)
+    card = [executors.Executor("cross_arch", "cuda", "a card", "sm86"), executors.Executor("native", "cuda", "a card")]
+    monkeypatch.setattr(executors, "available", lambda gpu: card)
+    monkeypatch.setattr(campaign, "present", lambda: gpus.get("rtx4090"))
+    [verdict] = campaign.run(campaign.find(["hopper-deadlock"]), GPU, jobs=1)
     assert verdict.ending == "not applicable"
     assert "sm_90 only" in verdict.evidence
     for name, executor in (("naive-owner", card[0]), ("fma-contraction", card[1])):
-        [mutant] = mutate.find([name])
-        job = mutate._job(mutant, card)
+        [mutant] = campaign.find([name])
+        job = campaign._job(mutant, card)
         assert job.executor == executor
         assert job.properties[0] == mutant.expected
         request = json.loads(job.request(None, 0))
         assert {tile["kernel"] for tile in request["tiles"]} <= {Kernel.MMA_SYNC}
-    monkeypatch.setattr(mutate, "present", lambda: gpus.get("h200"))
-    assert mutate._idle(mutate.find(["hopper-deadlock"])[0], card) is None
+    monkeypatch.setattr(campaign, "present", lambda: gpus.get("h200"))
+    assert campaign._idle(campaign.find(["hopper-deadlock"])[0], card) is None
 
 
 @pytest.mark.slow
 def test_properties_over_given_tiles():
     """What a child runs: its kernel's configurations alone, so that no other kernel hides the fault."""
     seen = []
-    executor = foreign.executors(GPU)[-1]
+    executor = executors.available(GPU)[-1]
     tiles = (checks.SMALL_TILES[1],)
     result = checks.prove("output", executor, tiles, examples=5, on_example=seen.append)
     assert result.failure is None
@@ -161,7 +165,7 @@ def test_properties_over_given_tiles():
 @pytest.mark.process
 def test_the_verb_kills(monkeypatch, scratch, verb):
     """By one property: a run by all of them, of sound kernels too, is above."""
-    monkeypatch.setattr(mutate, "_properties", lambda kernel: ("output",))
+    monkeypatch.setattr(campaign, "_properties", lambda kernel: ("output",))
     out, _ = verb("verify", "--mutate", "--only", "scales-joined", "--only", "naive-owner", "--examples", "5", "--json")
     document = json.loads(out)
     killed, stream_k = document["mutants"]
@@ -180,9 +184,9 @@ def test_a_survivor_is_listed_and_fails_the_verb(monkeypatch, capfd):
         Verdict("d", POINTER, "fault d", "needs a card", evidence="PTX"),
         Verdict("e", POINTER, "fault e", "not applicable", evidence="no sm_90"),
     ]
-    monkeypatch.setattr(mutate, "run", lambda *_, **__: canned)
+    monkeypatch.setattr(campaign, "run", lambda *_, **__: canned)
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["verify", "--mutate"])
+        main.main(["verify", "--mutate"])
     out, err = capfd.readouterr()
     assert exit_.value.code == 1
     assert "killed by output (timeout)" in out
@@ -197,9 +201,9 @@ def test_interrupted_it_tells_what_is_known(monkeypatch, capfd):
         on_verdict(Verdict("a", POINTER, "fault a", "killed", "output", "differs", "1x1x1: 1 of 1 differ", {}, 1.2))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mutate, "run", run)
+    monkeypatch.setattr(campaign, "run", run)
     with pytest.raises(KeyboardInterrupt):
-        cli_verify._mutate(None, [], None, 0, as_json=False, markdown=False)
+        verify._mutate(None, [], None, 0, as_json=False, markdown=False)
     out, err = capfd.readouterr()
     assert "fault a" in out
     assert f"1 of {len(CATALOGUE)} faults judged before this was interrupted" in err
@@ -219,7 +223,7 @@ def test_interrupted_it_tells_what_is_known(monkeypatch, capfd):
 )
 def test_bad_combinations_end_in_one_line(capfd, args, words):
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["verify", *args])
+        main.main(["verify", *args])
     _, err = capfd.readouterr()
     assert exit_.value.code == 2
     assert err.count("\n") == 1
@@ -242,7 +246,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-m", "int8kit.cli", "verify", "--mutate", "--only", "stale-scale-row"], cwd=tmp_path,
+        [sys.executable, "-m", "int8kit", "verify", "--mutate", "--only", "stale-scale-row"], cwd=tmp_path,
         env=os.environ | {"TMPDIR": str(scratch)}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True,
     )  # fmt: skip

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from int8kit import ops, reference
+from int8kit.errors import ShapeError
 from int8kit.lookup import Plan
-from int8kit.spec import GemmShape, ShapeError, TileConfig
+from int8kit.spec import GemmShape, TileConfig
 
 PLAN = Plan.fixed((GemmShape(64, 24, 40), TileConfig(64, 64, 64, 4, 3)))
 

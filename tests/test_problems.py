@@ -7,21 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from int8kit import db, files, gpus
-from int8kit.problems import problems
-from int8kit.schema import stamp
+from int8kit import files, gpus
+from int8kit.database import store
+from int8kit.database.problems import problems
+from int8kit.database.schema import stamp
 from int8kit.spec import GemmShape, default_config
 from int8kit.toolchain import Toolchain
 
 SHIPPED = files.shipped("tuning_db")
-TIMED = next(e for e in db.load(SHIPPED / "rtx3090.json").entries if (e.m, e.n, e.k) == (4296, 12288, 4608))
+TIMED = next(e for e in store.load(SHIPPED / "rtx3090.json").entries if (e.m, e.n, e.k) == (4296, 12288, 4608))
 HERE = Toolchain(TIMED.triton, {TIMED.config.kernel: TIMED.kernel})
 
 
 @pytest.fixture
 def document():
     """A database of two timed, proven entries of an RTX 3090, as JSON."""
-    base = db.load(SHIPPED / "rtx3090.json")
+    base = store.load(SHIPPED / "rtx3090.json")
     entries = [e for e in base.entries if e.m in (4096, 4296) and (e.n, e.k) == (12288, 4608)]
     entries = [e.model_copy(update={"verified": None}) for e in entries if e.triton == TIMED.triton]
     assert len(entries) == 2
@@ -35,7 +36,7 @@ def document():
 def found(document, tmp_path, toolchain=HERE):
     path = tmp_path / "t.json"
     path.write_text(json.dumps(document))
-    return problems(db.load(path), toolchain)
+    return problems(store.load(path), toolchain)
 
 
 def first(document):
@@ -147,12 +148,12 @@ def test_a_policy_of_a_later_version_stays_in_the_file(document, tmp_path):
     first(document)["policy"] = 4
     assert any("unknown policy 4" in line for line in found(document, tmp_path))
     path = tmp_path / "t.json"
-    db.update(path, gpus.get("rtx3090"), [TIMED.model_copy(update={"m": 5000})])
+    store.update(path, gpus.get("rtx3090"), [TIMED.model_copy(update={"m": 5000})])
     assert json.loads(Path(path).read_text())["policies"]["4"] == "another clock"
 
 
 def test_the_tuner_writes_nothing_that_is_reported():
     """Each shipped entry passes every check but the proof, which the toolchain decides."""
     for path in SHIPPED.glob("*.json"):
-        lines = problems(db.load(path), Toolchain("3.6.0", {}))
+        lines = problems(store.load(path), Toolchain("3.6.0", {}))
         assert [line for line in lines if "not proven under" not in line] == []

@@ -5,33 +5,34 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from int8kit import gpus, reference
+from int8kit.errors import ConfigError, ShapeError
 from int8kit.kernels.qk_norm_rope import HeadTile, qk_norm_rope
-from int8kit.spec import ConfigError, ShapeError
-from int8kit.verify import foreign, fused
-from int8kit.verify.fused import Fused
-from int8kit.verify.strategies import FLOAT_KINDS
+from int8kit.verify import executors
+from int8kit.verify.examples.strategies import FLOAT_KINDS
+from int8kit.verify.properties import row_kernels
+from int8kit.verify.properties.row_kernels import Fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXECUTOR = foreign.executors(gpus.get("rtx3090"))[-1]
+EXECUTOR = executors.available(gpus.get("rtx3090"))[-1]
 pytestmark = pytest.mark.usefixtures("quiet_interpreter")
 
 
 def operands(heads, d, dtype, period):
     """Of two images of `period` rows, and eps."""
-    return fused.operands(Fused("qk_norm_rope", 2, period, d, "normal", 2, dtype, dtype, heads=heads), DEVICE)
+    return row_kernels.operands(Fused("qk_norm_rope", 2, period, d, "normal", 2, dtype, dtype, heads=heads), DEVICE)
 
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(fused.examples("qk_norm_rope"))
+@given(row_kernels.examples("qk_norm_rope"))
 def test_equals_the_reference(f):
-    assert fused.check(f, EXECUTOR) is None
+    assert row_kernels.check(f, EXECUTOR) is None
 
 
 @pytest.mark.parametrize("kind", FLOAT_KINDS)
 def test_equals_the_reference_at_the_models_width(kind):
     f = Fused("qk_norm_rope", 1, 2, 256, kind, 1, torch.bfloat16, torch.bfloat16, heads=18)
-    assert fused.check(f, EXECUTOR) is None
+    assert row_kernels.check(f, EXECUTOR) is None
 
 
 def test_agrees_with_the_stock_models_steps():

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from int8kit import reference
+from int8kit.errors import ShapeError
 from int8kit.kernels.quantize import quantize
-from int8kit.spec import ShapeError
-from int8kit.verify.bits import difference
-from int8kit.verify.strategies import FLOAT_KINDS, float_matrix
+from int8kit.verify.compare import difference
+from int8kit.verify.examples.strategies import FLOAT_KINDS, float_matrix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from int8kit import reference
-from int8kit.spec import ShapeError
-from int8kit.verify.strategies import FLOAT_KINDS, float_matrix
+from int8kit.errors import ShapeError
+from int8kit.verify.examples.strategies import FLOAT_KINDS, float_matrix
 
 
 def _round(value: Fraction) -> int:

@@ -5,22 +5,23 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from int8kit import gpus, reference
+from int8kit.errors import ShapeError
 from int8kit.kernels.residual_norm_quantize import residual_norm_quantize
-from int8kit.spec import ShapeError
-from int8kit.verify import foreign, fused
-from int8kit.verify.bits import difference
-from int8kit.verify.fused import Fused
-from int8kit.verify.strategies import FLOAT_KINDS
+from int8kit.verify import executors
+from int8kit.verify.compare import difference
+from int8kit.verify.examples.strategies import FLOAT_KINDS
+from int8kit.verify.properties import row_kernels
+from int8kit.verify.properties.row_kernels import Fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXECUTOR = foreign.executors(gpus.get("rtx3090"))[-1]
+EXECUTOR = executors.available(gpus.get("rtx3090"))[-1]
 pytestmark = pytest.mark.usefixtures("quiet_interpreter")
 
 
 def operands(images):
     """Of 6 rows of 416, and eps."""
     f = Fused("residual_norm_quantize", images, 6 // images, 416, "normal", 3, torch.bfloat16, torch.bfloat16)
-    return fused.operands(f, DEVICE)
+    return row_kernels.operands(f, DEVICE)
 
 
 def assert_equal(got, want):
@@ -31,15 +32,15 @@ def assert_equal(got, want):
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(fused.examples("residual_norm_quantize"))
+@given(row_kernels.examples("residual_norm_quantize"))
 def test_equals_the_reference(f):
-    assert fused.check(f, EXECUTOR) is None
+    assert row_kernels.check(f, EXECUTOR) is None
 
 
 @pytest.mark.parametrize("kind", FLOAT_KINDS)
 def test_equals_the_reference_at_the_models_width(kind):
     f = Fused("residual_norm_quantize", 2, 2, 4608, kind, 1, torch.bfloat16, torch.bfloat16)
-    assert fused.check(f, EXECUTOR) is None
+    assert row_kernels.check(f, EXECUTOR) is None
 
 
 def test_is_the_next_kernels_input():

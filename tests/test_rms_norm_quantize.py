@@ -5,29 +5,30 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from int8kit import gpus, reference
+from int8kit.errors import ConfigError, ShapeError
 from int8kit.kernels.rms_norm_quantize import rms_norm_quantize
-from int8kit.kernels.rows import RowTile
-from int8kit.spec import ConfigError, ShapeError
-from int8kit.verify import foreign, fused
-from int8kit.verify.fused import Fused
-from int8kit.verify.strategies import FLOAT_KINDS
+from int8kit.kernels.row_primitives import RowTile
+from int8kit.verify import executors
+from int8kit.verify.examples.strategies import FLOAT_KINDS
+from int8kit.verify.properties import row_kernels
+from int8kit.verify.properties.row_kernels import Fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXECUTOR = foreign.executors(gpus.get("rtx3090"))[-1]
+EXECUTOR = executors.available(gpus.get("rtx3090"))[-1]
 pytestmark = pytest.mark.usefixtures("quiet_interpreter")
 
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(fused.examples("rms_norm_quantize"))
+@given(row_kernels.examples("rms_norm_quantize"))
 def test_equals_the_reference(f):
-    assert fused.check(f, EXECUTOR) is None
+    assert row_kernels.check(f, EXECUTOR) is None
 
 
 @pytest.mark.parametrize("kind", FLOAT_KINDS)
 def test_equals_the_reference_at_the_models_width(kind):
     f = Fused("rms_norm_quantize", 2, 2, 4608, kind, 1, torch.bfloat16, torch.bfloat16)
-    assert fused.check(f, EXECUTOR) is None
+    assert row_kernels.check(f, EXECUTOR) is None
 
 
 def test_is_the_norm():

@@ -8,14 +8,16 @@ import torch
 import triton
 from PIL import Image
 
-from int8kit import Int8Linear, Int8SwiGLU, db, gpus, models, reference
+from int8kit import Int8Linear, Int8SwiGLU, gpus, models, reference
+from int8kit.database import store
+from int8kit.database.schema import Entry, Resources, stamp
+from int8kit.errors import CheckFailed, FileError, InputError, ShapeError, UnknownName
 from int8kit.kernels import gemm
+from int8kit.layers import replace_linears
 from int8kit.lookup import DEFAULT, LEVELS, Plan
 from int8kit.runtime import generate, ideogram4
 from int8kit.runtime.generate import PRESETS, Request
-from int8kit.runtime.linear import replace_linears
-from int8kit.schema import Entry, Resources, stamp
-from int8kit.spec import CheckFailed, FileError, InputError, ShapeError, Source, UnknownName, default_config
+from int8kit.spec import Source, default_config
 
 
 def test_linear_is_the_reference():
@@ -227,7 +229,7 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
 
 
 def test_no_database_for_a_card(monkeypatch, tmp_path):
-    monkeypatch.setattr(db, "find", lambda alias, given=None: None)
+    monkeypatch.setattr(store, "find", lambda alias, given=None: None)
     outcome = generate.generate(Request("x", height=64, width=64, steps=1, gpu="rtx3060"))
     assert {choice.level for choice, _ in outcome.choices} == {DEFAULT}
     assert outcome.databases == ()
@@ -242,7 +244,7 @@ def test_strict_refuses_what_is_not_proven(outcome, tmp_path):
         for s in {choice.shape for choice, _ in outcome.choices}
     ]  # fmt: skip
     path, card = tmp_path / "t.json", gpus.get("rtx3090")
-    db.update(path, card, entries)
+    store.update(path, card, entries)
     request = replace(REQUEST, steps=1, gpu="rtx3090", database=path, strict=True)
     reason = (
         rf"not proven under Triton {triton.__version__} as sm_86 code .* run `int8kit verify --gpu rtx3090` on a GPU"
@@ -255,8 +257,8 @@ def test_strict_refuses_what_is_not_proven(outcome, tmp_path):
         about = {"device": "d", "arch": 86, "kernel": gemm.kernel_hash(), "triton": triton.__version__, **change}
         return {e.key: [stamp("native", entry=e, **about)] for e in entries}
 
-    db.stamp(path, proven(triton="3.6.99"))
+    store.stamp(path, proven(triton="3.6.99"))
     with pytest.raises(CheckFailed, match=reason):
         generate.generate(request)
-    db.stamp(path, proven())
+    store.stamp(path, proven())
     assert generate.unproven_of(generate.generate(request).choices) == []

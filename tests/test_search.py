@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 
 from int8kit import gpus
-from int8kit.db import Database
-from int8kit.schema import Resources
-from int8kit.spec import CheckFailed, GemmShape, Kernel, Source, TileConfig, default_config
+from int8kit.database.database import Database
+from int8kit.database.schema import Resources
+from int8kit.errors import CheckFailed
+from int8kit.spec import GemmShape, Kernel, Source, TileConfig, default_config
+from int8kit.timing.interleave import Times
 from int8kit.tune import search, space, workers
-from int8kit.tune.measure import Times
 from int8kit.tune.tasks import Timed
 
 RTX3090, H200 = gpus.get("rtx3090"), gpus.get("h200")

@@ -9,11 +9,14 @@ from dataclasses import replace
 import pytest
 from measured import exhaustive
 
-from int8kit import db, gpus
-from int8kit.schema import Resources
-from int8kit.spec import CheckFailed, FileError, GemmShape, Kernel, Source, default_config, shared_memory_bound
-from int8kit.tune import offline, search, session, space, workers
-from int8kit.tune.measure import Times
+from int8kit import cost_model, gpus
+from int8kit.database import store
+from int8kit.database.database import Database
+from int8kit.database.schema import Resources
+from int8kit.errors import CheckFailed, FileError
+from int8kit.spec import GemmShape, Kernel, Source, default_config, shared_memory_bound
+from int8kit.timing.interleave import Times
+from int8kit.tune import search, session, space, workers
 from int8kit.tune.tasks import Timed
 from int8kit.tune.workers import Ended
 
@@ -29,7 +32,7 @@ def taken(config, arch=86):
 
 def truth(shape, config, gpu=RTX3090):
     """Invented microseconds: the model's, bent smoothly by what each parameter is worth, as a card would."""
-    us = offline.estimate(shape, config, taken(config, gpu.arch), gpu)
+    us = cost_model.estimate(shape, config, taken(config, gpu.arch), gpu)
     for name in ("block_m", "block_n", "block_k", "num_warps", "num_stages", "stream_k", "group_m", "kernel"):
         value = f"{name} {getattr(config, name)} {shape.n} {shape.k}"
         us *= 1 + 0.08 * (hashlib.sha256(value.encode()).digest()[0] / 255 - 0.5)
@@ -101,7 +104,7 @@ def _an_empty_folder(monkeypatch, tmp_path):
 @pytest.fixture
 def unknown(monkeypatch):
     """No entry of any database helps."""
-    monkeypatch.setattr(db, "gather", lambda gpu, toolchain: (db.Database(gpu), ()))
+    monkeypatch.setattr(store, "gather", lambda gpu, toolchain: (Database(gpu), ()))
 
 
 def proxy(path):
@@ -129,7 +132,7 @@ def space_bands(config):
 
 def test_an_entry_says_where_it_is_from(tmp_path):
     (outcome,) = session.run(SHAPES[:1], proxy(tmp_path / "t.json"), Pool(H200))
-    (entry,) = db.load(tmp_path / "t.json").entries
+    (entry,) = store.load(tmp_path / "t.json").entries
     assert [entry] == [one.named() for one in outcome.entries]
     assert (entry.source, entry.measured_on, entry.bf16_us) == (Source.PROXY, "NVIDIA H200", 900)
     assert 0 < len(entry.runners_up) <= search.RUNNERS_UP
@@ -169,7 +172,7 @@ def test_a_shape_whose_default_dies_fails_and_the_others_do_not(tmp_path):
 
     (outcome,) = session.run(SHAPES, proxy(tmp_path / "t.json"), Pool(H200, lethal=lethal))
     assert "the default is out: timeout" in outcome.failed[SHAPES[2]]
-    assert len(db.load(tmp_path / "t.json").entries) == len(SHAPES) - 1
+    assert len(store.load(tmp_path / "t.json").entries) == len(SHAPES) - 1
 
 
 @pytest.mark.parametrize("after", [1, 3, 8, 14, 20])
@@ -205,7 +208,7 @@ def test_several_cards_feed_their_own_files(tmp_path):
     outcomes = session.run(SHAPES[:2], targets, pool)
     assert [o.target.source for o in outcomes] == [Source.PROXY, Source.MEASURED, Source.PROXY, Source.MODELLED]
     for outcome in outcomes:
-        found = db.load(tmp_path / "tuning_db" / f"{outcome.target.gpu.alias}.json")
+        found = store.load(tmp_path / "tuning_db" / f"{outcome.target.gpu.alias}.json")
         assert len(found.entries) == 2
         assert {e.source for e in found.entries} == {outcome.target.source}
     assert {key[1] for key in pool.calls if key[0] == "compile"} == {86, 89, 90, 120}

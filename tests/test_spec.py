@@ -2,8 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from int8kit import spec
-from int8kit.spec import GemmShape, Kernel, ShapeError, Source, TileConfig, UnknownName, why_illegal
+from int8kit import errors, spec
+from int8kit.errors import ShapeError, UnknownName
+from int8kit.spec import GemmShape, Kernel, Source, TileConfig, why_illegal
 
 RTX3090 = {"arch": 86, "shared_memory": 101376}
 H200 = {"arch": 90, "shared_memory": 232448}
@@ -90,9 +91,9 @@ def test_ids_are_those_of_the_files():
 
 
 def test_errors_form_one_tree():
-    assert issubclass(ShapeError, spec.InputError)
-    assert spec.CheckFailed.exit_status == 1
-    assert spec.InputError.exit_status == 2
+    assert issubclass(ShapeError, errors.InputError)
+    assert errors.CheckFailed.exit_status == 1
+    assert errors.InputError.exit_status == 2
     assert "known: a, b; try c" in str(UnknownName("card", "x", ["b", "a"], "try c"))
 
 

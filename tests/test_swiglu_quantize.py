@@ -6,11 +6,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from int8kit import reference
-from int8kit.kernels.rows import CHUNKS, RowTile
+from int8kit.errors import ShapeError
+from int8kit.kernels.row_primitives import CHUNKS, RowTile
 from int8kit.kernels.swiglu_quantize import swiglu_quantize
-from int8kit.spec import ShapeError
-from int8kit.verify.bits import difference
-from int8kit.verify.strategies import FLOAT_KINDS, float_matrix, rows
+from int8kit.verify.compare import difference
+from int8kit.verify.examples.strategies import FLOAT_KINDS, float_matrix, rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("quiet_interpreter")

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from int8kit import cli, files, models, trace
+from int8kit import files, models, trace
+from int8kit.cli import main
+from int8kit.errors import FileError, InputError
 from int8kit.models import Case
-from int8kit.spec import FileError, GemmShape, InputError
+from int8kit.spec import GemmShape
 
 SHIPPED = files.shipped("shapes") / "ideogram4.json"
 
@@ -122,7 +124,7 @@ def test_shipped_file_is_what_the_tracer_gives():
 def test_the_default_call_gives_the_shipped_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["trace-shapes"])
+        main.main(["trace-shapes"])
     assert ended.value.code == 0
     assert (tmp_path / "shapes" / "ideogram4.json").read_text() == SHIPPED.read_text()
     assert "2048x2048 px" in capsys.readouterr().out

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from int8kit import db, gpus
-from int8kit.schema import FORMAT
-from int8kit.spec import FileError, Kernel
+from int8kit import gpus
+from int8kit.database import store
+from int8kit.database.schema import FORMAT
+from int8kit.errors import FileError
+from int8kit.spec import Kernel
 from int8kit.toolchain import ANY_TOOLCHAIN
 
 DATA = Path(__file__).parent / "data"
@@ -17,14 +19,14 @@ NAMES = {"pointer": Kernel.TRITON, "ampere": Kernel.MMA_SYNC, "hopper": Kernel.W
 
 
 def test_there_is_a_file_of_every_format():
-    assert {json.loads(path.read_text())["format"] for path in EVERY} == {*db.FORMATS}
+    assert {json.loads(path.read_text())["format"] for path in EVERY} == {*store.FORMATS}
     assert len(V1) == 8
 
 
 @pytest.mark.parametrize("path", V1, ids=lambda path: path.stem)
 def test_every_file_that_0_1_shipped_keeps_its_claims(path):
     """Shapes, configurations, sources, times and runners-up are those of the file; stamps are not taken over."""
-    old, new = json.loads(path.read_text()), db.load(path, path.stem)
+    old, new = json.loads(path.read_text()), store.load(path, path.stem)
     assert len(old["entries"]) == len(new.entries)
     assert new.gpu == gpus.get(path.stem)
 
@@ -52,11 +54,11 @@ def test_every_file_that_0_1_shipped_keeps_its_claims(path):
 
 @pytest.mark.parametrize("path", EVERY, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_an_upgraded_file_is_of_the_present_format_and_stays_as_it_is(path, tmp_path):
-    base = db.load(path)
+    base = store.load(path)
     text = base.dumps()
     assert json.loads(text)["format"] == FORMAT
     (tmp_path / "a.json").write_text(text)
-    again = db.load(tmp_path / "a.json")
+    again = store.load(tmp_path / "a.json")
     assert again.dumps() == text
     assert [e.named() for e in base.entries] == list(again.entries)
     one = base.entries[0]
@@ -69,10 +71,10 @@ def test_a_gpu_that_is_in_no_list_keeps_what_the_file_knows(tmp_path):
     document["gpu"] |= {"alias": "mycard", "name": "My Card", "sms": 99}
     path = tmp_path / "a.json"
     path.write_text(json.dumps(document))
-    base = db.load(path)
+    base = store.load(path)
     assert (base.gpu.alias, base.gpu.sms) == ("mycard", 99)
     assert "memory_gib" not in json.loads(base.dumps())["gpu"]
-    merged = db.update(path, base.gpu, [])
+    merged = store.update(path, base.gpu, [])
     assert "l2_bytes" not in json.loads(path.read_text())["gpu"]
     assert len(merged.entries) == len(base.entries)
 
@@ -96,5 +98,5 @@ def test_a_damaged_old_file_is_one_clear_line(tmp_path, damage, reason):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(document))
     with pytest.raises(FileError, match=reason) as caught:
-        db.load(path)
+        store.load(path)
     assert "\n" not in str(caught.value)

@@ -7,14 +7,17 @@ import pytest
 import torch
 
 from int8kit import gpus, reference
-from int8kit.db import Database
+from int8kit.database.database import Database
+from int8kit.database.schema import Entry, Resources
+from int8kit.errors import InputError
 from int8kit.kernels import gemm, quantize
-from int8kit.schema import Entry, Resources
-from int8kit.spec import GemmShape, InputError, Kernel, Source, TileConfig, legal_configs
-from int8kit.verify import checks, foreign, hold, isolate, strategies
+from int8kit.spec import GemmShape, Kernel, Source, TileConfig, legal_configs
+from int8kit.verify import executors, process_pool, runner
+from int8kit.verify.examples import strategies
+from int8kit.verify.properties import checks
 
 CONFIGS = (TileConfig(64, 32, 64, 4, 3),)
-EXECUTOR = foreign.executors(gpus.get("rtx3090"))[-1]
+EXECUTOR = executors.available(gpus.get("rtx3090"))[-1]
 
 
 def entry(config=CONFIGS[0], **shape):
@@ -161,15 +164,15 @@ def _dying(job, on_example):
     on_example(f"an example of {job.name}")
     if job.name == "output":
         os.abort()
-    return hold.Result(job.name, str(job.executor), 1), {}
+    return runner.Result(job.name, str(job.executor), 1), {}
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_a_kernel_that_ends_its_process_is_a_failure_like_any_other(processes):
-    jobs = [isolate.Job(name, EXECUTOR) for name in ("accumulator", "output", "entries")]
+    jobs = [process_pool.Job(name, EXECUTOR) for name in ("accumulator", "output", "entries")]
     told = []
-    outcomes = isolate.run_all(jobs, _dying, processes=processes, on_example=lambda: told.append(1))
+    outcomes = process_pool.run_all(jobs, _dying, processes=processes, on_example=lambda: told.append(1))
     assert [r.name for r, _ in outcomes] == ["accumulator", "output", "entries"]
     assert [r.failure for r, _ in outcomes] == [
         None, "an example of output: the kernel ended its process (SIGABRT)", None,
@@ -182,7 +185,7 @@ def _hanging(job, on_example):
     if job.name == "output":
         while True:
             time.sleep(60)
-    return hold.Result(job.name, str(job.executor), 1), {}
+    return runner.Result(job.name, str(job.executor), 1), {}
 
 
 @pytest.mark.process
@@ -193,17 +196,17 @@ def test_a_kernel_that_waits_for_ever_is_a_failure_like_any_other(monkeypatch):
     def on_example():
         told.append(1)
         if len(told) == 3:
-            monkeypatch.setattr(isolate, "SILENCE_S", 1.0)
+            monkeypatch.setattr(process_pool, "SILENCE_S", 1.0)
 
-    jobs = [isolate.Job(name, EXECUTOR) for name in ("output", "accumulator", "entries")]
-    outcomes = isolate.run_all(jobs, _hanging, processes=2, on_example=on_example)
+    jobs = [process_pool.Job(name, EXECUTOR) for name in ("output", "accumulator", "entries")]
+    outcomes = process_pool.run_all(jobs, _hanging, processes=2, on_example=on_example)
     assert [r.failure for r, _ in outcomes] == ["an example of output: no end in 1 s", None, None]
 
 
 @pytest.mark.process
 def test_isolated_checks_are_the_same():
-    jobs = [isolate.Job("quantize", EXECUTOR)]
-    [(result, _)] = isolate.run_all(jobs, isolate.Proof(BASE, examples=20))
+    jobs = [process_pool.Job("quantize", EXECUTOR)]
+    [(result, _)] = process_pool.run_all(jobs, process_pool.Proof(BASE, examples=20))
     assert result.failure is None
     assert result == checks.run("quantize", EXECUTOR, BASE, examples=20)[0]
 
@@ -244,10 +247,10 @@ def test_data_have_what_their_names_say():
 
 def test_needs_something_that_executes(monkeypatch):
     monkeypatch.setattr(gemm, "interpreted", lambda: False)
-    monkeypatch.setattr(foreign, "present", lambda: None)
+    monkeypatch.setattr(executors, "present", lambda: None)
     with pytest.raises(InputError, match="no CUDA device"):
-        foreign.executors(gpus.get("rtx3090"))
-    monkeypatch.setattr(foreign, "present", lambda: gpus.get("h200"))
-    assert [e.arch for e in foreign.executors(gpus.get("rtx3090"))] == ["sm86", None]
-    assert [e.on for e in foreign.executors(gpus.get("rtx3090"))] == ["cross_arch", "native"]
-    assert [e.arch for e in foreign.executors(gpus.get("h200"))] == [None]
+        executors.available(gpus.get("rtx3090"))
+    monkeypatch.setattr(executors, "present", lambda: gpus.get("h200"))
+    assert [e.arch for e in executors.available(gpus.get("rtx3090"))] == ["sm86", None]
+    assert [e.on for e in executors.available(gpus.get("rtx3090"))] == ["cross_arch", "native"]
+    assert [e.arch for e in executors.available(gpus.get("h200"))] == [None]

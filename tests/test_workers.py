@@ -10,8 +10,9 @@ import pytest
 from distributed import LocalCluster
 
 from int8kit import gpus
-from int8kit.schema import Resources
-from int8kit.spec import CheckFailed, InputError, TileConfig
+from int8kit.database.schema import Resources
+from int8kit.errors import CheckFailed, InputError
+from int8kit.spec import TileConfig
 from int8kit.tune import tasks, workers
 
 pytestmark = [pytest.mark.process, pytest.mark.xdist_group("workers-pool")]

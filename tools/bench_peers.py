@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 
-from int8kit import gpus, report
+from int8kit import gpus
 from int8kit.bench import contestants, gemm
-from int8kit.bench.contestants import Contestant, Entrant
-from int8kit.bench.operands import Operands
-from int8kit.spec import Int8kitError, UnknownName
-from int8kit.tune import measure
+from int8kit.bench.contestants import Contestant
+from int8kit.cli import tables
+from int8kit.errors import Int8kitError, UnknownName
+from int8kit.timing import interleave
+from int8kit.timing.captured import Entrant
+from int8kit.timing.operands import Operands
 
 BF16 = torch.bfloat16
 COMFY_CONFIGS = range(14)
@@ -213,7 +215,7 @@ def bitsandbytes_linear(o: Operands) -> Entrant:
     return Entrant([partial(launch, w) for w in o.weights])
 
 
-def peers(inductor: bool, timer: gemm.Timer = measure.interleave) -> list[Contestant]:
+def peers(inductor: bool, timer: gemm.Timer = interleave.interleave) -> list[Contestant]:
     """Every peer that has an adapter, whether or not it is here."""
     best = partial(comfy_best, timer=timer)
     found = [
@@ -237,11 +239,11 @@ def peers(inductor: bool, timer: gemm.Timer = measure.interleave) -> list[Contes
     return found
 
 
-def invented(calls: Any, rounds: int) -> list[measure.Times]:
+def invented(calls: Any, rounds: int) -> list[interleave.Times]:
     """The dry run's timer: calls everything, measures nothing."""
     for call in calls:
         call()
-    return [measure.Times(10.0 + i, 11.0 + i, 12.0 + i) for i in range(len(calls))]
+    return [interleave.Times(10.0 + i, 11.0 + i, 12.0 + i) for i in range(len(calls))]
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -271,7 +273,7 @@ def bench(args: argparse.Namespace) -> gemm.Outcome:
     """What the arguments ask for."""
     card = gpus.present() or gpus.get("h200")
     listed = contestants.ours(card, gpu=args.gpu, path=args.db, arch=args.arch)
-    timer = invented if args.dry_run else measure.interleave
+    timer = invented if args.dry_run else interleave.interleave
     listed += contestants.standard(args.inductor) + peers(args.inductor, timer)
     for name in set(args.skip) - {c.name for c in listed}:
         raise UnknownName("contestant", name, {c.name for c in listed})
@@ -294,7 +296,7 @@ def main() -> None:
         sys.path.insert(0, str(args.peers))
     try:
         outcome = bench(args)
-        print(report.bench_tables(outcome.document()), file=sys.stderr if args.json else sys.stdout)
+        print(tables.bench_tables(outcome.document()), file=sys.stderr if args.json else sys.stdout)
         print(json.dumps(outcome.document()), flush=True)
         outcome.conclude()
     except Int8kitError as error:

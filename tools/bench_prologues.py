@@ -30,9 +30,9 @@ from int8kit.kernels.qk_norm_rope import HeadTile, qk_norm_rope
 from int8kit.kernels.quantize import quantize
 from int8kit.kernels.residual_norm_quantize import residual_norm_quantize
 from int8kit.kernels.rms_norm_quantize import rms_norm_quantize
-from int8kit.kernels.rows import RowTile
+from int8kit.kernels.row_primitives import RowTile
 from int8kit.kernels.swiglu_quantize import swiglu_quantize
-from int8kit.tune import measure
+from int8kit.timing import interleave
 
 NORM_TILES = [RowTile(c, w) for c, w in ((256, 1), (512, 1), (512, 2), (1024, 2), (1024, 4), (2048, 4), (2048, 8))]
 SWIGLU_TILES = [RowTile(c, w) for c, w in ((512, 4), (1024, 4), (1024, 8), (2048, 8), (2048, 16), (4096, 16))]
@@ -141,7 +141,7 @@ def _graph(call: Callable[..., Any], inputs: list[tuple[Any, ...]]) -> Callable[
     return replay
 
 
-def _wall(calls: list[Callable[[], Any]], rounds: int) -> list[measure.Times]:
+def _wall(calls: list[Callable[[], Any]], rounds: int) -> list[interleave.Times]:
     """The dry run's stand-in for `measure.interleave`."""
     times = []
     for call in calls:
@@ -149,7 +149,7 @@ def _wall(calls: list[Callable[[], Any]], rounds: int) -> list[measure.Times]:
         for _ in range(rounds):
             call()
         us = 1e6 * (time.perf_counter() - start) / rounds
-        times.append(measure.Times(us, us, us))
+        times.append(interleave.Times(us, us, us))
     return times
 
 
@@ -162,7 +162,7 @@ def run(contest: Contest, rounds: int, l2_bytes: int, device: str) -> list[dict[
     everyone = [("copy", lambda block: torch.empty_like(block).copy_(block), blocks)]
     everyone += [(name, call, inputs) for name, call in contest.calls.items()]
     if device == "cuda":
-        times = measure.interleave([_graph(call, args) for _, call, args in everyone], rounds)
+        times = interleave.interleave([_graph(call, args) for _, call, args in everyone], rounds)
     else:
         times = _wall([functools.partial(call, *args[0]) for _, call, args in everyone], rounds)
     total = contest.read + contest.write

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from int8kit import db, gpus, models
+from int8kit import gpus, models
+from int8kit.database import store
 from int8kit.kernels import gemm
+from int8kit.layers import replace_linears
 from int8kit.runtime import ideogram4
-from int8kit.runtime.linear import replace_linears
 
 
 def milliseconds(call, rounds: int) -> float:
@@ -47,7 +48,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = models.get(args.model)
     card = gpus.present() or gpus.get("rtx3090")
-    database, _ = db.gather(card, gemm.toolchain(), args.db)
+    database, _ = store.gather(card, gemm.toolchain(), args.db)
     with torch.device(device):
         transformer = model.build()
         stock = models.Case(height, width, text_tokens=args.text_tokens, slots=2048)

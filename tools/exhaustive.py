@@ -25,11 +25,15 @@ from typing import Any
 
 from tabulate import tabulate
 
-from int8kit import db, files, gpus
+from int8kit import files, gpus
 from int8kit.bench.gemm import wanted
-from int8kit.spec import GemmShape, InputError, Int8kitError, TileConfig, default_config
+from int8kit.database import store
+from int8kit.database.database import Database
+from int8kit.errors import InputError, Int8kitError
+from int8kit.spec import GemmShape, TileConfig, default_config
+from int8kit.timing import interleave
+from int8kit.timing.interleave import Times
 from int8kit.tune import measure, search, session, space, tasks, workers
-from int8kit.tune.measure import Times
 
 ROUNDS, HOT_ROUNDS = 3, 9
 FIELDS = [field.name for field in fields(TileConfig)]
@@ -113,7 +117,7 @@ def judge(
 ) -> dict[str, Any]:
     """One shape's row."""
     order = search.rank([c for c in configs if space.suits(c, shape)], shape, found)
-    short = once(shape, [config for _, config, _ in order], ROUNDS, measure.SAMPLE_US)
+    short = once(shape, [config for _, config, _ in order], ROUNDS, interleave.SAMPLE_US)
     seeds = [c for _, c, _ in order if c in space.candidates(shape, gpu) and c in short][:FIRST]
     fastest = sorted(short, key=lambda c: short[c].p50)[:FASTEST]
     banded = [replace(c, group_m=width) for c in fastest[: FASTEST // 2] for width in space.BANDS]
@@ -159,7 +163,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         note(f"{len(jobs)} kernels compiled in {time.monotonic() - start:.0f} s, {len(found.failed)} failed")
         entries = {}
         if not args.no_tune and not args.dry_run:
-            db.gather = lambda gpu, toolchain: (db.Database(gpu), ())  # type: ignore[assignment]  # what is known would be known
+            store.gather = lambda gpu, toolchain: (Database(gpu), ())  # type: ignore[assignment]  # what is known would be known
             start = time.monotonic()
             (outcome,) = session.run(shapes, [target], pool, note=note)
             entries = {entry.shape: entry for entry in outcome.entries}

@@ -19,9 +19,11 @@ from typing import Any
 import triton
 from tabulate import tabulate
 
-from int8kit import db, files, gpus
-from int8kit.schema import Resources
-from int8kit.spec import GemmShape, Int8kitError, default_config
+from int8kit import files, gpus
+from int8kit.database import store
+from int8kit.database.schema import Resources
+from int8kit.errors import Int8kitError
+from int8kit.spec import GemmShape, default_config
 from int8kit.toolchain import ANY_TOOLCHAIN
 from int8kit.tune import workers
 
@@ -31,7 +33,7 @@ FORMAT = "int8kit.resources/1"
 def compiled(alias: str) -> dict[str, Any]:
     """Each distinct kernel of the card's database and defaults -> registers, spills, shared memory, or why not."""
     gpu = gpus.get(alias)
-    base, _ = db.gather(gpu, ANY_TOOLCHAIN)
+    base, _ = store.gather(gpu, ANY_TOOLCHAIN)
     configs = {default_config(GemmShape(m, 4608, 4608)) for m in (16, 64, 4096)} | {e.config for e in base.entries}
     jobs = sorted({(replace(config, group_m=8), True) for config in configs})
     with workers.Workers() as pool:

@@ -24,25 +24,19 @@ from typing import Any, Literal
 
 import torch
 
-from int8kit import db, gpus, ops, reference
-from int8kit.bench.operands import Operands, Result
-from int8kit.db import Database
+from int8kit import gpus, ops, reference
+from int8kit.database import store
+from int8kit.database.database import Choice, Database
+from int8kit.errors import InputError, UnknownName
 from int8kit.gpus import Gpu
 from int8kit.kernels import gemm, quantize
-from int8kit.spec import InputError, Source, UnknownName
+from int8kit.spec import Source
+from int8kit.timing.captured import Entrant, Launch
+from int8kit.timing.operands import Operands, Result
 
-Launch = Callable[[], torch.Tensor]
 Kind = Literal["gemm", "linear"]
 OLDER = (80, 86, 89)  # mma.sync code of these runs on every newer card
 FP8_MAX = 448.0
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """A contestant prepared for one shape."""
-
-    launches: Sequence[Launch]  # one a copy of the weight, each returns its result
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ def ours(card: Gpu, *, gpu: str | None = None, path: Path | None = None, arch: s
     gpu: whose database; path: a database file; arch: "sm86" for the code of that architecture beside the card's own.
     A database of an older card is of that card's code, as in `tune`. Raises InputError for code that `card` cannot run.
     """
-    given = None if path is None else db.load(path, gpu)
+    given = None if path is None else store.load(path, gpu)
     named = given.gpu if given else gpus.get(gpu) if gpu else card
     if arch is None and named.arch != card.arch:
         arch = f"sm{named.arch}"
@@ -84,7 +78,7 @@ def ours(card: Gpu, *, gpu: str | None = None, path: Path | None = None, arch: s
     def database(of: Gpu) -> Database:
         if given and given.gpu.arch == of.arch:
             return given
-        return db.gather(of, gemm.toolchain())[0]
+        return store.gather(of, gemm.toolchain())[0]
 
     contestants = int8kit(database(named if named.arch == card.arch else card))
     if arch not in (None, f"sm{card.arch}"):
@@ -123,7 +117,7 @@ def int8kit(database: Database, arch: str | None = None) -> list[Contestant]:
     name = f"int8kit-{arch}" if arch else "int8kit"
     code = f"{arch} code" if arch else "this card's code"
 
-    def choice(o: Operands) -> db.Choice:
+    def choice(o: Operands) -> Choice:
         return database.resolve(o.shape, gemm.toolchain())
 
     def product(o: Operands) -> Entrant:

@@ -33,13 +33,15 @@ import torch
 
 from int8kit import __version__, files, trace
 from int8kit.bench.contestants import Contestant
-from int8kit.bench.operands import Operands, differing
-from int8kit.bench.timing import Timed, one_line
+from int8kit.errors import CheckFailed, InputError
 from int8kit.gpus import Gpu, present
 from int8kit.kernels import gemm
-from int8kit.sensors import Sensors
-from int8kit.spec import CheckFailed, GemmShape, InputError
-from int8kit.tune import measure
+from int8kit.spec import GemmShape
+from int8kit.timing import interleave
+from int8kit.timing.captured import Timed, one_line
+from int8kit.timing.gpu_state import Sensors
+from int8kit.timing.health import check_health
+from int8kit.timing.operands import Operands, differing
 
 FORMAT = "int8kit.bench/1"
 POLICY = (
@@ -50,7 +52,7 @@ ROUNDS = 21
 GRAPH_US = 1000  # a graph is about so long or longer, unless it has so many launches:
 MOST_IN_GRAPH = 16
 
-Timer = Callable[[Sequence[Callable[[], Any]], int], list[measure.Times]]
+Timer = Callable[[Sequence[Callable[[], Any]], int], list[interleave.Times]]
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,12 @@ class Setting:
     graph: bool = True
     device: str = "cuda"
     copies: int | None = None  # of each weight; default: past twice the L2
-    sample_us: int = measure.SAMPLE_US
+    sample_us: int = interleave.SAMPLE_US
     timer: Timer | None = None
 
-    def time(self, calls: Sequence[Callable[[], Any]]) -> list[measure.Times]:
+    def time(self, calls: Sequence[Callable[[], Any]]) -> list[interleave.Times]:
         """The quantiles of each call over the rounds."""
-        return (self.timer or partial(measure.interleave, sample_us=self.sample_us))(calls, self.rounds)
+        return (self.timer or partial(interleave.interleave, sample_us=self.sample_us))(calls, self.rounds)
 
 
 @dataclass
@@ -174,7 +176,7 @@ def session(
     card = present()
     if card is None:
         raise InputError("no CUDA device here, and bench times kernels on one; `int8kit tune --gpu` works without")
-    health = measure.check_health(card)
+    health = check_health(card)
     note(f"{card.name}: {health:.0f} bf16 TFLOP/s, healthy; {len(shapes)} shapes, {len(contestants)} contestants")
     with contextlib.redirect_stdout(sys.stderr):  # other projects' code prints; stdout is for the result
         return run(shapes, contestants, card, setting, health=health, on_shape=keeper(output, note))
@@ -242,7 +244,7 @@ def measure_shape(
                          "note": call.note})  # fmt: skip
             calls.append((c, call))
         times = setting.time([call for _, call in calls]) if calls else []
-        state = measure.under_load(calls[0][1], times[0].p50) if sensors and calls else None
+        state = interleave.under_load(calls[0][1], times[0].p50) if sensors and calls else None
         for row, (c, call), t in zip(rows, calls, times, strict=True):
             p20, p50, p80 = (us / call.launches for us in (t.p20, t.p50, t.p80))
             tops = shape.ops / p50 / 1e6

@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from int8kit.kernels.rows import INTERPRETED, ROUNDER
+from int8kit.kernels.row_primitives import INTERPRETED, ROUNDER
 
 LIMIT: tl.constexpr = tl.constexpr(86.0)
 MINUS_LOG2_E: tl.constexpr = tl.constexpr(-1.4426950216293335)

@@ -26,9 +26,11 @@ from typing import Any
 import torch
 import triton
 
+from int8kit.errors import ConfigError
 from int8kit.fingerprint import fingerprint
-from int8kit.kernels.operands import OUT_DTYPES, Operands, interpreted, on_device
-from int8kit.spec import ConfigError, GemmShape, Kernel, TileConfig, default_config
+from int8kit.kernels.launch import interpreted, on_device
+from int8kit.kernels.operands import OUT_DTYPES, Operands
+from int8kit.spec import GemmShape, Kernel, TileConfig, default_config
 from int8kit.toolchain import Toolchain
 
 __all__ = [

@@ -29,14 +29,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import ampere
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from int8kit.kernels import schedule
+from int8kit.kernels import tile_scheduler
 from int8kit.kernels.activations import silu
 from int8kit.kernels.gemm_triton import aligned
-from int8kit.kernels.operands import COMPILE_OPTIONS, Operands, cdiv, run
-from int8kit.kernels.schedule import combine, part, parts_of, tile_corner
+from int8kit.kernels.launch import COMPILE_OPTIONS, cdiv, launch_cached
+from int8kit.kernels.operands import Operands
+from int8kit.kernels.tile_scheduler import combine, part, parts_of, tile_corner
 from int8kit.spec import TileConfig, warp_grid
 
-async_copy = schedule.with_names(ampere.async_copy, async_copy_global_to_shared="async_load")
+async_copy = tile_scheduler.with_names(ampere.async_copy, async_copy_global_to_shared="async_load")
 FRAGMENT_K = 32  # columns of K that one int8 mma.sync takes
 STRIDE_MAX = 2**23  # a tile has up to 256 rows, addressed in 31 bits
 PASS_K = {64: 384, 128: 768}  # by block_k: columns of K in one pass of the unrolled loop, at least; half costs 2 to 4 %
@@ -314,14 +315,14 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
     """Launch the kernel on the present device and stream. options: further compile options of Triton."""
     o = operands
     tiles = cdiv(o.m, config.block_m) * cdiv(o.n, config.block_n)
-    workers, leftover, slots, done = schedule.plan(tiles, config, o.xq.device) or (0, 0, o.xq, o.xq)
+    workers, leftover, slots, done = tile_scheduler.plan(tiles, config, o.xq.device) or (0, 0, o.xq, o.xq)
     values = _constants(config, o.bias is not None, o.sums_only, o.swiglu)
     args = (
         o.xq, o.wq, *o.vectors, o.out, slots, done, o.m, o.n, o.k, o.xq.stride(0), o.wq.stride(0), o.out.stride(0),
         workers, config.group_m,
     )  # fmt: skip
     compile_options = {"num_warps": config.num_warps} | options
-    run(
+    launch_cached(
         _gemm_mma_sync,
         (tiles - leftover + workers, 1),
         args,

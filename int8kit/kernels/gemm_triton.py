@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 
 from int8kit.kernels.activations import silu
-from int8kit.kernels.operands import COMPILE_OPTIONS, FREE, Operands, cdiv, run
+from int8kit.kernels.launch import COMPILE_OPTIONS, DO_NOT_SPECIALIZE, cdiv, launch_cached
+from int8kit.kernels.operands import Operands
 from int8kit.spec import TileConfig
 
 
@@ -125,7 +126,7 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
     compile_options = {"num_warps": config.num_warps, "num_stages": config.num_stages} | options
     grid = cdiv(o.m, config.block_m) * cdiv(o.n, config.block_n)
     key = o.key and (config, o.k % config.block_k == 0, *o.key)
-    run(_gemm, (grid, 1), args, values, tuple(compile_options.items()), key)
+    launch_cached(_gemm, (grid, 1), args, values, tuple(compile_options.items()), key)
 
 
 def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> tuple[Any, dict[str, Any]]:
@@ -151,6 +152,6 @@ def aligned(signature: dict[str, str]) -> dict[tuple[int], list[list[Any]]]:
     for i, (name, kind) in enumerate(signature.items()):
         if kind == "constexpr":
             found |= {} if triton.__version__.startswith("3.6.") else {(i,): []}
-        elif name not in FREE and not kind.startswith("tensordesc"):
+        elif name not in DO_NOT_SPECIALIZE and not kind.startswith("tensordesc"):
             found[i,] = [["tt.divisibility", 16]]
     return found

@@ -46,14 +46,15 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
-from int8kit.kernels import schedule
+from int8kit.kernels import tile_scheduler
 from int8kit.kernels.activations import silu
 from int8kit.kernels.gemm_triton import aligned
-from int8kit.kernels.operands import COMPILE_OPTIONS, Operands, cdiv, run
-from int8kit.kernels.schedule import combine, part, parts_of, share, tile_corner
+from int8kit.kernels.launch import COMPILE_OPTIONS, cdiv, launch_cached
+from int8kit.kernels.operands import Operands
+from int8kit.kernels.tile_scheduler import combine, part, parts_of, share, tile_corner
 from int8kit.spec import TileConfig
 
-tma = schedule.with_names(
+tma = tile_scheduler.with_names(
     hopper.tma, async_copy_global_to_shared="async_load", async_copy_shared_to_global="async_store"
 )
 # Steps that the second multiplier of a shared tile stays behind, so that one's epilogue meets the other's products. At
@@ -372,8 +373,8 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
     o = operands
     tiles = cdiv(o.m, config.block_m) * cdiv(o.n, config.block_n)
     pieces = 2 if config.block_m == 256 else 1  # halves of a tile that can be made apart
-    plan = schedule.plan(tiles, config, o.xq.device, pieces)
-    programs = plan.workers if plan else min(tiles * pieces, schedule.multiprocessors(o.xq.device))
+    plan = tile_scheduler.plan(tiles, config, o.xq.device, pieces)
+    programs = plan.workers if plan else min(tiles * pieces, tile_scheduler.multiprocessors(o.xq.device))
     slots, done = (plan.slots, plan.done) if plan else (o.xq, o.xq)
     descriptors = (
         TensorDescriptor.from_tensor(tensor, list(block), _layout(tensor.dtype, block))
@@ -382,7 +383,7 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
     values = _constants(config, o.bias is not None, o.sums_only, o.swiglu)
     args = (*descriptors, *o.vectors, slots, done, o.m, o.n, o.k, config.group_m)
     key = o.key and (config, *o.key)
-    run(_gemm_wgmma, (programs, 1), args, values, tuple((LAUNCH_OPTIONS | options).items()), key)
+    launch_cached(_gemm_wgmma, (programs, 1), args, values, tuple((LAUNCH_OPTIONS | options).items()), key)
 
 
 def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> tuple[Any, dict[str, Any]]:

@@ -23,9 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from int8kit.kernels import rows
-from int8kit.kernels.rows import WARPS, reciprocal_root, sums_of_rows, widen
-from int8kit.spec import ConfigError, ShapeError
+from int8kit.errors import ConfigError, ShapeError
+from int8kit.kernels import row_primitives
+from int8kit.kernels.row_primitives import WARPS, reciprocal_root, sums_of_rows, widen
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 
@@ -129,19 +129,19 @@ def _qk_norm_rope(
 
 def _check(qkv: torch.Tensor, vectors: tuple[torch.Tensor, ...], tables: tuple[torch.Tensor, ...], heads: int) -> int:
     """The head's D. Raises ShapeError for what the kernel does not take."""
-    rows.check_matrix("qkv", qkv)
+    row_primitives.check_matrix("qkv", qkv)
     m, width = qkv.shape
     d = width // (3 * heads) if heads > 0 else 0
     if d not in HEAD_DIMS or 3 * heads * d != width:
         raise ShapeError(f"qkv {tuple(qkv.shape)}, {heads} heads: legal is [M, 3 H D] with D of {HEAD_DIMS}")
     for name, vector in zip(("q_weight", "k_weight"), vectors, strict=True):
-        rows.check_vector(name, vector, d)
+        row_primitives.check_vector(name, vector, d)
     for name, table in zip(("cos", "sin"), tables, strict=True):
-        rows.check_matrix(name, table)
+        row_primitives.check_matrix(name, table)
         period = table.shape[0]
         if table.shape[1] != d or period < 1 or m % period or table.shape != tables[0].shape:
             raise ShapeError(f"{name} {tuple(table.shape)}: legal is [L, {d}], L a divisor of M = {m}, cos as sin")
-    rows.check_one_device(qkv, *vectors, *tables)
+    row_primitives.check_one_device(qkv, *vectors, *tables)
     return d
 
 
@@ -168,10 +168,10 @@ def qk_norm_rope(
     tile = tile or default_tile(heads, d)
     if m == 0:
         return q, k
-    tensors = [rows.exact(t) for t in (qkv, q_weight, k_weight, cos, sin)]
-    outs = [rows.exact(t) for t in (q, k)]  # on a card, q and k themselves
+    tensors = [row_primitives.exact(t) for t in (qkv, q_weight, k_weight, cos, sin)]
+    outs = [row_primitives.exact(t) for t in (q, k)]  # on a card, q and k themselves
     grid = (m, -(-heads // (tile.heads * tile.tiles)))
-    rows.launch(
+    row_primitives.launch_rows(
         _qk_norm_rope, grid, (*tensors, *outs), tuple(tensors[i].stride(0) for i in (0, 3, 4)),
         free=(cos.shape[0],), floats=(eps,), num_warps=tile.num_warps,
         H=heads, D=d, HEADS=tile.heads, TILES=tile.tiles,

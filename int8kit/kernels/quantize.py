@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from int8kit.kernels import rows
-from int8kit.kernels.rows import (
+from int8kit.errors import ShapeError
+from int8kit.kernels import row_primitives
+from int8kit.kernels.row_primitives import (
     INTERPRETED,
     ROUNDER,
     S_ORDINARY,
@@ -26,7 +27,6 @@ from int8kit.kernels.rows import (
     widen,
     widen_row,
 )
-from int8kit.spec import ShapeError
 
 LONG_CHUNK, LONG_WARPS = 4096, 16
 
@@ -75,7 +75,7 @@ def _quantize_long(x_ptr, q_ptr, s_ptr, stride_xm, stride_qm, K: tl.constexpr, C
 
 
 def quantize(
-    x: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None, *, tile: rows.RowTile | None = None
+    x: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None, *, tile: row_primitives.RowTile | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize the rows of x [M, K] (bf16, fp16 or fp32) -> q [M, K] int8, s [M] fp32.
 
@@ -83,7 +83,7 @@ def quantize(
     Bit-equal to `int8kit.reference.quantize`. Raises ShapeError for another dtype or shape, or if x is not contiguous
     along K.
     """
-    rows.check_matrix("x", x)
+    row_primitives.check_matrix("x", x)
     m, k = x.shape
     if out is None:
         q = torch.empty(m, k, dtype=torch.int8, device=x.device)
@@ -96,10 +96,10 @@ def quantize(
             raise ShapeError(f"q has strides {q.stride()}: the last must be 1")
     if not m or not k:
         return q, s.zero_()
-    held = k <= rows.K_MAX_HELD
-    tile = tile or (rows.default_tile(k) if held else rows.RowTile(LONG_CHUNK, LONG_WARPS))
-    x = rows.exact(x)
-    rows.launch(
+    held = k <= row_primitives.K_MAX_HELD
+    tile = tile or (row_primitives.default_tile(k) if held else row_primitives.RowTile(LONG_CHUNK, LONG_WARPS))
+    x = row_primitives.exact(x)
+    row_primitives.launch_rows(
         _quantize if held else _quantize_long, (m, 1), (x, q, s), (x.stride(0), q.stride(0)),
         num_warps=tile.num_warps, K=k, CHUNK=tile.chunk,
     )  # fmt: skip

@@ -19,9 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from int8kit.kernels import rows
+from int8kit.kernels import row_primitives
 from int8kit.kernels.rms_norm_quantize import norm_and_quantize
-from int8kit.kernels.rows import (
+from int8kit.kernels.row_primitives import (
     RowTile,
     load_chunk,
     load_row,
@@ -77,27 +77,27 @@ def residual_norm_quantize(
     [B, K], B a divisor of M; each bf16, fp16 or fp32, contiguous along K. tile: any gives the same bits; absent, one by
     K. Raises ShapeError for anything else, and for K > 16384.
     """
-    rows.check_matrix("residual", residual)
+    row_primitives.check_matrix("residual", residual)
     m, k = residual.shape
-    rows.check_matrix("branch", branch, (m, k))
-    rows.check_held(k)
-    rows.check_vector("branch_weight", branch_weight, k)
-    rows.check_vector("weight", weight, k)
-    image_rows = rows.check_images("gate", gate, m, k)
-    rows.check_matrix("modulation", modulation, (gate.shape[0], k))
-    rows.check_one_device(residual, branch, branch_weight, gate, weight, modulation)
-    tile = tile or rows.default_tile(k)
-    rows.check_tree(tile)
+    row_primitives.check_matrix("branch", branch, (m, k))
+    row_primitives.check_held(k)
+    row_primitives.check_vector("branch_weight", branch_weight, k)
+    row_primitives.check_vector("weight", weight, k)
+    image_rows = row_primitives.check_images("gate", gate, m, k)
+    row_primitives.check_matrix("modulation", modulation, (gate.shape[0], k))
+    row_primitives.check_one_device(residual, branch, branch_weight, gate, weight, modulation)
+    tile = tile or row_primitives.default_tile(k)
+    row_primitives.check_tree(tile)
     new = torch.empty(m, k, dtype=residual.dtype, device=residual.device)
     q = torch.empty(m, k, dtype=torch.int8, device=residual.device)
     s = torch.empty(m, dtype=torch.float32, device=residual.device)
     if m == 0:
         return new, q, s
-    matrices = [rows.exact(t) for t in (residual, branch, branch_weight, gate, weight, modulation)]
-    out = rows.exact(new)  # on a card, new itself
-    rows.launch(
+    matrices = [row_primitives.exact(t) for t in (residual, branch, branch_weight, gate, weight, modulation)]
+    out = row_primitives.exact(new)  # on a card, new itself
+    row_primitives.launch_rows(
         _residual_norm_quantize, (m, 1), (*matrices, out, q, s), tuple(matrices[i].stride(0) for i in (0, 1, 3, 5)),
         free=(image_rows,), floats=(eps,), num_warps=tile.num_warps,
-        K=k, CHUNK=tile.chunk, DTYPE=rows.FLOATS[residual.dtype],
+        K=k, CHUNK=tile.chunk, DTYPE=row_primitives.FLOATS[residual.dtype],
     )  # fmt: skip
     return out.to(new.dtype), q, s

@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from int8kit.kernels import rows
-from int8kit.kernels.rows import (
+from int8kit.kernels import row_primitives
+from int8kit.kernels.row_primitives import (
     RowTile,
     larger,
     load_chunk,
@@ -77,20 +77,20 @@ def rms_norm_quantize(
     x: [M, K]; weight: [K]; modulation: [B, K], B a divisor of M; each bf16, fp16 or fp32, contiguous along K. tile: any
     gives the same bits; absent, one by K. Raises ShapeError for anything else, and for K > 16384.
     """
-    rows.check_matrix("x", x)
+    row_primitives.check_matrix("x", x)
     m, k = x.shape
-    rows.check_held(k)
+    row_primitives.check_held(k)
     if weight is not None:
-        rows.check_vector("weight", weight, k)
-    image_rows = m if modulation is None else rows.check_images("modulation", modulation, m, k)
-    rows.check_one_device(x, weight, modulation)
-    tile = tile or rows.default_tile(k)
-    rows.check_tree(tile)
+        row_primitives.check_vector("weight", weight, k)
+    image_rows = m if modulation is None else row_primitives.check_images("modulation", modulation, m, k)
+    row_primitives.check_one_device(x, weight, modulation)
+    tile = tile or row_primitives.default_tile(k)
+    row_primitives.check_tree(tile)
     q = torch.empty(m, k, dtype=torch.int8, device=x.device)
     s = torch.empty(m, dtype=torch.float32, device=x.device)
     if m:
-        x, weight, modulation = rows.exact(x), rows.exact(weight), rows.exact(modulation)
-        rows.launch(
+        x, weight, modulation = row_primitives.exact(x), row_primitives.exact(weight), row_primitives.exact(modulation)
+        row_primitives.launch_rows(
             _rms_norm_quantize, (m, 1),
             (x, x if weight is None else weight, x if modulation is None else modulation, q, s),
             (x.stride(0), 0 if modulation is None else modulation.stride(0)),

@@ -17,10 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from int8kit.kernels import rows
+from int8kit.errors import ShapeError
+from int8kit.kernels import row_primitives
 from int8kit.kernels.activations import silu
-from int8kit.kernels.rows import RowTile, larger, load_row, row_scale, store_quantized, widen
-from int8kit.spec import ShapeError
+from int8kit.kernels.row_primitives import RowTile, larger, load_row, row_scale, store_quantized, widen
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _swiglu_quantize(gu_ptr, q_ptr, s_ptr, stride_gm, F: tl.constexpr, CHUNK: tl
 
 def default_tile(f: int) -> RowTile:
     """As `rows.default_tile`, with twice the warps: a chunk of F is 2 * chunk elements of gu, 16 bytes a thread."""
-    tile = rows.default_tile(f)
+    tile = row_primitives.default_tile(f)
     return RowTile(tile.chunk, min(2 * tile.num_warps, 16))
 
 
@@ -51,17 +51,17 @@ def swiglu_quantize(gu: torch.Tensor, *, tile: RowTile | None = None) -> tuple[t
     gu: bf16, fp16 or fp32, contiguous along its columns. tile: any gives the same bits; absent, one by F. Raises
     ShapeError for anything else, and for F > 16384.
     """
-    rows.check_matrix("gu", gu)
+    row_primitives.check_matrix("gu", gu)
     m, f = gu.shape[0], gu.shape[1] // 2
     if gu.shape[1] % 2:
         raise ShapeError(f"gu {tuple(gu.shape)}: legal is [M, 2 F], gate and up side by side; interleave the weights")
-    rows.check_held(f)
+    row_primitives.check_held(f)
     tile = tile or default_tile(f)
     q = torch.empty(m, f, dtype=torch.int8, device=gu.device)
     s = torch.empty(m, dtype=torch.float32, device=gu.device)
     if m:
-        gu = rows.exact(gu)
-        rows.launch(
+        gu = row_primitives.exact(gu)
+        row_primitives.launch_rows(
             _swiglu_quantize, (m, 1), (gu, q, s), (gu.stride(0),), num_warps=tile.num_warps, F=f, CHUNK=tile.chunk
         )
     return q, s

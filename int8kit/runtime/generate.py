@@ -22,12 +22,13 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from int8kit import __version__, db, files, gpus, lookup
-from int8kit.db import Choice
+from int8kit import __version__, files, gpus, lookup
+from int8kit.database import store
+from int8kit.database.database import Choice
+from int8kit.errors import CheckFailed, InputError, UnknownName
 from int8kit.kernels import gemm
 from int8kit.models import Case
 from int8kit.runtime import ideogram4
-from int8kit.spec import CheckFailed, InputError, UnknownName
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def generate(request: Request) -> Outcome:
     card = gpus.present()
     gpu = gpus.get(request.gpu) if request.gpu else card or gpus.get("rtx3090")
     toolchain = gemm.toolchain()
-    database, paths = db.gather(gpu, toolchain, request.database)
+    database, paths = store.gather(gpu, toolchain, request.database)
     device = torch.device("cpu" if card is None else "cuda")
 
     start = time.perf_counter()

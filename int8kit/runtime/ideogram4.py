@@ -21,11 +21,12 @@ from diffusers import Ideogram4Pipeline
 from diffusers.models.transformers.transformer_ideogram4 import Ideogram4Attention, Ideogram4AttnProcessor
 
 from int8kit import models
-from int8kit.db import Choice, Database
+from int8kit.database.database import Choice, Database
+from int8kit.errors import FileError, InputError, UnknownName
+from int8kit.layers import replace_linears
 from int8kit.lookup import Plan
 from int8kit.models import PATCH
-from int8kit.runtime.linear import replace_linears
-from int8kit.spec import FileError, GemmShape, InputError, UnknownName
+from int8kit.spec import GemmShape
 from int8kit.toolchain import Toolchain
 
 MAX_TEXT_TOKENS = 2048

@@ -29,10 +29,11 @@ from typing import Any, TextIO
 import filelock
 from pydantic import ValidationError
 
-from int8kit import db
-from int8kit.schema import Entry, Resources
-from int8kit.spec import FileError, GemmShape, InputError, TileConfig, config_from
-from int8kit.tune.measure import Times
+from int8kit.database import store
+from int8kit.database.schema import Entry, Resources
+from int8kit.errors import FileError, InputError
+from int8kit.spec import GemmShape, TileConfig, config_from
+from int8kit.timing.interleave import Times
 from int8kit.tune.search import Trail
 from int8kit.tune.workers import Job, Outcome
 
@@ -49,7 +50,7 @@ class Journal:
         self.wrong: dict[tuple[GemmShape, TileConfig], str] = {}
         self.trails: dict[GemmShape, Trail] = {}
         self.chosen: dict[GemmShape, Entry] = {}
-        self._lock = db.lock_of(self.path, timeout=0)
+        self._lock = store.lock_of(self.path, timeout=0)
         try:
             self._lock.acquire()
         except filelock.Timeout:

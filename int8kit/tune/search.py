@@ -26,23 +26,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from int8kit.db import Database
+from int8kit import cost_model
+from int8kit.database.database import Database
+from int8kit.database.schema import Entry, Resources, RunnerUp
+from int8kit.errors import CheckFailed
 from int8kit.gpus import Gpu
-from int8kit.schema import Entry, Resources, RunnerUp
-from int8kit.spec import (
-    POLICY,
-    TIE,
-    CheckFailed,
-    GemmShape,
-    Kernel,
-    Source,
-    TileConfig,
-    default_config,
-    is_near,
-    kernels_of,
-)
-from int8kit.tune import offline, space, workers
-from int8kit.tune.measure import Times
+from int8kit.spec import POLICY, TIE, GemmShape, Kernel, Source, TileConfig, default_config, is_near, kernels_of
+from int8kit.timing.interleave import Times
+from int8kit.tune import space, workers
 from int8kit.tune.tasks import Timed
 
 CONTESTANTS = 4  # of each shape and the Triton kernel, by the model; of 69 shapes on two cards only its default won
@@ -152,7 +143,7 @@ def rank(configs: Iterable[TileConfig], shape: GemmShape, found: Space) -> list[
     for config in configs:
         resources = found.of(config, shape)
         if resources is not None and resources.spill_bytes == 0 and workers.job(config, shape) not in found.banned:
-            rows.append((offline.estimate(shape, config, resources, found.machine), config, resources))
+            rows.append((cost_model.estimate(shape, config, resources, found.machine), config, resources))
     return sorted(rows, key=lambda row: row[:2])
 
 
@@ -246,7 +237,7 @@ def entry(trail: Trail, timed: Timed, found: Space, source: Source, card: Gpu) -
             "config": config,
             "kernel": gemm.kernel_hash(config.kernel),
             "resources": resources,
-            "model_us": round(offline.estimate(shape, config, resources, found.machine), 2),
+            "model_us": round(cost_model.estimate(shape, config, resources, found.machine), 2),
             "time_us": round(final[config].p50, 2),
             "p20_us": round(final[config].p20, 2),
             "p80_us": round(final[config].p80, 2),

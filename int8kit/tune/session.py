@@ -23,13 +23,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from int8kit import db
-from int8kit.db import Database
+from int8kit.database import store
+from int8kit.database.database import Database
+from int8kit.database.schema import Entry
+from int8kit.errors import CheckFailed
 from int8kit.gpus import Gpu
 from int8kit.kernels import gemm
-from int8kit.schema import Entry
-from int8kit.spec import POLICY, CheckFailed, GemmShape, Source, TileConfig, default_config
-from int8kit.tune import measure, portfolio, search, space, tasks, workers
+from int8kit.spec import POLICY, GemmShape, Source, TileConfig, default_config
+from int8kit.timing import interleave
+from int8kit.tune import consolidate, measure, search, space, tasks, workers
 from int8kit.tune.journal import Journal
 from int8kit.tune.workers import Batch, Ended, Program, Workers
 
@@ -145,7 +147,7 @@ def _tune(
         one = _Run(target, journal, found, stage)
 
         def keep(entry: Entry) -> None:
-            outcome.kept += not db.update(target.path, target.gpu, [entry], force=force).holds(entry)
+            outcome.kept += not store.update(target.path, target.gpu, [entry], force=force).holds(entry)
             journal.add_chosen(entry)
 
         if target.card is None:
@@ -153,13 +155,13 @@ def _tune(
             for shape in left:
                 one.attempt(shape, partial(_modelled, shape, target.gpu, found, keep), outcome)
         else:
-            yield from one.explore(left, db.gather(target.gpu, gemm.toolchain())[0])
+            yield from one.explore(left, store.gather(target.gpu, gemm.toolchain())[0])
             yield from one.finish(left, keep, outcome)
         outcome.entries = [journal.chosen[shape] for shape in wanted if shape in journal.chosen]
-        reduced = portfolio.reduce(outcome.entries)
-        outcome.kernels = len(portfolio.kernels(outcome.entries)), len(portfolio.kernels(reduced))
+        reduced = consolidate.reduce(outcome.entries)
+        outcome.kernels = len(consolidate.kernels(outcome.entries)), len(consolidate.kernels(reduced))
         changed = [new for new, old in zip(reduced, outcome.entries, strict=True) if new != old]
-        db.update(target.path, target.gpu, changed, force=force)
+        store.update(target.path, target.gpu, changed, force=force)
         outcome.entries = reduced
         outcome.rejected = dict(Counter(w.partition(":")[0] for w in (*found.failed.values(), *journal.wrong.values())))
         journal.finish()
@@ -216,7 +218,7 @@ class _Run:
     def time(self, name: str, plans: dict[GemmShape, list[TileConfig]], number: int | None) -> Program[None]:
         """One round; number: None for the hot one."""
         todo = {shape: configs for shape, configs in plans.items() if configs}
-        sample_us = measure.HOT_US if number is None else measure.SAMPLE_US
+        sample_us = measure.HOT_US if number is None else interleave.SAMPLE_US
 
         def keep(shape: GemmShape, timed: tasks.Timed) -> None:
             self.journal.add_timed(shape, number, timed.times)

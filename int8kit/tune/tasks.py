@@ -10,11 +10,14 @@ import os
 from dataclasses import dataclass
 from functools import partial
 
+from int8kit.database.schema import GpuState, Resources
+from int8kit.errors import CheckFailed, ConfigError
 from int8kit.gpus import Gpu, present
-from int8kit.schema import GpuState, Resources
-from int8kit.spec import CheckFailed, ConfigError, GemmShape, TileConfig
+from int8kit.spec import GemmShape, TileConfig
+from int8kit.timing import interleave
+from int8kit.timing.health import check_health
+from int8kit.timing.interleave import Times
 from int8kit.tune import measure
-from int8kit.tune.measure import Times
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,12 @@ def compile_kernel(arch: int, config: TileConfig, even_k: bool, code: Code | Non
 
     code: compile that too, as a launch would, so that the launch finds it in Triton's cache on this machine.
     """
-    from int8kit.tune import offline
+    from int8kit.tune import cross_compile
 
     try:
-        resources = offline.compile_for(arch, config, even_k=even_k)
+        resources = cross_compile.compile_for(arch, config, even_k=even_k)
         if code is not None and code != Code(arch):
-            offline.assemble(code.target, config, even_k=even_k, code=code.arch)
+            cross_compile.assemble(code.target, config, even_k=even_k, code=code.arch)
     except ConfigError as error:
         return f"compile: {error}"
     return resources
@@ -75,7 +78,7 @@ def health(number: int) -> tuple[float, str | None]:
     card = present()
     assert card is not None
     try:
-        return measure.check_health(card), None
+        return check_health(card), None
     except CheckFailed as error:
         return 0.0, str(error)
 
@@ -98,7 +101,7 @@ def time_configs(
     last = times.pop() if bf16 else None
     state = None
     if last and exact:
-        state = measure.under_load(partial(bench.call, exact[0]), times[0].p50)
+        state = interleave.under_load(partial(bench.call, exact[0]), times[0].p50)
     return Timed(dict(zip(exact, times, strict=True)), wrong, last, GpuState(**state) if state else None)
 
 

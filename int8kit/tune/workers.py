@@ -28,9 +28,10 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
+from int8kit.database.schema import Resources
+from int8kit.errors import CheckFailed, InputError
 from int8kit.gpus import Gpu
-from int8kit.schema import Resources
-from int8kit.spec import GROUP_M, CheckFailed, GemmShape, InputError, TileConfig
+from int8kit.spec import GROUP_M, GemmShape, TileConfig
 from int8kit.tune import tasks
 
 T = TypeVar("T")

@@ -11,9 +11,10 @@ import shlex
 import torch
 
 from int8kit import gpus
-from int8kit.verify import checks, foreign, properties, subjects
-from int8kit.verify.hold import Result, strict
-from int8kit.verify.strategies import from_json
+from int8kit.verify import executors, implementations
+from int8kit.verify.examples.strategies import from_json
+from int8kit.verify.properties import checks, general
+from int8kit.verify.runner import Result, strict
 
 
 def again(name: str, example: str, *, subject: str = "int8kit", arch: str | None = None) -> None:
@@ -22,13 +23,13 @@ def again(name: str, example: str, *, subject: str = "int8kit", arch: str | None
     example: as `strategies.to_json` writes it. arch: "sm86" for that card's code on a newer one.
     """
     drawn = from_json(example)
-    executor = next(e for e in foreign.executors(gpus.get("rtx3090")) if e.arch == arch)
+    executor = next(e for e in executors.available(gpus.get("rtx3090")) if e.arch == arch)
     with strict():
         if subject == "int8kit" and name in checks.CHECKS:
             why = checks.CHECKS[name](drawn, executor)
         else:
-            judged = subjects.find(subject, executor, (drawn.config, *checks.SMALL_TILES))
-            why = properties.ALL[name](judged.fit(drawn), judged)
+            judged = implementations.find(subject, executor, (drawn.config, *checks.SMALL_TILES))
+            why = general.ALL[name](judged.fit(drawn), judged)
     if why:
         raise AssertionError(f"{drawn}: {why}")
 

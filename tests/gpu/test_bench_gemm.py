@@ -8,9 +8,10 @@ import torch
 
 from int8kit import gpus
 from int8kit.bench import contestants, gemm
-from int8kit.bench.operands import Operands, differing
-from int8kit.bench.timing import Timed
 from int8kit.spec import GemmShape
+from int8kit.timing import captured
+from int8kit.timing.captured import Timed
+from int8kit.timing.operands import Operands, differing
 
 SHAPE = GemmShape(4096, 4608, 4608)
 SMALL = GemmShape(256, 1024, 1024)
@@ -60,7 +61,7 @@ def test_a_run_from_shapes_to_ratios(graph):
 
 def test_a_fault_is_a_reason_and_the_run_goes_on():
     def too_large(o):
-        return contestants.Entrant([lambda: torch.empty(1 << 50, device="cuda")])
+        return captured.Entrant([lambda: torch.empty(1 << 50, device="cuda")])
 
     greedy = contestants.Contestant("greedy", "gemm", "", too_large)
     outcome = gemm.run([SMALL], [greedy, *listed()[:1]], gpus.present(), gemm.Setting(rounds=2))
@@ -75,7 +76,7 @@ def test_what_cannot_be_captured_is_launched_from_the_host():
         torch.cuda.synchronize()  # not allowed in a capture
         return torch.mm(o.x, o.w.t())
 
-    call = Timed(contestants.Entrant([launch]), graph=True)
+    call = Timed(captured.Entrant([launch]), graph=True)
     assert (call.by, call.launches) == ("host", 1)
     assert call.note.startswith("from the host: ")
     call()

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from int8kit import ops_prologue as ops
+from int8kit import ops
 
 M, K, F, HEADS, D = 4352, 4608, 12288, 18, 256
 

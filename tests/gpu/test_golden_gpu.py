@@ -3,7 +3,7 @@
 import golden
 import torch
 
-from int8kit import ops, ops_prologue, reference
+from int8kit import ops, reference
 from int8kit.spec import NUMERICS_VERSION
 
 COMMITTED = golden.known()[str(NUMERICS_VERSION)]
@@ -16,7 +16,7 @@ def test_the_definition_gives_the_same_bits_on_a_gpu():
 def test_the_kernels_give_them():
     gemm = golden.digests(ops, "cuda", {"quantize", "scaled_mm", "scaled_mm_swiglu"})
     rows = golden.digests(
-        ops_prologue, "cuda", {"rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope"}
+        ops, "cuda", {"rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope"}
     )
     assert len(gemm) == 18
     assert len(rows) == 21

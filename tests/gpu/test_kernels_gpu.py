@@ -9,9 +9,10 @@ from int8kit import Int8Linear, Int8SwiGLU, gpus, reference
 from int8kit.kernels import gemm
 from int8kit.lookup import Plan
 from int8kit.spec import GemmShape, Kernel, TileConfig, why_illegal
-from int8kit.verify import checks, foreign
-from int8kit.verify.bits import operands
-from int8kit.verify.strategies import Draw
+from int8kit.verify import executors
+from int8kit.verify.compare import operands
+from int8kit.verify.examples.strategies import Draw
+from int8kit.verify.properties import checks
 
 
 def ampere(*tile, **more):
@@ -55,10 +56,10 @@ def cases():
     """(configuration, executor) pairs: the wgmma kernel natively, the others natively and as sm_86 code."""
     if not torch.cuda.is_available():
         return []
-    executors = foreign.executors(gpus.get("rtx3090"))
+    available = executors.available(gpus.get("rtx3090"))
     own = gpus.present()
     found = []
-    for config, executor in itertools.product(CONFIGS, executors):
+    for config, executor in itertools.product(CONFIGS, available):
         arch = own.arch if executor.arch is None else 86
         if why_illegal(config, arch=arch, shared_memory=own.shared_memory) is None:
             found.append(pytest.param(config, executor, id=f"{config}, {executor}"))

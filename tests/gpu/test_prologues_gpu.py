@@ -5,17 +5,16 @@ import torch
 import triton
 import triton.language as tl
 
-from int8kit import ops_prologue as ops
-from int8kit import reference
-from int8kit.kernels import activations, rows
+from int8kit import ops, reference
+from int8kit.kernels import activations, row_primitives
 from int8kit.kernels.qk_norm_rope import HeadTile, qk_norm_rope
 from int8kit.kernels.rms_norm_quantize import _rms_norm_quantize, rms_norm_quantize
-from int8kit.kernels.rows import CHUNKS, WARPS, RowTile
+from int8kit.kernels.row_primitives import CHUNKS, WARPS, RowTile
 from int8kit.kernels.swiglu_quantize import swiglu_quantize
-from int8kit.verify import fused
-from int8kit.verify.bits import difference
-from int8kit.verify.fused import KERNELS, Fused
-from int8kit.verify.strategies import FLOAT_KINDS, OUT_DTYPES
+from int8kit.verify.compare import difference
+from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES
+from int8kit.verify.properties import row_kernels
+from int8kit.verify.properties.row_kernels import KERNELS, Fused
 
 TILES = [RowTile(chunk, warps) for chunk in CHUNKS for warps in WARPS if 2 * warps <= chunk // 64 <= 16 * warps]
 SIZES = [(4352, 4608, 18), (2504, 4608, 18), (333, 416, 3), (17, 4607, 5), (1, 4600, 1), (64, 1, 2)]
@@ -26,7 +25,7 @@ def operands(name, m, k, heads, *, kind="normal", dtype=torch.bfloat16, images=1
     if name == "qk_norm_rope":
         k = 256 if k >= 4600 else 64
     example = Fused(name, images, m // images, k, kind, seed, dtype, dtype, padding, heads)
-    return fused.operands(example, "cuda")
+    return row_kernels.operands(example, "cuda")
 
 
 def assert_equal(got, want):
@@ -115,13 +114,13 @@ def test_silu_of_every_float():
 @triton.jit
 def _quantize_row(x_ptr, s_ptr, q_ptr, K: tl.constexpr, CHUNK: tl.constexpr):
     row = tl.program_id(0)
-    xs = rows.load_row(x_ptr + row * K, K, CHUNK)
+    xs = row_primitives.load_row(x_ptr + row * K, K, CHUNK)
     top = tl.zeros([CHUNK], tl.float32)
     for c in tl.static_range(len(xs)):
-        top = rows.larger(top, xs[c])
-    s = rows.row_scale(top)
+        top = row_primitives.larger(top, xs[c])
+    s = row_primitives.row_scale(top)
     tl.store(s_ptr + row, s)
-    rows.store_quantized(q_ptr + row * K, xs, s, K, CHUNK)
+    row_primitives.store_quantized(q_ptr + row * K, xs, s, K, CHUNK)
 
 
 @pytest.mark.parametrize("exponent", [-149, -130, -101, -99, -60, 0, 60, 119])

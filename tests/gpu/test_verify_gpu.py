@@ -3,31 +3,33 @@
 import pytest
 import torch
 
-from int8kit import db, files, gpus, reference
+from int8kit import files, gpus, reference
+from int8kit.database import store
 from int8kit.kernels import gemm, quantize
 from int8kit.spec import GemmShape, Kernel, TileConfig, legal_configs
-from int8kit.verify import checks, foreign, hold, isolate
-from int8kit.verify.strategies import Draw
+from int8kit.verify import executors, process_pool, runner
+from int8kit.verify.examples.strategies import Draw
+from int8kit.verify.properties import checks
 
 DATABASES = sorted(files.shipped("tuning_db").glob("*.json"))
 
 
-def executors():
-    return foreign.executors(gpus.get("rtx3090")) if torch.cuda.is_available() else []
+def here():
+    return executors.available(gpus.get("rtx3090")) if torch.cuda.is_available() else []
 
 
-@pytest.mark.parametrize("executor", executors(), ids=str)
+@pytest.mark.parametrize("executor", here(), ids=str)
 @pytest.mark.parametrize("name", ["accumulator", "output", "swiglu", "quantize"])
 def test_properties(executor, name):
-    result, _ = checks.run(name, executor, db.load(DATABASES[-1]), examples=40, random_seed=1)
+    result, _ = checks.run(name, executor, store.load(DATABASES[-1]), examples=40, random_seed=1)
     assert result.failure is None
 
 
 @pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("path", DATABASES, ids=lambda p: p.stem)
 def test_every_shipped_entry(path):
-    database = db.load(path)
-    for executor in foreign.executors(database.gpu):
+    database = store.load(path)
+    for executor in executors.available(database.gpu):
         result, stamps = checks.run("entries", executor, database)
         assert result.failure is None
         assert len(stamps) == len(database.serving(gemm.toolchain()))
@@ -46,16 +48,16 @@ def _each_is_exact(job, on_example):
             d = Draw(shape, config, kind, 1, torch.bfloat16, torch.bfloat16, padding=16)
             on_example(d)
             failure = failure or checks.check_accumulator(d, job.executor) or checks.check_output(d, job.executor)
-    return hold.Result(job.name, str(job.executor), len(HOPPER) // LOTS, failure), {}
+    return runner.Result(job.name, str(job.executor), len(HOPPER) // LOTS, failure), {}
 
 
 def test_every_legal_tile_of_the_hopper_kernel_ends_and_is_exact():
     """Its groups of warps wait for each other: a tile of too few stages once waited for ever."""
-    native = [executor for executor in executors() if executor.arch is None]
+    native = [executor for executor in here() if executor.arch is None]
     if gpus.present().arch != 90:
         pytest.skip("no wgmma here")
-    jobs = [isolate.Job(str(i), native[0]) for i in range(LOTS)]
-    outcomes = isolate.run_all(jobs, _each_is_exact, processes=LOTS)
+    jobs = [process_pool.Job(str(i), native[0]) for i in range(LOTS)]
+    outcomes = process_pool.run_all(jobs, _each_is_exact, processes=LOTS)
     assert [result.failure for result, _ in outcomes] == [None] * LOTS
 
 
@@ -65,7 +67,7 @@ def test_deep_extremes(m, k):
     """The largest sums: -128 everywhere, just inside int32, where saturation or overflow would show."""
     x = torch.full((m, k), -128, dtype=torch.int8, device="cuda")
     w = torch.full((136, k), -128, dtype=torch.int8, device="cuda")
-    for executor in executors():
+    for executor in here():
         for config in (TileConfig(64, 64, 128, 4, 3), TileConfig(128, 128, 64, 8, 4)):
             got = gemm.accumulate(x, w, config=config, arch=executor.arch)
             assert (got == 128 * 128 * k).all()

@@ -1,0 +1,186 @@
+"""The tuning database: one JSON file a GPU, one entry a line.
+
+    {"format": "int8kit.tuning/2", "numerics": 1, "policies": {"1": "GEMM with epilogue and bias, ..."},
+     "gpu": {"alias": "rtx3090", "name": "NVIDIA GeForce RTX 3090", "arch": 86, "sms": 82, "shared_memory": 101376,
+             "memory_gib": 24, "l2_bytes": 6291456},
+     "entries": [
+       {"operation": "gemm", "m": 4296, "n": 12288, "k": 4608, "id": "5d41402abc4b", "source": "proxy",
+        "config": {"block_m": 128, ...}, "triton": "3.6.0", "kernel": "f00d...", "time_us": 712.4,
+        "measured_on": "NVIDIA H200", "policy": 1, ..., "verified": [{"executor": "native", "of": "5d41402abc4b"}]}]}
+
+An entry is identified by operation, (m, n, k) and the generation of Triton that compiled it. The header identifies GPU
+and numerics. `lookup` says which entry serves a shape.
+
+An entry of the running Triton's generation and of the present kernel is preferred; another serves with a remark, since
+any legal configuration gives the same bits. A numerics version or a GPU that differs refuses the whole file. A merge
+keeps the stronger source, then the newer entry. No host name, user, path or address is stored: fields that the schema
+does not know are refused. Files of earlier formats are read (`upgrade`) and written in the present one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+import platformdirs
+from pydantic import ValidationError
+
+from int8kit import files, gpus
+from int8kit.database import upgrade
+from int8kit.database.database import Database, Key, identity_of
+from int8kit.database.schema import FORMAT, Document, Entry, Stamp
+from int8kit.errors import FileError, InputError
+from int8kit.gpus import Gpu
+from int8kit.spec import NUMERICS_VERSION, GemmShape, Source, why_illegal
+from int8kit.toolchain import Toolchain
+
+FORMATS = (FORMAT, upgrade.OLD_FORMAT)
+_REMEDY = "make one with `int8kit tune`, or name another with --db"
+
+
+def is_ours(path: Path) -> bool:
+    """True if `path` is a tuning database, of an earlier format too."""
+    return files.is_ours(path, *FORMATS)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The file's document as it stands. Raises FileError if it is no tuning database."""
+    return files.read_json(path, *FORMATS, remedy=_REMEDY)
+
+
+def load(path: Path, alias: str | None = None) -> Database:
+    """The database in `path`. Raises FileError if it is damaged, not ours, of other numerics, or of another GPU."""
+    document = read(path)
+    try:
+        if document["format"] == upgrade.OLD_FORMAT:
+            document = upgrade.upgraded(document)
+        # by way of JSON: only there does pydantic's strict mode know enums and tuples by their JSON types
+        found = Document.model_validate_json(json.dumps(document), strict=True)
+        _check(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise FileError(f"{str(path)!r} is damaged ({error.title}.{place}: {first['msg']}); {_REMEDY}") from None
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise FileError(f"{str(path)!r} is damaged ({files.lacks(error)}); {_REMEDY}") from None
+    except InputError as error:
+        raise FileError(f"{str(path)!r} is damaged ({error}); {_REMEDY}") from None
+    header = found.gpu
+    if found.numerics != NUMERICS_VERSION:
+        raise FileError(f"{str(path)!r} has numerics {found.numerics}; expected {NUMERICS_VERSION}; {_REMEDY}")
+    if alias is not None and header.alias != alias:
+        raise FileError(f"{str(path)!r} is for the GPU {header.alias!r}, not for {alias!r}; {_REMEDY}")
+    gpu = gpus.GPUS.get(header.alias)
+    if gpu is None or identity_of(gpu) != header:
+        like = gpu or gpus.GPUS["rtx3090"]
+        gpu = replace(like, **header.model_dump(exclude_none=True))
+    return Database(gpu, tuple(sorted(found.entries, key=lambda e: e.key)), header, found.policies)
+
+
+def _check(document: Document) -> None:
+    """Raise TypeError, or an InputError, for rows that no tuner writes."""
+    gpu = document.gpu
+    for entry in document.entries:
+        shape = entry.shape  # raises ShapeError outside the kernels' domain
+        for config in (entry.config, *(one.config for one in entry.runners_up or ())):  # any may become the winner
+            reason = why_illegal(config, arch=gpu.arch, shared_memory=gpu.shared_memory)
+            if reason:
+                raise TypeError(f"{shape}: {reason}")
+        if entry.source is not Source.MODELLED and entry.time_us is None:
+            raise TypeError(f"{shape}: {entry.source} without time_us")
+    twice = [key for key, count in Counter(entry.key for entry in document.entries).items() if count > 1]
+    if twice:
+        operation, n, k, m, triton = twice[0]
+        raise TypeError(f"{operation} {GemmShape(m, n, k)} stands twice for Triton {triton}")
+
+
+def find(alias: str, given: Path | None = None) -> Path | None:
+    """The database file of a card: `given`, else ./tuning_db/<alias>.json, else the shipped one, else None."""
+    if given is not None:
+        return given
+    for folder in (Path("tuning_db"), files.shipped("tuning_db")):
+        path = folder / f"{alias}.json"
+        if path.is_file():
+            return path
+    return None
+
+
+def user_path(alias: str) -> Path:
+    """The user's own database of a card, which lies over the shipped one."""
+    return Path(platformdirs.user_data_dir("int8kit")) / "tuning_db" / f"{alias}.json"
+
+
+def known() -> list[Path]:
+    """The files that serve some card: ./tuning_db's or the shipped ones, and the user's own."""
+    here = Path("tuning_db")
+    folder = here if here.is_dir() else files.shipped("tuning_db")
+    return [*sorted(folder.glob("*.json")), *sorted(user_path("x").parent.glob("*.json"))]
+
+
+def gather(gpu: Gpu, toolchain: Toolchain, given: Path | None = None) -> tuple[Database, tuple[Path, ...]]:
+    """What serves a GPU and the files that it is from: `given` alone, or what `find` finds with the user's on top.
+
+    On top as in a merge, but an entry of the user's for a kernel that has changed since covers none. Raises FileError.
+    """
+    base = find(gpu.alias, given)
+    own = user_path(gpu.alias) if given is None else None
+    paths = tuple(path for path in (base, own) if path is not None and (path == given or path.is_file()))
+    database = Database(gpu)
+    for path in paths:
+        loaded = load(path, gpu.alias)
+        known = {entry.key for entry in database.entries}
+        fresh = [e for e in loaded.entries if e.key not in known or not e.is_stale(toolchain)]
+        policies = {**database.policies, **loaded.policies}
+        database = replace(database.merged(fresh), gpu=loaded.gpu, header=loaded.header, policies=policies)
+    return database, paths
+
+
+def update(path: Path, gpu: Gpu, entries: Iterable[Entry], *, force: bool = False) -> Database:
+    """Merge `entries` into the file, under a lock and in one step; returns what it now holds.
+
+    A file that is not a tuning database is refused, or with `force` replaced. Raises FileError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock_of(path):
+        fresh = not path.exists() or (force and not is_ours(path))
+        database = (Database(gpu) if fresh else load(path, gpu.alias)).merged(entries)
+        database = replace(database, entries=tuple(entry.named() for entry in database.entries))
+        files.write_text(path, database.dumps())
+    return database
+
+
+def stamp(path: Path, stamps: dict[Key, Sequence[Stamp]], proven: Database | None = None) -> bool:
+    """Write verification stamps into the file; False, with the file untouched, if they change nothing. FileError.
+
+    proven: what was verified, where that is not this file: only entries of the same configuration are stamped.
+    """
+    with lock_of(path):
+        before = load(path)
+        if proven is not None:
+            configs = {entry.key: entry.config for entry in proven.entries}
+            same = {entry.key for entry in before.entries if configs.get(entry.key) == entry.config}
+            stamps = {key: value for key, value in stamps.items() if key in same}
+        after = before.stamped(stamps)
+        if after != before:
+            files.write_text(path, after.dumps())
+    return after != before
+
+
+def lock_of(path: Path, timeout: float = 60) -> filelock.BaseFileLock:
+    """A lock of the file `path`, kept beside the user's caches: the folder that is reviewed stays clean.
+
+    timeout: seconds that acquiring waits, before it raises filelock.Timeout. It ends with the process that holds it.
+    """
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    folder = Path(platformdirs.user_cache_dir("int8kit")) / "locks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"cannot make the lock folder {str(folder)!r} ({error.strerror}); set XDG_CACHE_HOME") from None
+    return filelock.FileLock(folder / f"{name}.lock", timeout=timeout)

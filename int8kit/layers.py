@@ -1,0 +1,153 @@
+"""An INT8 linear layer: int8 weight, one scale an output channel; activations quantized per token at the call.
+
+wq [N, K] int8, sw [N] fp32, bias [N] or None, plan: the weight's tile configurations
+
+>>> import torch
+>>> layer = Int8Linear.from_linear(torch.nn.Linear(64, 32, bias=False))
+>>> layer(torch.ones(2, 3, 64)).shape
+torch.Size([2, 3, 32])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from int8kit import ops
+from int8kit.errors import ShapeError
+from int8kit.lookup import Plan
+from int8kit.spec import GemmShape
+
+
+class Int8Linear(torch.nn.Module):
+    """y = x W^T + b with int8 W, as `int8kit.reference.linear` defines it to the bit.
+
+    x: [..., K] bf16, fp16 or fp32 -> [..., N] of x's dtype. Runs on CUDA and CPU. Raises ShapeError if K > 131071.
+    """
+
+    wq: torch.Tensor
+    sw: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, wq: torch.Tensor, sw: torch.Tensor, bias: torch.Tensor | None = None, plan: Plan = Plan()):
+        super().__init__()
+        GemmShape(1, wq.shape[0], wq.shape[1])
+        self.out_features, self.in_features = wq.shape
+        self.register_buffer("wq", wq)
+        self.register_buffer("sw", sw)
+        self.register_buffer("bias", bias)
+        self.plan = plan
+
+    @classmethod
+    def from_linear(
+        cls, linear: torch.nn.Linear, plan: Plan = Plan(), device: torch.device | None = None
+    ) -> Int8Linear:
+        """Quantize `linear`'s weight, on `device` if given; a bitsandbytes 4-bit weight is dequantized first."""
+        weight = _weight(linear)
+        wq, sw = ops.quantize((weight if device is None else weight.to(device)).contiguous())
+        bias = None if linear.bias is None else linear.bias.detach().to(wq.device)
+        return cls(wq, sw, bias, plan)
+
+    @classmethod
+    def joined(
+        cls, linears: Sequence[torch.nn.Linear], plan: Plan = Plan(), device: torch.device | None = None
+    ) -> Int8Linear:
+        """One layer for several of the same input, such as q, k and v: their outputs side by side, in order.
+
+        One quantization of the input and one GEMM. Bit-equal to the layers by themselves, since scales are per output
+        channel. Raises ShapeError if their inputs differ in width.
+        """
+        if len({linear.in_features for linear in linears}) > 1:
+            widths = ", ".join(str(linear.in_features) for linear in linears)
+            raise ShapeError(f"inputs of {widths} features: layers that are joined take the same input")
+        parts = [cls.from_linear(linear, plan, device) for linear in linears]
+        biases = [part.bias for part in parts]
+        bias = None
+        if any(b is not None for b in biases):
+            filled = [
+                part.sw.new_zeros(part.out_features) if b is None else b for part, b in zip(parts, biases, strict=True)
+            ]
+            bias = torch.cat(filled)
+        return cls(torch.cat([part.wq for part in parts]), torch.cat([part.sw for part in parts]), bias, plan)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., N] of x's dtype."""
+        return ops.int8_linear(x, self.wq, self.sw, self.bias, plan=self.plan)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # Scales stay float32 when a model is cast: they are moved as integers, which no cast of floats touches.
+        self.sw = self.sw.view(torch.int32)
+        try:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self.sw = self.sw.view(torch.float32)
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class Int8SwiGLU(Int8Linear):
+    """silu(x W1^T) * (x W3^T) with both weights in a GEMM, as `int8kit.reference.linear_swiglu` defines it to the bit.
+
+    wq [2 F, K]: row 2 j is W1's row j (the gate), row 2 j + 1 is W3's (the up), so that the product of a pair is made
+    in the epilogue. x: [..., K] -> [..., F] of x's dtype: half of what two layers write.
+    """
+
+    @classmethod
+    def from_linears(
+        cls,
+        gate: torch.nn.Linear,
+        up: torch.nn.Linear,
+        plan: Plan = Plan(),
+        device: torch.device | None = None,
+    ) -> Int8SwiGLU:
+        """Quantize both weights [F, K] and lay their rows in turn. Raises ShapeError if the two differ in shape."""
+        if (gate.in_features, gate.out_features) != (up.in_features, up.out_features):
+            raise ShapeError(
+                f"gate [{gate.out_features}, {gate.in_features}] and up [{up.out_features}, {up.in_features}]: "
+                "legal are two of one shape"
+            )
+        both = Int8Linear.joined((gate, up), plan, device)
+        turn = torch.arange(both.out_features, device=both.wq.device).view(2, -1).t().reshape(-1)
+        bias = None if both.bias is None else both.bias[turn]
+        return cls(both.wq[turn], both.sw[turn], bias, plan)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., F] of x's dtype."""
+        return ops.int8_linear_swiglu(x, self.wq, self.sw, self.bias, plan=self.plan)
+
+
+def _weight(linear: torch.nn.Linear) -> torch.Tensor:
+    weight = linear.weight.detach()
+    state = getattr(linear.weight, "quant_state", None)
+    if state is None:
+        return weight
+    import bitsandbytes
+
+    full: torch.Tensor = bitsandbytes.functional.dequantize_4bit(weight, state)
+    return full
+
+
+def replace_linears(
+    module: torch.nn.Module,
+    wanted: Callable[[str], bool],
+    plan: Callable[[int, int], Plan],
+    device: torch.device | None = None,
+) -> dict[str, Int8Linear]:
+    """Put an Int8Linear in place of each nn.Linear of `module` whose dotted name is `wanted`; returns them by name.
+
+    plan(n, k): the configurations of a weight [n, k]. One weight at a time goes to `device`, so that the memory there
+    grows by the int8 weights and one bf16 weight only.
+    """
+    found = [(name, child) for name, child in module.named_modules() if isinstance(child, torch.nn.Linear)]
+    done = {}
+    for name, linear in found:
+        if wanted(name):
+            layer = Int8Linear.from_linear(linear, plan(linear.out_features, linear.in_features), device)
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, layer)
+            done[name] = layer
+    return done

@@ -1,0 +1,1 @@
+"""Seeded faults that the verifier must catch."""

@@ -1,0 +1,1 @@
+"""Properties that a kernel must have."""

@@ -1,0 +1,104 @@
+"""One property on many examples, drawn and shrunk by hypothesis: a Result carries the smallest that fails."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from int8kit.kernels import gemm
+from int8kit.verify.examples.strategies import Draw, to_json
+from int8kit.verify.executors import Executor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one property came to."""
+
+    name: str
+    on: str  # the executor, for people
+    examples: int
+    failure: str | None = None  # the smallest failing example and how it differs
+    skipped: int = 0  # entries that this executor cannot run
+    raised: str | None = None  # the exception's name, if it failed by one and not by a difference
+    example: str | None = None  # what failed, as `strategies.to_json` writes it, if it is of a GEMM
+    reason: str | None = None  # why the property does not apply
+
+
+def hold(
+    name: str,
+    on: Executor,
+    strategy: st.SearchStrategy[T],
+    check: Callable[[T, Executor], str | None],
+    *,
+    examples: int,
+    random_seed: int,
+    always: Iterable[T] = (),
+    on_example: Callable[[object], None] = lambda _: None,
+) -> Result:
+    """Try `check` on `examples` drawn examples and on those of `always`; a Result with the smallest failure, if any."""
+    tried: list[T] = []
+
+    @seed(random_seed)
+    @settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+        report_multiple_bugs=False,
+    )
+    @given(strategy)
+    def attempt(example: T) -> None:
+        tried.append(example)
+        on_example(example)
+        why = check(example, on)
+        if why:
+            raise _Differs(why)
+
+    failure = raised = None
+    try:
+        attempt()
+        for example in always:
+            tried.append(example)
+            on_example(example)
+            why = check(example, on)
+            if why:
+                raise _Differs(why)
+    except _Differs as error:
+        failure = f"{tried[-1]}: {error}"
+    except Exception as error:  # a kernel that does not compile or launch is a failure of the kernel, not of the run
+        raised = type(error).__name__
+        failure = f"{tried[-1]}: {raised}: {str(error).splitlines()[0] if str(error) else _where(error)}"
+    last: object = tried[-1] if failure else None
+    kept = to_json(last) if isinstance(last, Draw) else None
+    return Result(name, str(on), len(tried), failure, raised=raised, example=kept)
+
+
+class _Differs(Exception):
+    """A difference; a judged function may raise any other exception, AssertionError too."""
+
+
+def _where(error: BaseException) -> str:
+    """The line that raised an exception without a message."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{place.line} ({Path(place.filename).name}, line {place.lineno})"
+
+
+@contextmanager
+def strict() -> Iterator[None]:
+    """A context in which a kernel that stands in for the named one is an error, and overflows are data."""
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        # the interpreter computes in numpy, which warns of the overflows drawn on purpose
+        warnings.simplefilter("error", gemm.Fallback)  # else another kernel than the named one would be judged
+        yield
