@@ -110,7 +110,14 @@ class Operation(StrEnum):
     SWIGLU = "swiglu"  # and then silu(gate) * up of pairs of columns
 
 
-GROUP_M = 8  # a band's width, unless another was faster
+class Schedule(StrEnum):
+    """Division of work between the two consumer warpgroups of the wgmma kernel. The values are written into files."""
+
+    PINGPONG = "pingpong"  # the consumers take alternate tiles
+    COOPERATIVE = "cooperative"  # each consumer computes half of every tile
+
+
+GROUP_M = 8  # width of the L2 swizzle, unless another width was faster
 
 
 def digest(document: Any) -> str:
@@ -121,10 +128,10 @@ def digest(document: Any) -> str:
 
 @dataclass(frozen=True, order=True)
 class TileConfig:
-    """How a GEMM is cut into tiles, and which kernel makes them. Any legal value gives the same bits, at other speeds.
+    """Tile configuration of a GEMM: kernel, tile, pipeline. Any legal value gives the same bits at another speed.
 
-    The wgmma kernel has two groups of four warps that multiply. They take tiles in turn; with block_m = 256 they share
-    one. Its ninth warp, which only loads, is not counted in num_warps.
+    The wgmma kernel has two consumer warpgroups and one producer warp, which num_warps does not count. Its schedule is
+    ping-pong where nothing else is given, and cooperative for tiles of 256 rows.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # in files; pydantic itself is not needed here
@@ -136,18 +143,37 @@ class TileConfig:
     num_stages: int  # steps of K in flight
     group_m: int = 8  # tile rows that are finished before the next band starts, for reuse in L2
     kernel: Kernel = Kernel.TRITON
-    stream_k: int = 0  # programs a multiprocessor that share, along K, the tiles that fill no wave; 0: each tile whole
+    stream_k: int = 0  # programs per multiprocessor that share, along K, the tiles that fill no wave; 0: whole tiles
+    schedule: Schedule | None = None  # of the wgmma kernel; None for the others
+
+    def __post_init__(self) -> None:
+        if self.schedule is None:
+            object.__setattr__(self, "schedule", _usual_schedule(self))
 
     @property
     def id(self) -> str:
         """12 hexadecimal digits of the values. A field at its default leaves no trace, so a new field keeps ids."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        if self.schedule is _usual_schedule(self):
+            values.pop("schedule", None)
         return digest(values)
 
     def __str__(self) -> str:
         tile = f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages} g{self.group_m}"
         stream = f" k{self.stream_k}" if self.stream_k else ""
         return tile + stream if self.kernel is Kernel.TRITON else f"{self.kernel} {tile}{stream}"
+
+
+def _usual_schedule(config: TileConfig) -> Schedule | None:
+    """The schedule of a configuration that names none."""
+    if config.kernel is not Kernel.WGMMA:
+        return None
+    return Schedule.COOPERATIVE if config.block_m == 256 else Schedule.PINGPONG
+
+
+def consumer_rows(config: TileConfig) -> int:
+    """Rows of a tile that one consumer warpgroup of the wgmma kernel computes."""
+    return config.block_m // 2 if config.schedule is Schedule.COOPERATIVE else config.block_m
 
 
 STREAM_K = (0, 1, 2, 3, 4)
@@ -188,7 +214,7 @@ def shared_memory_bound(config: TileConfig, *, arch: int, out_bytes: int = 2) ->
     """
     step = (config.block_m + config.block_n) * config.block_k
     if config.kernel is Kernel.WGMMA:
-        rows = min(config.block_m, 128)  # of one consumer
+        rows = consumer_rows(config)
         return config.num_stages * step + 4 * rows * 64 + 16 * config.block_n + 1024
     if config.kernel is Kernel.MMA_SYNC:
         return config.num_stages * step + 16 * (config.stream_k > 0)
@@ -221,8 +247,12 @@ def why_illegal(config: TileConfig, *, arch: int, shared_memory: int) -> str | N
         return f"group_m = {config.group_m}: legal is 1 to 64"
     if config.kernel is Kernel.WGMMA and arch != 90:
         return f"the wgmma kernel runs on sm_90 only, not on sm_{arch}; use the ampere or the Triton kernel"
-    warps = 4 if config.kernel is Kernel.WGMMA else config.num_warps  # that share one accumulator
-    rows = min(config.block_m, 128) if config.kernel is Kernel.WGMMA else config.block_m
+    if config.schedule is not None and config.kernel is not Kernel.WGMMA:
+        return f"schedule = {config.schedule}: expected none for the {config.kernel} kernel"
+    if config.schedule is Schedule.COOPERATIVE and config.block_m != 256:
+        return f"schedule = cooperative with block_m = {config.block_m}: expected block_m = 256, 128 rows per consumer"
+    warps = 4 if config.kernel is Kernel.WGMMA else config.num_warps  # that hold one tile's accumulators
+    rows = consumer_rows(config)
     accumulators = rows * config.block_n // (32 * warps)
     if accumulators > 128:
         return f"{accumulators} accumulators a thread: at most 128 leave registers for the operands; use more warps"
@@ -260,8 +290,9 @@ def legal_configs(arch: int, shared_memory: int) -> tuple[TileConfig, ...]:
 
 
 def config_from(row: dict[str, Any]) -> TileConfig:
-    """A TileConfig out of a JSON object of its fields. Raises TypeError or ValueError for another."""
-    return TileConfig(**{**row, "kernel": Kernel(row["kernel"])})
+    """The TileConfig of a JSON object with its fields. Raises TypeError or ValueError for any other object."""
+    schedule = row.get("schedule")
+    return TileConfig(**{**row, "kernel": Kernel(row["kernel"]), "schedule": schedule and Schedule(schedule)})
 
 
 def default_config(shape: GemmShape) -> TileConfig:

@@ -1,4 +1,4 @@
-"""Launch of a Triton kernel past the look-up that Triton makes at each call."""
+"""Launch of a compiled Triton kernel without the look-up that Triton repeats at each call."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ import triton.language as tl
 COMPILE_OPTIONS = {"enable_fp_fusion": False}
 """ptxas must not contract the epilogue's product and sum into one rounding."""
 
+DO_NOT_SPECIALIZE = ("M", "workers", "group_m")
+"""Integers that no kernel is compiled for: a new prompt length compiles nothing."""
+
 
 def interpreted() -> bool:
     """True if Triton runs kernels on the CPU in this process (TRITON_INTERPRET=1 at its import)."""
@@ -26,14 +29,14 @@ def _probe(x_ptr):
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
-    """A context in which Triton launches on x's device; does nothing for a CPU tensor or the present device."""
+    """A context in which Triton launches on x's device. It does nothing for a CPU tensor or the current device."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)
 
 
 def aligned_dtypes(tensors: Iterable[torch.Tensor], integers: Iterable[int]) -> tuple[torch.dtype, ...] | None:
-    """What Triton specializes a kernel on, if every address and integer is a multiple of 16; or None."""
+    """The dtypes, on which Triton specializes a kernel, if every address and integer is a multiple of 16; or None."""
     loose = 0
     dtypes = []
     for tensor in tensors:
@@ -52,11 +55,11 @@ def launch_cached(
     options: tuple[tuple[str, Any], ...],
     key: Hashable | None,
 ) -> None:
-    """Launch `function` on `grid` programs of the present device; args and constants in the order of its parameters.
+    """Launch `function` on `grid` programs of the current device; args and constants in the order of its parameters.
 
-    key stands for the constants and for all that Triton specializes on (`aligned_dtypes`): the compiled kernel is kept
-    by it and launched past Triton's own look-up, which binds and hashes every argument anew, for longer than a small
-    GEMM takes on the card. None: let Triton look.
+    key: identifies the constants and all that Triton specializes on (`aligned_dtypes`). The compiled kernel is stored
+    under it. Later launches skip Triton's own look-up, which binds and hashes every argument and takes longer than a
+    small GEMM. None: Triton does the look-up.
     """
     if interpreted():
         key = None
@@ -71,20 +74,19 @@ def launch_cached(
     stream = triton.runtime.driver.active.get_current_stream(device)
     metadata = kernel.packed_metadata
     values = [value for _, value in constants]
-    # what Triton's own launch ends in; no hooks and no metadata for them
+    # the last call of Triton's own launch, private to Triton 3.6 to 3.9; no hooks, and no metadata for them
     kernel.run(*grid, 1, stream, kernel.function, metadata, None, None, None, *args, *values)
 
 
 def finalize_cache_keys(function: Any) -> None:
-    """Have Triton compute the key of `function`, by which its cache holds it, after the keys of all that it calls.
+    """Compute Triton's cache key of `function` after the keys of all functions that it calls.
 
-    Such a key covers the constants of those callees alone whose own keys are computed by then. Processes that use
-    kernels in another order would look for them under other keys, and compile again what is there. Nothing in
-    Triton's interpreter.
+    A key covers the constants only of callees whose own keys exist by then. Processes that use kernels in another order
+    would otherwise look under other keys and compile again. Does nothing in Triton's interpreter.
     """
-    if interpreted() or function.fn in _SETTLED:
+    if interpreted() or function.fn in _FINALIZED:
         return
-    _SETTLED.add(function.fn)
+    _FINALIZED.add(function.fn)
     code, space = function.fn.__code__, function.fn.__globals__
     used = [space[name] for name in code.co_names if name in space]
     modules = [value for value in used if isinstance(value, ModuleType)]
@@ -95,15 +97,24 @@ def finalize_cache_keys(function: Any) -> None:
     function.cache_key  # noqa: B018  computed at its first use
 
 
-_SETTLED: set[Any] = set()  # the Python functions: a function of Triton's hashes by its key, and so computes it
+# Keyed by the Python functions: the hash of a JITFunction would compute its cache key.
+_FINALIZED: set[Any] = set()
+_COMPILED: dict[tuple[Any, ...], Any] = {}
 
-_COMPILED: dict[tuple[Any, ...], Any] = {}  # for the process, like Triton's own, which hashes by the key each time
 
-DO_NOT_SPECIALIZE = (
-    "M",
-    "workers",
-    "group_m",
-)  # integers that no kernel is compiled for: a new prompt length compiles nothing
+def divisibility(signature: dict[str, str]) -> dict[tuple[int], list[list[Any]]]:
+    """Attributes of a signature for the cross-compiler, as a launch finds them for aligned pointers and extents.
+
+    They are spelt as the launcher spells them, so that a launch finds the cross-compiled kernel in Triton's cache.
+    Since Triton 3.7 that includes an empty list for a constant.
+    """
+    found: dict[tuple[int], list[list[Any]]] = {}
+    for i, (name, kind) in enumerate(signature.items()):
+        if kind == "constexpr":
+            found |= {} if triton.__version__.startswith("3.6.") else {(i,): []}
+        elif name not in DO_NOT_SPECIALIZE and not kind.startswith("tensordesc"):
+            found[i,] = [["tt.divisibility", 16]]
+    return found
 
 
 def cdiv(a: int, b: int) -> int:

@@ -53,7 +53,7 @@ class Operands:
         if self.swiglu and n % 2:
             raise ShapeError(f"N = {n}: legal is an even number, a gate and an up column for each of the output's")
         columns = n // 2 if self.swiglu else n
-        if self.out.shape != (m, columns) or self.out.dtype not in ((torch.int32,) if self.sums_only else OUT_DTYPES):
+        if self.out.shape != (m, columns) or self.out.dtype not in ((torch.int32,) if self.int32_out else OUT_DTYPES):
             raise ShapeError(
                 f"out {self.out.dtype} {tuple(self.out.shape)}: legal is [{m}, {columns}] of bf16, fp16 or fp32 "
                 "(int32: sums)"
@@ -80,7 +80,7 @@ class Operands:
         return self.xq.shape[1]
 
     @property
-    def sums_only(self) -> bool:
+    def int32_out(self) -> bool:
         """True if out is the int32 sums."""
         return self.sx is None
 
@@ -93,7 +93,7 @@ class Operands:
         matrices = self.xq, self.wq, self.out
         integers = self.n, self.k, *(matrix.stride(0) for matrix in matrices)
         dtypes = aligned_dtypes((*matrices, *self.vectors), integers)
-        return dtypes and (*dtypes, self.bias is not None, self.sums_only, self.swiglu)
+        return dtypes and (*dtypes, self.bias is not None, self.int32_out, self.swiglu)
 
     @cached_property
     def vectors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

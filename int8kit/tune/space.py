@@ -120,7 +120,7 @@ def _beside(config: TileConfig, name: str) -> list[int]:
 
 
 def _with(config: TileConfig, values: dict[str, Any]) -> TileConfig:
-    return replace(config, **values)
+    return replace(config, **values, schedule=None)  # the usual one of the new tile
 
 
 def _is_legal(config: TileConfig, gpu: Gpu) -> bool:
