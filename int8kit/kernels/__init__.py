@@ -1,8 +1,15 @@
-"""Device code and its launchers, one stem a kernel, each with its truth in `int8kit.reference`.
+"""Device code and launchers, one module per kernel. Each kernel has its reference in `int8kit.reference`.
 
-`gemm` is the door to the three that make the product; `quantize` and the kernels around the linears share `rows`.
+    gemm                         the entry point of the three GEMM kernels
+    gemm_triton, gemm_mma_sync, gemm_wgmma
+    epilogue, activations        device functions that the GEMM kernels share
+    l2_swizzle, tile_scheduler   order of tiles; stream-K
+    quantize, rms_norm_quantize, residual_norm_quantize, swiglu_quantize, qk_norm_rope
+    row_primitives               device functions that the row kernels share
+    operands, launch             checks of tensors; launch without a look-up
+    triton_compat                names that differ between versions of Triton
 
 A launcher takes an explicit configuration and tensors on one device. With `TRITON_INTERPRET=1` in the environment
-before triton is first imported, the same source runs on the CPU in Triton's interpreter, slowly; what is written in
-Gluon does not.
+before triton is first imported, plain Triton kernels run on the CPU in Triton's interpreter, slowly. Gluon kernels do
+not.
 """

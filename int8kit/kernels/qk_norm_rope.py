@@ -1,18 +1,18 @@
-"""RMSNorm of the heads of q and k and their rotary embedding, in one pass over the joined projection, in Triton.
+"""RMSNorm and rotary embedding of the heads of q and k, in one pass over the joined projection, in Triton.
 
     x = (x * rstd(x)) * weight                                           over each head's D
     y[i]         = x[i] * cos[i] - x[i + D/2] * sin[i]                   i < D/2
     y[i + D/2]   = x[i + D/2] * cos[i + D/2] + x[i] * sin[i + D/2]
 
-    qkv [M, 3 H D], thirds q | k | v   q_weight, k_weight [D]   cos, sin [L, D]: row m takes m % L
-    -> q [M, H D], k [M, H D] of qkv's dtype; v stays where it is, qkv[:, 2 H D:]
+    qkv [M, 3 H D], thirds q | k | v   q_weight, k_weight [D]   cos, sin [L, D]: row m uses row m % L
+    -> q [M, H D], k [M, H D] of qkv's dtype; v stays in place, qkv[:, 2 H D:]
 
-Every operation is fp32 and rounded on its own, and the result once, to the dtype. The eager model rounds to bf16 after
-the norm, the weight, both products and the sum; so it differs from this by up to a few of its units in the last place.
+Every operation is fp32 and rounded by itself. The result is rounded once, to the dtype. The eager model rounds to bf16
+after the norm, the weight, both products and the sum, so it differs by up to a few units in the last place of bf16.
 Bit-equal to `int8kit.reference.qk_norm_rope` under every tile.
 
-A program makes some heads of one row, of q and of k, so that cos and sin are read once for both. A head lies as two
-halves [heads, D/2] in the same lanes: the rotation moves nothing.
+A program computes some heads of one row, of q and of k, so cos and sin are read once for both. A head is held as two
+halves [heads, D/2] in the same lanes, so the rotation moves nothing between lanes.
 """
 
 from __future__ import annotations
@@ -32,24 +32,30 @@ HEAD_DIMS = (16, 32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class HeadTile:
-    """How the kernel is cut. Any legal value gives the same bits; only the time differs. Raises ConfigError if not."""
+    """Tile configuration of the kernel. Any legal value gives the same bits; only the time differs.
 
-    heads: int  # heads that one instruction of the program covers: 512 / D a warp are 16 bytes a thread
-    tiles: int  # such groups, of q and of k, that a program makes
+    Raises ConfigError for an illegal value.
+    """
+
+    heads: int  # heads per instruction of the program; 512 / D per warp are 16 bytes per thread
+    tiles: int  # groups of that many heads, of q and of k, per program
     num_warps: int
 
     def __post_init__(self) -> None:
         if self.heads not in (1, 2, 4, 8, 16, 32, 64) or not 1 <= self.tiles <= 16 or self.num_warps not in WARPS:
-            raise ConfigError(f"{self}: legal are heads 1 to 64 and num_warps 1 to 16, powers of two, tiles 1 to 16")
+            raise ConfigError(
+                f"{self}: expected heads 1 to 64 and num_warps 1 to 16, both powers of two, and tiles 1 to 16"
+            )
 
     def __str__(self) -> str:
         return f"h{self.heads} t{self.tiles} w{self.num_warps}"
 
 
 def default_tile(heads: int, d: int) -> HeadTile:
-    """16 bytes a thread; four warps that make a whole row, or one warp where the heads are few.
+    """The tile with 16 bytes per thread and four warps per row, or one warp where the heads are few.
 
-    The fastest of eight on an H200 for 18 heads of 256: 0.92 of a copy, where one warp with 3 tiles reached 0.83.
+    It was the fastest of eight on an H200 for 18 heads of 256: 0.92 of the speed of a copy. One warp with 3 tiles
+    reached 0.83.
     """
     group = max(1, 512 // d)
     warps = 4 if heads >= 4 * group else 1
@@ -58,13 +64,13 @@ def default_tile(heads: int, d: int) -> HeadTile:
 
 @triton.jit
 def _load_half(ptr, HEADS: tl.constexpr, HALF: tl.constexpr):
-    """A vector [HALF] as [HEADS, HALF] fp32, every row the same: laid out as the heads are, nothing is exchanged."""
+    """A vector [HALF] as [HEADS, HALF] fp32 with equal rows, in the layout of the heads: no exchange is needed."""
     return widen(tl.load(ptr + tl.arange(0, HEADS)[:, None] * 0 + tl.arange(0, HALF)[None, :]))
 
 
 @triton.jit
 def _load_tiles(ptr, first, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr):
-    """Both halves of the heads from `first` on, as they lie there: (first halves, second halves), tile by tile."""
+    """The heads from `first` on in the stored dtype: first halves and second halves alternate, tile by tile."""
     xs = ()
     for t in tl.static_range(TILES):
         head = first + t * HEADS + tl.arange(0, HEADS)
@@ -84,7 +90,7 @@ def _rotate_tiles(
     out_ptr, xs, weight_ptr, first, cos_0, cos_1, sin_0, sin_1, eps,
     H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Norm, weight, rotation and store of what `_load_tiles` loaded."""
+    """Norm, weight, rotation and store of the heads that `_load_tiles` loaded."""
     weight_0 = _load_half(weight_ptr, HEADS, D // 2)
     weight_1 = _load_half(weight_ptr + D // 2, HEADS, D // 2)
     for t in tl.static_range(TILES):
@@ -128,19 +134,21 @@ def _qk_norm_rope(
 
 
 def _check(qkv: torch.Tensor, vectors: tuple[torch.Tensor, ...], tables: tuple[torch.Tensor, ...], heads: int) -> int:
-    """The head's D. Raises ShapeError for what the kernel does not take."""
+    """D, the width of a head. Raises ShapeError for tensors that the kernel does not accept."""
     row_primitives.check_matrix("qkv", qkv)
     m, width = qkv.shape
     d = width // (3 * heads) if heads > 0 else 0
     if d not in HEAD_DIMS or 3 * heads * d != width:
-        raise ShapeError(f"qkv {tuple(qkv.shape)}, {heads} heads: legal is [M, 3 H D] with D of {HEAD_DIMS}")
+        raise ShapeError(f"qkv {tuple(qkv.shape)}, {heads} heads: expected [M, 3 H D] with D one of {HEAD_DIMS}")
     for name, vector in zip(("q_weight", "k_weight"), vectors, strict=True):
         row_primitives.check_vector(name, vector, d)
     for name, table in zip(("cos", "sin"), tables, strict=True):
         row_primitives.check_matrix(name, table)
         period = table.shape[0]
         if table.shape[1] != d or period < 1 or m % period or table.shape != tables[0].shape:
-            raise ShapeError(f"{name} {tuple(table.shape)}: legal is [L, {d}], L a divisor of M = {m}, cos as sin")
+            raise ShapeError(
+                f"{name} {tuple(table.shape)}: expected [L, {d}] with L a divisor of M = {m}, the same for cos and sin"
+            )
     row_primitives.check_one_device(qkv, *vectors, *tables)
     return d
 
@@ -159,8 +167,8 @@ def qk_norm_rope(
     """Norm and rotation of q and k out of qkv [M, 3 H D] -> q, k [M, H D] of qkv's dtype, contiguous.
 
     q_weight, k_weight: [D]; cos, sin: [L, D], L a divisor of M (M itself, or one image's length for rows that repeat);
-    each bf16, fp16 or fp32, contiguous along its last axis; D = 16 to 256, a power of two. tile: any gives the same
-    bits; absent, one by H and D. Raises ShapeError for anything else.
+    each bf16, fp16 or fp32, contiguous along its last axis; D = 16 to 256, a power of two. tile: chosen by H and D if
+    absent; every tile gives the same bits. Raises ShapeError for other tensors.
     """
     d = _check(qkv, (q_weight, k_weight), (cos, sin), heads)
     m = qkv.shape[0]
@@ -168,8 +176,8 @@ def qk_norm_rope(
     tile = tile or default_tile(heads, d)
     if m == 0:
         return q, k
-    tensors = [row_primitives.exact(t) for t in (qkv, q_weight, k_weight, cos, sin)]
-    outs = [row_primitives.exact(t) for t in (q, k)]  # on a card, q and k themselves
+    tensors = [row_primitives.interpreter_fp32(t) for t in (qkv, q_weight, k_weight, cos, sin)]
+    outs = [row_primitives.interpreter_fp32(t) for t in (q, k)]  # on a GPU, q and k themselves
     grid = (m, -(-heads // (tile.heads * tile.tiles)))
     row_primitives.launch_rows(
         _qk_norm_rope, grid, (*tensors, *outs), tuple(tensors[i].stride(0) for i in (0, 3, 4)),

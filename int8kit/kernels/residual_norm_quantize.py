@@ -1,4 +1,4 @@
-"""A branch's return to the residual stream and the next branch's quantized input, in one pass, in Triton.
+"""Gated addition of a branch to the residual stream, and the next branch's quantized input, in one pass, in Triton.
 
     new = dtype(residual + gate[b] * ((branch * rstd(branch)) * branch_weight))        b = m // (M // B)
     y = ((new * rstd(new)) * weight) * (1 + modulation[b])
@@ -7,10 +7,10 @@
     residual, branch [M, K]   branch_weight, weight [K]   gate, modulation [B, K]
     -> new [M, K] of residual's dtype, q [M, K] int8, s [M] fp32
 
-Every operation is fp32 and rounded on its own. `new` is rounded once, to what is stored, and its norm is that of the
-rounded values: the next kernel that reads it from memory sees the same. A gate is a small vector an image, the same for
-all rows: where the model has tanh(value), the caller makes it once, and no transcendental function is in here.
-Bit-equal to `int8kit.reference.residual_norm_quantize` under every tile: `rows` says how.
+Every operation is fp32 and rounded by itself. `new` is rounded once, to the stored dtype. Its norm is the norm of the
+rounded values, which the next kernel reads from memory. A gate is one small vector per image, the same for all rows.
+Where the model has tanh(value), the caller computes it once, so this kernel has no transcendental function. Bit-equal
+to `int8kit.reference.residual_norm_quantize` under every tile: see `row_primitives`.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ def residual_norm_quantize(
     *,
     tile: RowTile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """residual plus the gated norm of branch, then its norm in int8 -> new [M, K] of residual's dtype, q, s [M] fp32.
+    """Residual plus gated norm of the branch, and its norm in int8 -> new [M, K] of residual's dtype, q [M, K], s [M].
 
-    residual, branch: [M, K]; branch_weight, weight: [K]; gate (already tanh-ed, if the model does that), modulation:
-    [B, K], B a divisor of M; each bf16, fp16 or fp32, contiguous along K. tile: any gives the same bits; absent, one by
-    K. Raises ShapeError for anything else, and for K > 16384.
+    residual, branch: [M, K]; branch_weight, weight: [K]; gate (after tanh, if the model has one) and modulation: [B,
+    K], B a divisor of M; each bf16, fp16 or fp32, contiguous along K. tile: chosen by K if absent; every tile gives the
+    same bits. Raises ShapeError for other tensors and for K > 16384.
     """
     row_primitives.check_matrix("residual", residual)
     m, k = residual.shape
@@ -93,8 +93,8 @@ def residual_norm_quantize(
     s = torch.empty(m, dtype=torch.float32, device=residual.device)
     if m == 0:
         return new, q, s
-    matrices = [row_primitives.exact(t) for t in (residual, branch, branch_weight, gate, weight, modulation)]
-    out = row_primitives.exact(new)  # on a card, new itself
+    matrices = [row_primitives.interpreter_fp32(t) for t in (residual, branch, branch_weight, gate, weight, modulation)]
+    out = row_primitives.interpreter_fp32(new)  # on a GPU, new itself
     row_primitives.launch_rows(
         _residual_norm_quantize, (m, 1), (*matrices, out, q, s), tuple(matrices[i].stride(0) for i in (0, 1, 3, 5)),
         free=(image_rows,), floats=(eps,), num_warps=tile.num_warps,

@@ -1,4 +1,4 @@
-"""RMSNorm, weight and modulation ahead of a quantization, in one pass over x, in Triton.
+"""RMSNorm, weight, modulation and quantization in one pass over x, in Triton.
 
     rstd = 1 / sqrt(mean(x * x) + eps)
     y = ((x * rstd) * weight) * (1 + modulation[b])        b = m // (M // B)
@@ -6,8 +6,8 @@
 
     x [M, K]   weight [K] or absent   modulation [B, K] or absent -> q [M, K] int8, s [M] fp32
 
-Every operation is fp32 and rounded on its own; y is not rounded to bf16 first, as the eager model does. Bit-equal to
-`int8kit.reference.rms_norm_quantize` under every tile: `rows` says how.
+Every operation is fp32 and rounded by itself. Unlike in the eager model, y is not rounded to bf16 before the
+quantization. Bit-equal to `int8kit.reference.rms_norm_quantize` under every tile: see `row_primitives`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def norm_and_quantize(
     xs, rstd, weight_ptr, mod_ptr, q_ptr, s_ptr, K: tl.constexpr, CHUNK: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_MODULATION: tl.constexpr,
 ):  # fmt: skip
-    """Scale the fp32 row of the tuple by rstd, weight and modulation, quantize it and store q and s."""
+    """Scale the fp32 row in the tuple by rstd, weight and modulation, quantize it, and store q and s."""
     ys = ()
     top = tl.zeros([CHUNK], tl.float32)
     for c in tl.static_range(len(xs)):
@@ -74,8 +74,8 @@ def rms_norm_quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalize, scale and quantize the rows of x -> q [M, K] int8, s [M] fp32.
 
-    x: [M, K]; weight: [K]; modulation: [B, K], B a divisor of M; each bf16, fp16 or fp32, contiguous along K. tile: any
-    gives the same bits; absent, one by K. Raises ShapeError for anything else, and for K > 16384.
+    x: [M, K]; weight: [K]; modulation: [B, K], B a divisor of M; each bf16, fp16 or fp32, contiguous along K. tile:
+    chosen by K if absent; every tile gives the same bits. Raises ShapeError for other tensors and for K > 16384.
     """
     row_primitives.check_matrix("x", x)
     m, k = x.shape
@@ -89,7 +89,11 @@ def rms_norm_quantize(
     q = torch.empty(m, k, dtype=torch.int8, device=x.device)
     s = torch.empty(m, dtype=torch.float32, device=x.device)
     if m:
-        x, weight, modulation = row_primitives.exact(x), row_primitives.exact(weight), row_primitives.exact(modulation)
+        x, weight, modulation = (
+            row_primitives.interpreter_fp32(x),
+            row_primitives.interpreter_fp32(weight),
+            row_primitives.interpreter_fp32(modulation),
+        )
         row_primitives.launch_rows(
             _rms_norm_quantize, (m, 1),
             (x, x if weight is None else weight, x if modulation is None else modulation, q, s),
