@@ -1,18 +1,15 @@
-"""W8A8 matrix product with fused dequantization: the door to the three kernels that make it.
+"""W8A8 GEMM with fused dequantization: the entry point of the three GEMM kernels.
 
     out[m, n] = out_dtype((fp32(sum_k x[m, k] * w[n, k]) * sx[m]) * sw[n] + fp32(bias[n]))
 
     x [M, K] int8, w [N, K] int8    contiguous along K, any stride between rows
     sx [M] fp32, sw [N] fp32, bias [N] bf16 | fp16 | fp32 or absent
-    out [M, N] bf16 | fp16 | fp32, or the int32 sums themselves, contiguous along N, any stride between rows
+    out [M, N] bf16 | fp16 | fp32, or the int32 accumulators, contiguous along N, any stride between rows
 
-`TileConfig.kernel` names the device code: `gemm_triton`, `gemm_mma_sync` or `gemm_wgmma`. All compute the same bits.
-Where the named one cannot serve, because this Triton has no Gluon or another one, or the tensors' rows are not aligned,
-the Triton kernel does, with `spec.default_config` and a warning, once for each reason. Each of the modules has
-
-    why_not(operands)                the reason why it cannot serve these tensors, or None
-    launch(operands, config, options)
-    source(config)                   for the offline compiler
+`TileConfig.kernel` names the module: `gemm_triton`, `gemm_mma_sync` or `gemm_wgmma`. All compute the same bits. The
+named kernel may be unable to serve: this Triton's Gluon is missing or different, or the rows of the tensors are not
+aligned. Then the Triton kernel serves with `spec.default_config`, and a warning names each reason once. Each module is
+a `KernelModule`.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ import contextlib
 import importlib
 import warnings
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 import triton
@@ -48,23 +45,38 @@ __all__ = [
 
 
 class Fallback(UserWarning):
-    """The Triton kernel serves instead of the one that was named. The tuner and the verifier take it for an error."""
+    """Warning that the Triton kernel serves instead of the named one. Tuner and verifier treat it as an error."""
+
+
+class KernelModule(Protocol):
+    """Functions of a GEMM kernel's module."""
+
+    def why_not(self, operands: Operands) -> str | None:
+        """The reason why the kernel cannot serve these tensors, or None."""
+
+    def launch(self, operands: Operands, config: TileConfig, options: dict[str, Any]) -> None:
+        """Launch the kernel on the current device and stream. options: further compile options of Triton."""
+
+    def source(self, config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> tuple[Any, dict[str, Any]]:
+        """Source and options for the cross-compiler."""
 
 
 @lru_cache(maxsize=len(Kernel))
-def module(kernel: Kernel) -> Any:
-    """The module of a kernel. Raises ConfigError if this Triton cannot hold it."""
+def module(kernel: Kernel) -> KernelModule:
+    """The module of a kernel. Raises ConfigError if this Triton cannot import it."""
     try:
-        return importlib.import_module(f"int8kit.kernels.gemm_{kernel}")
+        return cast(KernelModule, importlib.import_module(f"int8kit.kernels.gemm_{kernel}"))
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"Triton {triton.__version__} has not the Gluon of the {kernel} kernel: {error}") from None
+        raise ConfigError(
+            f"Triton {triton.__version__} lacks Gluon features that the {kernel} kernel needs: {error}"
+        ) from None
 
 
 @lru_cache(maxsize=len(Kernel))
 def kernel_hash(kernel: Kernel = Kernel.TRITON) -> str:
-    """12 hexadecimal digits for all that decides a kernel's result: host code, device code, constants and options.
+    """12 hexadecimal digits of everything that decides a kernel's result: host code, device code, constants, options.
 
-    See `fingerprint` for the edits that keep it. Raises OSError where the source cannot be read, ConfigError if this
+    `fingerprint` lists the edits that keep it. Raises OSError where the source cannot be read, and ConfigError if this
     Triton has no Gluon.
     """
     of = module(kernel)
@@ -72,7 +84,7 @@ def kernel_hash(kernel: Kernel = Kernel.TRITON) -> str:
 
 
 def toolchain() -> Toolchain:
-    """What compiles kernels in this process, which a database's entries are compared with."""
+    """The toolchain of this process, with which the entries of a database are compared."""
     hashes = {}
     for kernel in Kernel:
         with contextlib.suppress(ConfigError):
@@ -83,12 +95,11 @@ def toolchain() -> Toolchain:
 def why_not(operands: Operands, kernel: Kernel) -> str | None:
     """The reason why `kernel` cannot serve these tensors here, or None."""
     if kernel is not Kernel.TRITON and interpreted():
-        return "it is written in Gluon, which Triton's interpreter does not run"
+        return "Triton's interpreter does not run Gluon"
     try:
-        reason: str | None = module(kernel).why_not(operands)
+        return module(kernel).why_not(operands)
     except ConfigError as error:
         return str(error)
-    return reason
 
 
 def accumulate(
@@ -99,10 +110,10 @@ def accumulate(
     out: torch.Tensor | None = None,
     arch: str | None = None,
 ) -> torch.Tensor:
-    """The int32 sums `xq @ wq.T`, for proofs.
+    """The int32 accumulators `xq @ wq.T`, for proofs.
 
-    xq: [M, K] int8; wq: [N, K] int8; out: [M, N] int32, made if absent. arch: the code of another card, such as
-    "sm86" on an sm_90. Raises ShapeError for tensors outside the kernel's domain, ConfigError if `config` cannot run.
+    xq: [M, K] int8; wq: [N, K] int8; out: [M, N] int32, allocated if absent. arch: run the code of another GPU, such as
+    "sm86" on sm_90. Raises ShapeError for tensors outside the kernel's domain, ConfigError if `config` cannot run.
     """
     out = _empty(xq, wq.shape[:1], torch.int32) if out is None else out
     _launch(Operands(xq, wq, None, None, None, out), config, arch)
@@ -121,11 +132,11 @@ def scaled_mm(
     out: torch.Tensor | None = None,
     arch: str | None = None,
 ) -> torch.Tensor:
-    """The dequantized product, bit-equal to `int8kit.reference.scaled_mm` under every legal `config`.
+    """The dequantized GEMM, bit-equal to `int8kit.reference.scaled_mm` under every legal `config`.
 
-    xq: [M, K] int8; wq: [N, K] int8; sx: [M] fp32; sw: [N] fp32; bias: [N] bf16, fp16 or fp32, or None.
-    out: [M, N] of out_dtype (bf16, fp16 or fp32), made if absent. arch: the code of another card, such as "sm86" on an
-    sm_90. Raises ShapeError for tensors outside the kernel's domain, ConfigError if `config` cannot run.
+    xq: [M, K] int8; wq: [N, K] int8; sx: [M] fp32; sw: [N] fp32; bias: [N] bf16, fp16 or fp32, or None. out: [M, N] of
+    out_dtype (bf16, fp16 or fp32), allocated if absent. arch: run the code of another GPU, such as "sm86" on sm_90.
+    Raises ShapeError for tensors outside the kernel's domain, ConfigError if `config` cannot run.
     """
     out = _empty(xq, wq.shape[:1], out_dtype) if out is None else out
     return _rounded(Operands(xq, wq, sx, sw, bias, out), config, arch)
@@ -143,10 +154,10 @@ def scaled_mm_swiglu(
     out: torch.Tensor | None = None,
     arch: str | None = None,
 ) -> torch.Tensor:
-    """silu(gate) * up of the product, whose even columns are gates and whose odd ones are ups: [M, N / 2].
+    """silu(gate) * up of the dequantized GEMM, whose even columns are gates and whose odd columns are ups: [M, N / 2].
 
-    As `scaled_mm`; bit-equal to `int8kit.reference.scaled_mm_swiglu`. Nothing is rounded between the product and this
-    output, and only half as much is written.
+    Arguments as for `scaled_mm`. Bit-equal to `int8kit.reference.scaled_mm_swiglu`. Nothing is rounded to out_dtype
+    between the GEMM and this output, and half as much is written.
     """
     out = _empty(xq, (wq.shape[0] // 2,), out_dtype) if out is None else out
     return _rounded(Operands(xq, wq, sx, sw, bias, out, swiglu=True), config, arch)
@@ -187,17 +198,17 @@ def _launch(operands: Operands, config: TileConfig, arch: str | None) -> None:
             config = default_config(GemmShape(operands.m, operands.n, operands.k))
             module(config.kernel).launch(operands, config, options)
     except triton.runtime.errors.OutOfResources as error:
-        raise ConfigError(f"{config} does not fit this card: {error}; take a smaller tile or fewer stages") from None
+        raise ConfigError(f"{config} does not fit this GPU: {error}; use a smaller tile or fewer stages") from None
 
 
 def _is_compilers(error: Exception) -> bool:
-    """Gluon changes between versions of Triton: what no longer compiles must not end a run."""
+    """Whether the compiler failed. Gluon changes between versions of Triton, and that must not end a run."""
     return isinstance(error, triton.compiler.errors.CompilationError) or "PassManager::run failed" in str(error)
 
 
 @lru_cache(maxsize=256)
 def _notice(kernel: Kernel, reason: str) -> None:
-    """Warn, once for each reason."""
+    """Warn once for each reason."""
     warnings.warn(
         f"the {Kernel.TRITON} kernel serves instead of the {kernel} kernel, same bits but slower: {reason}",
         Fallback,
