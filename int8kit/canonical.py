@@ -1,8 +1,8 @@
-"""Canonical text of a definition: what decides its result, in a form that names and words do not change.
+"""Canonical text of a definition: everything that decides its result, in a form that names and words do not change.
 
     text(tree, module, resolver)  ->  "function ()((0, 2, 0)(False, False) v0:, v1: = ){Return(value=...)}"
 
-Variables are numbered in the order of their first use. Every other name is replaced by what the resolver gives for it.
+Variables are numbered in the order of their first use. Every other name is replaced by the resolver's text for it.
 Comments, docstrings, annotations of host code, and the words of errors, warnings and reasons are left out.
 
 `ast.dump` was rejected: its text differs between versions of Python.
@@ -19,16 +19,21 @@ from typing import Any, Protocol
 Imports = dict[str, ast.Import | ast.ImportFrom]
 """Imports inside a function, by the names that they bind."""
 
-_SKIPPED_FIELDS = {"ctx", "kind", "type_comment", "type_params"}  # say nothing, or differ between versions of Python
+_SKIPPED_FIELDS = {
+    "ctx",
+    "kind",
+    "type_comment",
+    "type_params",
+}  # without meaning, or different between versions of Python
 _TEXT_METHODS = {"__str__", "__repr__", "__doc__"}
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 class Resolver(Protocol):
-    """What knows the names that a definition reads, and takes note of what it asks for."""
+    """Knows the names that a definition reads, and records attributes and words that the code uses."""
 
-    attributes: set[str]  # that code asks objects for: of a class, methods of these names count
-    words: set[str]  # keywords and strings of the code: parameters of these names are passed by name
+    attributes: set[str]  # names that the code reads from objects: methods with these names count
+    words: set[str]  # keywords and strings of the code: parameters with these names are passed by name
 
     def name(self, module: ModuleType, name: str) -> str:
         """The text of a global name."""
@@ -87,7 +92,7 @@ class _Writer:
         return f"class({', '.join(parts)})"
 
     def _function(self, tree: ast.FunctionDef, reason: bool = False) -> str:
-        """Decorators, parameters and body. reason: a returned text is a reason, whose words decide nothing."""
+        """Decorators, parameters and body. reason: the function returns reasons, whose words decide nothing."""
         decorators = [self._node(decorator) for decorator in tree.decorator_list]
         with self._scope(tree):
             arguments = self._arguments(tree.args)
@@ -120,7 +125,7 @@ class _Writer:
         return f"{counts}{flags} {', '.join(parts)} = {', '.join(defaults)}"
 
     def _local(self, name: str, parameter: bool = False) -> str:
-        """A number for a variable; a parameter that somebody may pass by its name keeps that."""
+        """A number for a variable; a parameter that may be passed by name keeps its name."""
         if name not in self.locals:
             known = parameter and name in self.resolver.words
             self.locals[name] = f"parameter {name}" if known else f"v{len(self.locals)}"

@@ -1,4 +1,4 @@
-"""Fingerprint of functions: a hash of everything in their package that decides their result.
+"""Fingerprint of functions: a hash of everything in their package that decides the result.
 
     fingerprint(launch, why_not)  ->  "b504fe8ad3d2"
 
@@ -12,10 +12,10 @@ classes and module constants of the same package. Nothing is listed by hand, so 
     decorators, annotations of device code          words of errors, of warnings and of `why_not` reasons
     names of other packages' functions              the versions of other packages
 
-A name that a caller may use in a keyword or a string counts: such a parameter is part of an interface.
+A name that a caller may use as a keyword or in a string counts: such a parameter is part of an interface.
 
-A reference is replaced by the number of its target in the order of the walk; `canonical` writes the source. A hash of
-the compiled code was rejected: it needs a compiler, and differs between versions of Triton.
+A reference is replaced by the number of its target in the order of the walk. `canonical` writes the source. A hash of
+the compiled code was rejected: it needs a compiler, and it differs between versions of Triton.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def fingerprint(*roots: Callable[..., Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The Python function inside a cache, a property or a device function; anything else as it is."""
+    """The Python function inside a cache, a property or a device function; any other value unchanged."""
     while not isinstance(value, (FunctionType, type, ModuleType)):
         if isinstance(value, functools.cached_property):
             inner: Any = value.func
@@ -74,7 +74,7 @@ def _tree(value: Any) -> ast.stmt:
 
 @functools.lru_cache(maxsize=256)
 def _bindings(module: ModuleType) -> dict[str, list[ast.stmt]]:
-    """Statements of a module that bind a name, by name; of a condition around an assignment, the whole of it."""
+    """Statements of a module that bind a name, by name; a condition around an assignment is taken whole."""
     found: dict[str, list[ast.stmt]] = {}
 
     def add(statements: Iterable[ast.stmt], around: ast.stmt | None) -> None:
@@ -113,12 +113,12 @@ class _Item:
 
 @dataclass
 class _Walk:
-    """What was reached, in the order of the walk, by module and name or by value. A `canonical.Resolver`."""
+    """Definitions that were reached, in the order of the walk, by module and name or by value."""
 
     package: str
     items: dict[Any, _Item] = field(default_factory=dict)
-    attributes: set[str] = field(default_factory=set)  # that reached code asks for: methods of these names count
-    words: set[str] = field(default_factory=set)  # keywords and strings of reached code
+    attributes: set[str] = field(default_factory=set)  # see `canonical.Resolver`
+    words: set[str] = field(default_factory=set)  # likewise
 
     def run(self) -> None:
         """Follow references until nothing new is reached."""
@@ -210,10 +210,10 @@ class _Walk:
 
 
 def _constant(value: Any, statements: list[ast.stmt]) -> str | None:
-    """The text of a constant by its value; None if its definition has to stand for it.
+    """The text of a constant by its value; None if its definition must represent it.
 
-    A value stands for itself if its definition reads no name: others depend on the process. An empty container in the
-    source is a cache: what it holds later decides nothing.
+    A value represents itself if its definition reads no name; other values depend on the process. An empty container in
+    the source is a cache, and its later content decides nothing.
     """
     expression = getattr(statements[0], "value", None) if len(statements) == 1 else None
     held = value

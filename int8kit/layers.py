@@ -1,6 +1,6 @@
-"""An INT8 linear layer: int8 weight, one scale an output channel; activations quantized per token at the call.
+"""INT8 linear layers: int8 weights with one scale per output channel, activations quantized per token at each call.
 
-wq [N, K] int8, sw [N] fp32, bias [N] or None, plan: the weight's tile configurations
+    wq [N, K] int8, sw [N] fp32, bias [N] or None; plan: tile configurations of the weight
 
 >>> import torch
 >>> layer = Int8Linear.from_linear(torch.nn.Linear(64, 32, bias=False))
@@ -22,7 +22,7 @@ from int8kit.spec import GemmShape
 
 
 class Int8Linear(torch.nn.Module):
-    """y = x W^T + b with int8 W, as `int8kit.reference.linear` defines it to the bit.
+    """y = x W^T + b with int8 W. `int8kit.reference.linear` defines the result to the bit.
 
     x: [..., K] bf16, fp16 or fp32 -> [..., N] of x's dtype. Runs on CUDA and CPU. Raises ShapeError if K > 131071.
     """
@@ -54,14 +54,16 @@ class Int8Linear(torch.nn.Module):
     def joined(
         cls, linears: Sequence[torch.nn.Linear], plan: Plan = Plan(), device: torch.device | None = None
     ) -> Int8Linear:
-        """One layer for several of the same input, such as q, k and v: their outputs side by side, in order.
+        """One layer in place of several with the same input, such as q, k and v: outputs side by side, in order.
 
-        One quantization of the input and one GEMM. Bit-equal to the layers by themselves, since scales are per output
-        channel. Raises ShapeError if their inputs differ in width.
+        The layer has one quantization of the input and one GEMM. It is bit-equal to the separate layers, since scales
+        are per output channel. Raises ShapeError if the inputs differ in width.
         """
         if len({linear.in_features for linear in linears}) > 1:
             widths = ", ".join(str(linear.in_features) for linear in linears)
-            raise ShapeError(f"inputs of {widths} features: layers that are joined take the same input")
+            raise ShapeError(
+                f"inputs of {widths} features: expected the same width; only layers with one input can be joined"
+            )
         parts = [cls.from_linear(linear, plan, device) for linear in linears]
         biases = [part.bias for part in parts]
         bias = None
@@ -77,7 +79,7 @@ class Int8Linear(torch.nn.Module):
         return ops.int8_linear(x, self.wq, self.sw, self.bias, plan=self.plan)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        # Scales stay float32 when a model is cast: they are moved as integers, which no cast of floats touches.
+        # scales stay float32 when a model is cast: they move as integers, which a cast of floats leaves alone
         self.sw = self.sw.view(torch.int32)
         try:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -85,15 +87,15 @@ class Int8Linear(torch.nn.Module):
             self.sw = self.sw.view(torch.float32)
 
     def extra_repr(self) -> str:
-        """For print(model)."""
+        """Text for print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 class Int8SwiGLU(Int8Linear):
-    """silu(x W1^T) * (x W3^T) with both weights in a GEMM, as `int8kit.reference.linear_swiglu` defines it to the bit.
+    """silu(x W1^T) * (x W3^T) in one GEMM. `int8kit.reference.linear_swiglu` defines the result to the bit.
 
-    wq [2 F, K]: row 2 j is W1's row j (the gate), row 2 j + 1 is W3's (the up), so that the product of a pair is made
-    in the epilogue. x: [..., K] -> [..., F] of x's dtype: half of what two layers write.
+    wq [2 F, K]: row 2 j is row j of W1 (the gate), row 2 j + 1 is row j of W3 (the up). The epilogue multiplies each
+    pair. x: [..., K] -> [..., F] of x's dtype, which is half of the output of two layers.
     """
 
     @classmethod
@@ -104,11 +106,11 @@ class Int8SwiGLU(Int8Linear):
         plan: Plan = Plan(),
         device: torch.device | None = None,
     ) -> Int8SwiGLU:
-        """Quantize both weights [F, K] and lay their rows in turn. Raises ShapeError if the two differ in shape."""
+        """Quantize both weights [F, K] and interleave their rows. Raises ShapeError if the two differ in shape."""
         if (gate.in_features, gate.out_features) != (up.in_features, up.out_features):
             raise ShapeError(
                 f"gate [{gate.out_features}, {gate.in_features}] and up [{up.out_features}, {up.in_features}]: "
-                "legal are two of one shape"
+                "expected the same shape"
             )
         both = Int8Linear.joined((gate, up), plan, device)
         turn = torch.arange(both.out_features, device=both.wq.device).view(2, -1).t().reshape(-1)
@@ -137,10 +139,10 @@ def replace_linears(
     plan: Callable[[int, int], Plan],
     device: torch.device | None = None,
 ) -> dict[str, Int8Linear]:
-    """Put an Int8Linear in place of each nn.Linear of `module` whose dotted name is `wanted`; returns them by name.
+    """Replace each nn.Linear of `module` whose dotted name is `wanted` with an Int8Linear -> the new layers by name.
 
-    plan(n, k): the configurations of a weight [n, k]. One weight at a time goes to `device`, so that the memory there
-    grows by the int8 weights and one bf16 weight only.
+    plan(n, k): the configurations of a weight [n, k]. One weight at a time moves to `device`, so memory there grows by
+    the int8 weights and one bf16 weight.
     """
     found = [(name, child) for name, child in module.named_modules() if isinstance(child, torch.nn.Linear)]
     done = {}

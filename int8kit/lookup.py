@@ -1,19 +1,19 @@
-"""Lookup: which tile configuration serves a GEMM. One rule, used by layers, `run`, `verify`, `db` and the benchmarks.
+"""Lookup of the tile configuration that serves a GEMM: one rule for layers, `run`, `verify`, `db` and benchmarks.
 
     lookup(GemmShape(4000, 12288, 4608), candidates, sms=82)  ->  Match("nearest-m", config, candidate)
 
-The levels are tried in order; the first that finds a configuration serves:
+The levels are tried in order. The first level that finds a configuration serves:
 
-    exact      a candidate of the same (m, n, k)
-    nearest-m  of the same (n, k): the nearest m by log distance, and by waves over the multiprocessors
-    nearest    of another weight: the nearest shape likewise
+    exact      a candidate with the same (m, n, k)
+    nearest-m  a candidate with the same (n, k): the nearest m by log distance and by waves over the multiprocessors
+    nearest    a candidate of another weight: the nearest shape, by the same distance
     default    `spec.default_config`
 
-On the second and third level a candidate's extents are within a factor of `spec.NEAR`. Equal distances are decided by
-the order of the candidates. A further level is a `Level` in `LEVELS`.
+On the second and third level a candidate's extents are within a factor of `spec.NEAR`. The order of the candidates
+decides between equal distances. A new level is a `Level` in `LEVELS`.
 
-A `Plan` holds the candidates of one weight as a text, which passes through a torch operator and into exported graphs.
-This module imports neither torch nor triton.
+A `Plan` holds the candidates of one weight as a text. The text passes through a torch operator and into exported
+graphs. This module imports neither torch nor triton.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """What is looked for, and among which candidates, the preferred ones first."""
+    """A shape to look up, and the candidates, the preferred ones first."""
 
     shape: GemmShape
     candidates: Sequence[Candidate]
@@ -46,9 +46,9 @@ class Request:
     operation: Operation = Operation.GEMM
 
     def nearest(self, serves: Callable[[Candidate], bool]) -> Candidate | None:
-        """The nearest of the candidates that `serves` admits."""
+        """The nearest candidate that `serves` admits."""
         found = [c for c in self.candidates if c.operation in (self.operation, Operation.GEMM) and serves(c)]
-        # a SwiGLU runs the GEMM's kernel with another epilogue: its own entries first, then the GEMM's
+        # SwiGLU runs the GEMM's kernel with another epilogue: first its own entries, then the entries of the GEMM
         return min(found, key=lambda c: (c.operation is not self.operation, self._distance(c)), default=None)
 
     def _distance(self, candidate: Candidate) -> float:
@@ -64,7 +64,7 @@ class Request:
 
 
 class Match(NamedTuple):
-    """The configuration that serves, the level that found it, and the candidate that it came from, if any."""
+    """The configuration that serves, the level that found it, and its candidate, if any."""
 
     level: str
     config: TileConfig
@@ -72,7 +72,7 @@ class Match(NamedTuple):
 
 
 class Level(NamedTuple):
-    """One step of the lookup: its name, and what it finds."""
+    """One step of the lookup: a name and a function."""
 
     name: str
     find: Callable[[Request], Candidate | TileConfig | None]
@@ -105,7 +105,7 @@ DEFAULT = LEVELS[-1].name
 
 
 def matches(request: Request) -> list[tuple[str, Match | None]]:
-    """What each level finds, in order. The first that is not None serves."""
+    """The match of each level, in order. The first that is not None serves."""
     found: list[tuple[str, Match | None]] = []
     for level in LEVELS:
         one = level.find(request)
@@ -121,7 +121,7 @@ def matches(request: Request) -> list[tuple[str, Match | None]]:
 def lookup(
     shape: GemmShape, candidates: Sequence[Candidate], *, sms: int, operation: Operation = Operation.GEMM
 ) -> Match:
-    """What serves `shape`. candidates: the preferred ones first; sms: multiprocessors of the GPU."""
+    """The match that serves `shape`. candidates: the preferred ones first; sms: multiprocessors of the GPU."""
     request = Request(shape, candidates, sms, operation)
     for level in LEVELS:
         one = level.find(request)
@@ -141,7 +141,7 @@ _TEXT_FORMAT = "int8kit.plan/2"
 
 @dataclass(frozen=True)
 class Plan:
-    """The candidates of one weight, gathered when a model is loaded; empty, the default configuration serves.
+    """The candidates of one weight, gathered when a model is loaded. The default serves where there are none.
 
     text: the plan as it passes through a torch operator: format, multiprocessors, candidates.
     """
@@ -165,7 +165,7 @@ class Plan:
 
     @classmethod
     def from_text(cls, text: str) -> Plan:
-        """The inverse of `text`. Raises ConfigError for a text that is no plan of this version."""
+        """The plan of a `text`. Raises ConfigError for a text that is not a plan of this version."""
         return _plan_of(text)
 
 

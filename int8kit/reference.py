@@ -1,14 +1,14 @@
-"""The truth, in plain torch: what every kernel must compute, to the bit. Also the CPU backend of `int8kit run`.
+"""The definition of every kernel's result to the bit, in plain torch. It is also the CPU backend of `int8kit run`.
 
     x [M, K] bf16 | fp16 | fp32  --quantize-->  xq [M, K] int8, sx [M] fp32
     w [N, K]                     --quantize-->  wq [N, K] int8, sw [N] fp32      (once)
     y[m, n] = out_dtype((fp32(sum_k xq[m, k] * wq[n, k]) * sx[m]) * sw[n] + fp32(bias[n]))
 
-Each float32 operation is rounded on its own, in this order: no fused multiply-add. The sum is exact. So the result
-depends neither on a tile shape, nor on M, nor on the device.
+Each float32 operation is rounded by itself, in this order, without fused multiply-add. The sum is exact. So the result
+does not depend on a tile shape, on M, or on the device.
 
-Products are summed in float64, whose 53 bits hold any int32 sum exactly in any order; that is faster than int64 on a
-CPU and independent of `torch._int_mm`, which is the second judge. This module imports nothing that it judges.
+Products are summed in float64. Its 53 bits hold any int32 sum exactly, in any order. That is faster than int64 on a
+CPU, and independent of `torch._int_mm`, the second reference. This module imports nothing that it judges.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from int8kit.errors import ShapeError
 from int8kit.spec import GemmShape
 
-_ROWS = 4096  # rows of x that are in float64 at once: bounds the memory, changes no bit
+_ROWS = 4096  # rows of x in float64 at once: bounds the memory and changes no bit
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric int8 quantization, one scale a row.
+    """Symmetric int8 quantization with one scale per row.
 
     x: [M, K], bf16, fp16 or fp32. Returns q [M, K] int8 and s [M] fp32 with x ~ q * s[:, None]:
 
@@ -35,7 +35,7 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     xf = x.float()
     amax = xf.abs().amax(dim=-1) if x.shape[-1] else xf.new_zeros(x.shape[:-1])
-    # A tensor divisor: on CUDA torch multiplies by the reciprocal of a Python number, which is another rounding.
+    # a tensor as divisor: on CUDA torch multiplies by the reciprocal of a Python number, which rounds differently
     s = torch.where(amax.isfinite(), amax / torch.full_like(amax, 127.0), torch.nan)
     usable = (s > 0)[:, None]
     q = torch.where(usable, xf / torch.where(usable, s[:, None], 1.0), 0.0)
@@ -43,7 +43,7 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def accumulate(xq: torch.Tensor, wq: torch.Tensor) -> torch.Tensor:
-    """The exact products' sums: xq [M, K] int8, wq [N, K] int8 -> [M, N] int32. Raises ShapeError for K > 131071."""
+    """The exact accumulators: xq [M, K] int8, wq [N, K] int8 -> [M, N] int32. Raises ShapeError for K > 131071."""
     GemmShape(max(xq.shape[0], 1), wq.shape[0], xq.shape[1])
     w = wq.double().t()
     out = torch.empty(xq.shape[0], wq.shape[0], dtype=torch.int32, device=xq.device)
@@ -86,10 +86,10 @@ def scaled_mm_swiglu(
 ) -> torch.Tensor:
     """`silu(y[:, 0::2]) * y[:, 1::2]` of the fp32 product y: [M, N / 2] of out_dtype, rounded once.
 
-    wq [N, K] holds a gate (w1) and an up (w3) row in turn. Raises ShapeError for an odd N or K > 131071.
+    The rows of wq [N, K] alternate: gate (w1), up (w3). Raises ShapeError for an odd N or K > 131071.
     """
     if wq.shape[0] % 2:
-        raise ShapeError(f"N = {wq.shape[0]}: legal is an even number, a gate and an up row for each output column")
+        raise ShapeError(f"N = {wq.shape[0]}: expected an even number, one gate and one up row per output column")
     y = scaled_mm(xq, wq, sx, sw, bias, out_dtype=torch.float32)
     return (silu(y[:, 0::2]) * y[:, 1::2]).to(out_dtype)
 
@@ -104,7 +104,7 @@ def linear(x: torch.Tensor, wq: torch.Tensor, sw: torch.Tensor, bias: torch.Tens
 def linear_swiglu(
     x: torch.Tensor, wq: torch.Tensor, sw: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`linear` with the SwiGLU product of its columns in turn: x [..., K], wq [2 F, K] -> [..., F] of x's dtype."""
+    """`linear` with SwiGLU of its alternating columns: x [..., K], wq [2 F, K] -> [..., F] of x's dtype."""
     xq, sx = quantize(x.reshape(-1, x.shape[-1]))
     return scaled_mm_swiglu(xq, wq, sx, sw, bias, out_dtype=x.dtype).reshape(*x.shape[:-1], wq.shape[0] // 2)
 
@@ -112,11 +112,13 @@ def linear_swiglu(
 def mean_square(x: torch.Tensor) -> torch.Tensor:
     """mean(x * x) over the last axis of x [..., K] fp32 -> [...] fp32, every operation rounded, in one fixed order.
 
-    The squares, padded with zeros to blocks of 2048 = 8 * 32 * 8, are added block to block, in order; then neighbours
-    three times, which sums the eights; then the halves of the eight 32s, three times; then neighbours five times. A
-    GPU's thread, warp and eight warps hold just these, so that a kernel can follow at no cost, whatever its tile. The
-    quotient by K is IEEE's. Of n = ceil(K / 2048) + 12 roundings that a term passes at most (its square, the additions,
-    the quotient) the relative error is at most n u / (1 - n u), u = 2**-24: 15 u for 4608, where one chain has 4609 u.
+    The squares are padded with zeros to blocks of 2048 = 8 * 32 * 8. Blocks are added one to the next, in order. Then
+    neighbours are added three times, which sums the eights; the halves of the eight 32s, three times; and neighbours,
+    five times. These sizes are the ones of a GPU's thread, warp and eight warps, so a kernel can follow the order at no
+    cost under any tile. The division by K is IEEE's.
+
+    A term passes at most n = ceil(K / 2048) + 12 roundings: its square, the additions and the division. The relative
+    error is at most n u / (1 - n u) with u = 2**-24 (Higham, 2002). That is 15 u for K = 4608; one chain has 4609 u.
     """
     k = x.shape[-1]
     v = torch.nn.functional.pad(x * x, (0, -k % 2048)).unflatten(-1, (-1, 8, 32, 8))
@@ -142,7 +144,7 @@ def rms_norm(x: torch.Tensor, eps: float, weight: torch.Tensor | None = None) ->
     """
     x = x.float()
     square = mean_square(x) + torch.tensor(eps, dtype=torch.float32, device=x.device)
-    # In float64 and back: IEEE's float32 root, twice rounded without harm. Torch's own is off by a unit on some CPUs.
+    # a float64 root rounded to float32 equals IEEE's float32 root; torch's own is wrong by a unit on some CPUs
     root = square.double().sqrt().float()
     y = x * (torch.ones_like(root) / root)[..., None]
     return y if weight is None else y * weight.float()
@@ -151,7 +153,7 @@ def rms_norm(x: torch.Tensor, eps: float, weight: torch.Tensor | None = None) ->
 def _by_row(vector: torch.Tensor, m: int) -> torch.Tensor:
     """[B, K] -> [M, K] fp32, each row M / B times. Raises ShapeError if B does not divide M."""
     if m % max(vector.shape[0], 1):
-        raise ShapeError(f"{vector.shape[0]} images in {m} rows: legal is a divisor of M; one row an image")
+        raise ShapeError(f"{vector.shape[0]} images in {m} rows: expected one row per image, and a divisor of M")
     return vector.float().repeat_interleave(m // max(vector.shape[0], 1), 0)
 
 
@@ -162,7 +164,7 @@ def rms_norm_quantize(
 
         y = ((x * rstd) * weight) * (1 + modulation[b])        b = m // (M // B), rstd as in `rms_norm`
 
-    Each operation is fp32 and rounded on its own. y stays fp32: the eager model rounds it to bf16 three times.
+    Each operation is fp32 and rounded by itself. y stays fp32; the eager model rounds it to bf16 three times.
     """
     y = rms_norm(x, eps, weight)
     return quantize(y if modulation is None else y * (1.0 + _by_row(modulation, x.shape[0])))
@@ -177,13 +179,13 @@ def residual_norm_quantize(
     modulation: torch.Tensor,
     eps: float = 1e-5,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A branch's return to the residual stream, and the next branch's quantized input.
+    """Gated addition of a branch to the residual stream, and the next branch's quantized input.
 
         new = dtype(residual + gate[b] * ((branch * rstd) * branch_weight))      rstd of branch; one rounding to dtype
         q, s = rms_norm_quantize(new, weight, modulation)                        of the rounded new
 
     residual, branch [M, K]; branch_weight, weight [K]; gate, modulation [B, K] -> new [M, K] of residual's dtype, q, s.
-    gate is what multiplies: where the model has tanh(value), pass that, made once an image.
+    gate is the factor itself: where the model has tanh(value), pass the result of tanh, computed once per image.
     """
     scaled = _by_row(gate, residual.shape[0]) * rms_norm(branch, eps, branch_weight)
     new = (residual.float() + scaled).to(residual.dtype)
@@ -191,9 +193,9 @@ def residual_norm_quantize(
 
 
 def silu(g: torch.Tensor) -> torch.Tensor:
-    """g / (1 + exp(-g)) in fp32 by IEEE operations alone, each rounded: the same bits on every device.
+    """g / (1 + exp(-g)) in fp32 by IEEE operations only, each rounded: the same bits on every device.
 
-    `int8kit.kernels.activations` says how, and what becomes of g < -86.
+    `int8kit.kernels.activations` explains the steps and the result for g < -86.
     """
     h = g.float().clamp(min=-86.0)
     t = h.clamp(max=86.0)
@@ -228,13 +230,16 @@ def qk_norm_rope(
         y[i] = x[i] * cos[i] - x[i + D/2] * sin[i]      i < D/2
         y[i + D/2] = x[i + D/2] * cos[i + D/2] + x[i] * sin[i + D/2]
 
-    cos, sin [L, D], L a divisor of M: row m takes m % L. fp32 throughout, each operation rounded, then once to the
-    dtype; the eager model rounds to bf16 after each of the norm, the weight, both products and the sum. v is the last
-    third of qkv, untouched.
+    cos, sin [L, D], L a divisor of M: row m uses row m % L. Every operation is fp32 and rounded by itself; the result
+    is rounded once, to the dtype. The eager model rounds to bf16 after the norm, the weight, both products and the sum.
+    v is the last third of qkv, unchanged.
     """
     m, width = qkv.shape
     if m % max(cos.shape[0], 1) or width % (3 * heads):
-        raise ShapeError(f"qkv {tuple(qkv.shape)}, {heads} heads, cos {tuple(cos.shape)}: legal are [M, 3 H D], [L, D]")
+        raise ShapeError(
+            f"qkv {tuple(qkv.shape)}, {heads} heads, cos {tuple(cos.shape)}: expected [M, 3 H D] and [L, D], "
+            "L a divisor of M"
+        )
     c, s = (t.float().repeat(m // max(cos.shape[0], 1), 1)[:, None, :] for t in (cos, sin))
     out = []
     for third, weight in zip(qkv.chunk(3, -1), (q_weight, k_weight), strict=False):

@@ -1,13 +1,13 @@
-"""What every stage agrees on: a GEMM's shape, a kernel's tile configuration, where a figure came from, and the errors.
+"""Terms that all stages share: the shape of a GEMM, the tile configuration of a kernel, the source of a time.
 
-    out[m, n] = x[m, k] @ w[n, k].T        GemmShape(m, n, k); x and w int8 and row-major, sums in int32
+    out[m, n] = x[m, k] @ w[n, k].T        GemmShape(m, n, k); x and w int8 and row-major, accumulators int32
 
-A `TileConfig` is a plain frozen value that is passed to the launchers. The alternative, a decorated autotuner that
-picks one at the call, was rejected: it tunes inside the user's first image and cannot be reviewed in a file.
-`why_illegal` is the only place that says what a configuration may be; the tuner's space, the database's reader and the
-verifier's strategies all call it.
+A `TileConfig` is a plain frozen value that is passed to the launchers. A decorated autotuner, which chooses at the
+call, was rejected: it tunes inside the user's first image, and its choice cannot be reviewed in a file. `why_illegal`
+is the only place that defines a legal configuration. The tuner's space, the database's reader and the verifier's
+strategies call it.
 
-This module imports nothing of int8kit, and neither torch nor triton.
+This module imports neither torch nor triton, and of int8kit only the errors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from int8kit.errors import ShapeError
 
 NUMERICS_VERSION = 1
-"""Version of the arithmetic that `int8kit.reference` defines. A database of another version is refused."""
+"""Version of the arithmetic in `int8kit.reference`. A database of another version is refused."""
 
 _TIMED = (
     "GEMM with epilogue and bias, bf16 out; operands quantized from normal data; weights rotated past twice the L2; "
@@ -33,29 +33,29 @@ _HOT = ", in samples of 20 ms, so that the card's power limit counts as it does 
 POLICIES = {
     1: _TIMED.format("turning order"),
     2: _TIMED.format("turning order" + _HOT),
-    # a contestant inherits the clock of the one before it; a launch from Python takes longer than a small GEMM
+    # a contestant inherits the clock of the previous one; a launch from Python takes longer than a small GEMM
     3: _TIMED.format("an order shuffled anew each time" + _HOT) + "; CUDA graphs of launches",
 }
-"""How times are measured, by version. A database entry names the version; its file's header has the text."""
+"""Measurement policies by version. A database entry names the version; the header of its file has the text."""
 
 POLICY = max(POLICIES)
 
 TIE = 0.01
-"""Times that differ by no more than this share are equal: the tuner may choose either."""
+"""Times that differ by at most this share count as equal: the tuner may choose either."""
 
 NEAR = 4.0
-"""A tuned extent serves one up to this many times larger or smaller; beyond it the default is the safer guess."""
+"""A tuned extent serves extents up to this many times larger or smaller. Beyond it the default is the safer guess."""
 
 K_MAX = 131071
 """Largest K whose int32 sums cannot overflow: 128 * 128 * K < 2**31."""
 
 
 class Source(StrEnum):
-    """Where a database entry's claim comes from, the strongest first."""
+    """Origin of a database entry's time, the strongest first."""
 
-    MEASURED = "measured"  # timed on that card
-    PROXY = "proxy"  # that card's code, timed on another card
-    MODELLED = "modelled"  # compiled for that card, ranked by exact resources and a model
+    MEASURED = "measured"  # timed on the database's GPU
+    PROXY = "proxy"  # the code of the database's GPU, timed on another GPU
+    MODELLED = "modelled"  # compiled for the database's GPU, ranked by the cost model
 
     @property
     def strength(self) -> int:
@@ -74,18 +74,20 @@ class GemmShape:
     def __post_init__(self) -> None:
         for name, value in (("M", self.m), ("N", self.n), ("K", self.k)):
             if value < 1:
-                raise ShapeError(f"{name} = {value}: M, N and K must be at least 1")
+                raise ShapeError(f"{name} = {value}: expected at least 1")
             if value >= 2**31:
-                raise ShapeError(f"{name} = {value}: legal is less than 2**31, the kernels' 32-bit extents; split it")
+                raise ShapeError(
+                    f"{name} = {value}: expected less than 2**31, since kernels have 32-bit extents; split it"
+                )
         if self.k > K_MAX:
             raise ShapeError(
-                f"K = {self.k}: legal is 1 to {K_MAX}, beyond which an int32 sum of int8 products can overflow; "
+                f"K = {self.k}: expected 1 to {K_MAX}, since beyond it an int32 sum of int8 products can overflow; "
                 "split the layer along K and add the parts in float32"
             )
 
     @property
     def ops(self) -> int:
-        """Operations, a multiplication and an addition counted as two: 2 m n k."""
+        """Operations, 2 m n k: multiplications and additions."""
         return 2 * self.m * self.n * self.k
 
     def __str__(self) -> str:
@@ -93,9 +95,9 @@ class GemmShape:
 
 
 class Kernel(StrEnum):
-    """Which device code makes the product. All give the same bits.
+    """The device code of a GEMM. All kernels give the same bits.
 
-    The values are written into files and exported graphs: a value keeps its meaning for ever.
+    The values are written into files and exported graphs, so a value never changes its meaning.
     """
 
     TRITON = "triton"  # plain Triton: every GPU, every shape, and the CPU interpreter
@@ -104,10 +106,10 @@ class Kernel(StrEnum):
 
 
 class Operation(StrEnum):
-    """What a kernel computes with its product. The values are written into files and exported graphs."""
+    """Operation of a kernel. The values are written into files and exported graphs."""
 
     GEMM = "gemm"  # scales and bias
-    SWIGLU = "swiglu"  # and then silu(gate) * up of pairs of columns
+    SWIGLU = "swiglu"  # scales and bias, then silu(gate) * up of pairs of columns
 
 
 class Schedule(StrEnum):
@@ -121,7 +123,7 @@ GROUP_M = 8  # width of the L2 swizzle, unless another width was faster
 
 
 def digest(document: Any) -> str:
-    """12 hexadecimal digits of a JSON document, whatever the order of its keys."""
+    """12 hexadecimal digits of a JSON document. The order of keys does not matter."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -139,9 +141,9 @@ class TileConfig:
     block_m: int  # rows of an output tile
     block_n: int  # columns of an output tile
     block_k: int  # int8 elements of K read in one step
-    num_warps: int  # warps of 32 threads that multiply
+    num_warps: int  # warps of 32 threads that multiply; a producer warp does not count
     num_stages: int  # steps of K in flight
-    group_m: int = 8  # tile rows that are finished before the next band starts, for reuse in L2
+    group_m: int = 8  # width of the L2 swizzle: tile rows that are finished before the next ones start
     kernel: Kernel = Kernel.TRITON
     stream_k: int = 0  # programs per multiprocessor that share, along K, the tiles that fill no wave; 0: whole tiles
     schedule: Schedule | None = None  # of the wgmma kernel; None for the others
@@ -181,7 +183,7 @@ STREAM_K = (0, 1, 2, 3, 4)
 
 @dataclass(frozen=True)
 class _Domain:
-    """The values that a kernel's configuration may have, each for itself."""
+    """The values of each parameter of a kernel's configuration."""
 
     block_m: tuple[int, ...]
     block_n: tuple[int, ...]
@@ -195,22 +197,24 @@ DOMAINS = {
     Kernel.TRITON: _Domain(
         (16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (32, 64, 128, 256), (1, 2, 4, 8), (2, 3, 4, 5, 6), (0,)
     ),
-    # 16 columns a warp at least: half of what its 16-byte stores need
+    # at least 16 columns per warp: half of the columns that its 16-byte stores need
     Kernel.MMA_SYNC: _Domain((16, 32, 64, 128, 256), (64, 128, 256), (64, 128), (4, 8), (2, 3, 4, 5, 6), STREAM_K),
-    # 128 bytes a row is what TMA swizzles; Triton asserts on an int8 wgmma of 256 columns
+    # TMA swizzles rows of 128 bytes; Triton asserts on an int8 wgmma of 256 columns
     Kernel.WGMMA: _Domain((64, 128, 256), (64, 128), (128,), (8,), (2, 3, 4, 5, 6, 7, 8, 9, 10), (0, 1)),
 }
-"""Every kernel's parameters. `why_illegal` adds what depends on several of them or on the card."""
+"""Parameters of every kernel. `why_illegal` adds the rules that depend on several parameters or on the GPU."""
 
 
 def shared_memory_bound(config: TileConfig, *, arch: int, out_bytes: int = 2) -> int:
-    """Upper bound in bytes of the shared memory that `config` takes on `arch` (86 for sm_86).
+    """Upper bound in bytes of the shared memory of `config` on `arch` (86 for sm_86).
 
-    Triton kernel. Ampere, Ada and consumer Blackwell (cp.async): the load ring holds one step less than `num_stages`,
+    Triton kernel: on Ampere, Ada and consumer Blackwell (cp.async) the load ring holds one step less than `num_stages`,
     and the epilogue reuses it for the output tile. Hopper (wgmma) keeps all steps.
-    mma_sync kernel: the ring and, for stream-K, a counter. wgmma kernel: the ring, four chunks of 64 bytes a row that
-    wait for their store, scales and bias of two tiles, and the barriers.
-    Never under the compiler's own figure (tests/test_cross_compile.py compares); `tune` records the exact figure.
+    mma_sync kernel: the ring and, for stream-K, a counter.
+    wgmma kernel: the ring, four staging buffers of 64 bytes per row, scales and bias of two tiles, and the barriers.
+
+    The bound is never below the compiler's own figure (tests/test_cross_compile.py compares). `tune` records that
+    figure.
     """
     step = (config.block_m + config.block_n) * config.block_k
     if config.kernel is Kernel.WGMMA:
@@ -224,7 +228,7 @@ def shared_memory_bound(config: TileConfig, *, arch: int, out_bytes: int = 2) ->
 
 
 def warp_grid(config: TileConfig) -> tuple[int, int]:
-    """Warps along M and N of the mma_sync kernel: the warp tile nearest to a square, which reads the least.
+    """Warps along M and N of the mma_sync kernel. The warp tile nearest to a square reads the least.
 
     A warp has at least 16 rows and 16 columns.
     """
@@ -234,19 +238,19 @@ def warp_grid(config: TileConfig) -> tuple[int, int]:
 
 
 def why_illegal(config: TileConfig, *, arch: int, shared_memory: int) -> str | None:
-    """The reason why `config` cannot run on a card, or None if it can.
+    """The reason why `config` cannot run on a GPU, or None if it can.
 
-    arch is the compute capability as in sm_86; shared_memory is what one block may use, in bytes.
+    arch: compute capability as in sm_86; shared_memory: bytes that one block may use.
     """
     domain = DOMAINS[config.kernel]
     for name in ("block_m", "block_n", "block_k", "num_warps", "num_stages", "stream_k"):
-        value, legal = getattr(config, name), getattr(domain, name)
-        if value not in legal:
-            return f"{name} = {value}: legal for the {config.kernel} kernel are {', '.join(map(str, legal))}"
+        value, expected = getattr(config, name), getattr(domain, name)
+        if value not in expected:
+            return f"{name} = {value}: expected {', '.join(map(str, expected))} for the {config.kernel} kernel"
     if not 1 <= config.group_m <= 64:
-        return f"group_m = {config.group_m}: legal is 1 to 64"
+        return f"group_m = {config.group_m}: expected 1 to 64"
     if config.kernel is Kernel.WGMMA and arch != 90:
-        return f"the wgmma kernel runs on sm_90 only, not on sm_{arch}; use the ampere or the Triton kernel"
+        return f"the wgmma kernel runs on sm_90 only, not on sm_{arch}; use the mma_sync or the Triton kernel"
     if config.schedule is not None and config.kernel is not Kernel.WGMMA:
         return f"schedule = {config.schedule}: expected none for the {config.kernel} kernel"
     if config.schedule is Schedule.COOPERATIVE and config.block_m != 256:
@@ -269,15 +273,15 @@ def why_illegal(config: TileConfig, *, arch: int, shared_memory: int) -> str | N
 
 
 def kernels_of(arch: int) -> tuple[Kernel, ...]:
-    """The kernels that are tried on an architecture: on sm_90 the mma_sync kernel lies far behind the wgmma kernel."""
+    """The kernels that the tuner tries on an architecture. On sm_90 the mma_sync kernel is far slower than wgmma."""
     return Kernel.TRITON, Kernel.WGMMA if arch == 90 else Kernel.MMA_SYNC
 
 
 @lru_cache
 def legal_configs(arch: int, shared_memory: int) -> tuple[TileConfig, ...]:
-    """Every legal configuration of `kernels_of` a card, sorted, in bands of GROUP_M: a band's width is no kernel's.
+    """Every legal configuration of `kernels_of` an architecture, sorted, with group_m = GROUP_M.
 
-    Arguments as of `why_illegal`.
+    group_m is an argument of a compiled kernel, so its values share one. Arguments as for `why_illegal`.
     """
     found = []
     for kernel in kernels_of(arch):
@@ -296,9 +300,9 @@ def config_from(row: dict[str, Any]) -> TileConfig:
 
 
 def default_config(shape: GemmShape) -> TileConfig:
-    """The configuration of a shape that no database knows: legal on every supported card.
+    """The configuration of a shape that no database knows; legal on every supported GPU.
 
-    Few rows get a low tile, so that small batches still spread over the card.
+    Few rows get a low tile, so that small batches still use all multiprocessors.
     """
     if shape.m <= 16:
         return TileConfig(16, 64, 128, num_warps=4, num_stages=4)
@@ -308,5 +312,5 @@ def default_config(shape: GemmShape) -> TileConfig:
 
 
 def is_near(a: int, b: int) -> bool:
-    """True if neither of two extents is more than NEAR times the other."""
+    """Whether neither of two extents is more than NEAR times the other."""
     return max(a, b) <= NEAR * min(a, b)
