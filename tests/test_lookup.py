@@ -112,7 +112,7 @@ def test_everybody_finds_the_same(path, triton):
     base = store.load(path)
     toolchain = Toolchain(triton, gemm.toolchain().kernels)
     drawn = list(shapes(base, 125, DATABASES.index(path)))
-    unlisted = {choice.shape: choice.config for choice in base.unlisted(drawn, toolchain)}  # `verify`
+    unlisted = {choice.shape: choice.config for choice in base.choices_without_entry(drawn, toolchain)}  # `verify`
     listed = {e.shape for e in base.entries}
     levels = set()
     for shape in drawn:

@@ -282,7 +282,7 @@ def run(
     took = {key: value for key, value in vars(outcome).items() if key.endswith(("_s", "_ms", "_gib"))}
     choices = [
         {"m": c.shape.m, "n": c.shape.n, "k": c.shape.k, "layers": count, "config": vars(c.config), "level": c.level,
-         "why": c.why,
+         "why": c.provenance,
          "verified": c.verified} for c, count in outcome.choices
     ]  # fmt: skip
     document = {"image": str(output), "device": outcome.device, "text_tokens": outcome.tokens, **took,

@@ -89,7 +89,7 @@ def levels_table(levels: Iterable[tuple[str, Choice | None, Entry | None]]) -> s
         if choice is None:
             rows.append(("", level, "", "no entry"))
         else:
-            why = choice.why if entry else "legal everywhere"
+            why = choice.provenance if entry else "legal everywhere"
             rows.append(("" if served else "->", level, str(choice.config), why))
             served = True
     return tabulate(rows, ("", "level", "tile", "why"), disable_numparse=True)
@@ -174,7 +174,9 @@ def mutation_table(verdicts: Iterable[Verdict], score: dict[str, Any], markdown:
 
 def run_tables(outcome: Outcome) -> str:
     """The configurations of an image and what it took."""
-    rows = [(c.shape, count, c.config, c.level, "yes" if c.verified else "no", c.why) for c, count in outcome.choices]
+    rows = [
+        (c.shape, count, c.config, c.level, "yes" if c.verified else "no", c.provenance) for c, count in outcome.choices
+    ]
     head = ("M x N x K", "layers", "tile", "level", "verified", "from")
     configs = tabulate(rows, head, disable_numparse=True)
     took = [

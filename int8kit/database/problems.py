@@ -27,7 +27,7 @@ def problems(database: Database, toolchain: Toolchain) -> list[str]:
     groups: dict[str, list[str]] = {}
     ids = {entry.identity: entry.shape for entry in database.entries}
     check = _Check(database.gpu, toolchain, ids)
-    serving = {entry.key for entry in database.serving(toolchain)}
+    serving = {entry.key for entry in database.usable_entries(toolchain)}
     for entry in database.entries:
         found = [*check.contents(entry), *check.times(entry), *check.stamps(entry)]
         if entry.key in serving:

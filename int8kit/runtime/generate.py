@@ -97,7 +97,7 @@ def generate(request: Request) -> Outcome:
     card = gpus.present()
     gpu = gpus.get(request.gpu) if request.gpu else card or gpus.get("rtx3090")
     toolchain = gemm.toolchain()
-    database, paths = store.gather(gpu, toolchain, request.database)
+    database, paths = store.merged_view(gpu, toolchain, request.database)
     device = torch.device("cpu" if card is None else "cuda")
 
     start = time.perf_counter()
