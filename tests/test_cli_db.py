@@ -96,7 +96,7 @@ def test_check(home, capfd):
     (home / "broken.json").write_text("{")
     out, err = call(capfd, "db", "check", "bad.json", "broken.json", status=1)
     name = f"bad.json: 4296x12288x4608 ({TILE}): "
-    assert f"{name}slower than the default, 90.0 and 80.0 us" in out
+    assert f"{name}slower than the default configuration: 90.0 us against 80.0 us" in out
     assert (
         f"{name}not proven under Triton {triton.__version__} as sm_86 code with the present kernel; run `int8kit verify"
         in out
