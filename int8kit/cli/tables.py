@@ -12,7 +12,7 @@ from int8kit.database.schema import Entry
 from int8kit.toolchain import Toolchain
 
 if TYPE_CHECKING:  # a verb needs the packages of its own stage, not those of all
-    from int8kit.runtime.generate import Outcome
+    from int8kit.runtime.generate import GeneratedImage
     from int8kit.runtime.layer_errors import Branch
     from int8kit.verify.compare_implementations import Column
     from int8kit.verify.mutation.campaign import Verdict
@@ -172,7 +172,7 @@ def mutation_table(verdicts: Iterable[Verdict], score: dict[str, Any], markdown:
     return "\n".join([table, "", ", ".join(counts), *survivors])
 
 
-def run_tables(outcome: Outcome) -> str:
+def run_tables(outcome: GeneratedImage) -> str:
     """The configurations of an image and what it took."""
     rows = [
         (c.shape, count, c.config, c.level, "yes" if c.verified else "no", c.provenance) for c, count in outcome.choices
