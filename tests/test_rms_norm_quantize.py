@@ -58,7 +58,7 @@ def test_zero_rows_and_empty():
     ("args", "reason"),
     [
         ((torch.zeros(3, 4, dtype=torch.float64),), "float64"),
-        ((torch.zeros(4, 3).t(),), "the last must be 1"),
+        ((torch.zeros(4, 3).t(),), "strides"),
         ((torch.zeros(3, 20000),), "K = 20000"),
         ((torch.zeros(3, 4), torch.zeros(5)), r"weight .*\[4\]"),
         ((torch.zeros(3, 4), None, torch.zeros(2, 4)), "a divisor of M = 3"),
