@@ -35,8 +35,8 @@ class ConfigError(InputError):
 class UnknownName(InputError):
     """An unknown name. UnknownName("gpu", "rtx9", ["rtx3090"]) has the message "unknown gpu 'rtx9'; known: rtx3090"."""
 
-    def __init__(self, what: str, name: str, known: Iterable[str], remedy: str = "") -> None:
-        super().__init__(f"unknown {what} {name!r}; known: {', '.join(sorted(known))}{'; ' + remedy if remedy else ''}")
+    def __init__(self, kind: str, name: str, known: Iterable[str], remedy: str = "") -> None:
+        super().__init__(f"unknown {kind} {name!r}; known: {', '.join(sorted(known))}{'; ' + remedy if remedy else ''}")
 
 
 class FileError(InputError):

@@ -55,7 +55,7 @@ def test_v_is_unchanged_and_empty():
         ({0: torch.zeros(4, 3 * 2 * 24)}, r"\[M, 3 H D\]"),
         ({1: torch.zeros(16)}, "q_weight"),
         ({3: torch.zeros(3, 32)}, "a divisor of M = 4"),
-        ({4: torch.zeros(2, 32)}, "cos as sin"),
+        ({4: torch.zeros(2, 32)}, "cos"),
         ({5: 0}, "0 heads"),
     ],
 )
