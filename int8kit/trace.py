@@ -197,21 +197,33 @@ def _case_document(model: Model, case: Case, recorder: Recorder) -> dict[str, An
     total = sum(2 * m * n * k * count for (_, m, n, k, _, _), count in counts.items())
     gemms: list[dict[str, Any]] = [
         {
-            "m": m, "n": n, "k": k, "count": count, "bias": bias, "op": op, "int8": int8,
+            "m": m,
+            "n": n,
+            "k": k,
+            "count": count,
+            "bias": bias,
+            "op": op,
+            "int8": int8,
             "layers": sorted(layers[op, m, n, k, bias, int8]),
             "flops": 2 * m * n * k * count,
             "share": round(2 * m * n * k * count / total, 6),
         }
         for (op, m, n, k, bias, int8), count in counts.items()
-    ]  # fmt: skip
+    ]
     gemms.sort(key=lambda g: (-g["flops"], g["m"], g["n"], g["k"], g["bias"]))
     attention = [
         {
-            "batch": a.batch, "heads": a.heads, "queries": a.queries, "keys": a.keys, "head_dim": a.head_dim,
-            "mask": a.mask, "count": count, "flops": a.flops * count,
+            "batch": a.batch,
+            "heads": a.heads,
+            "queries": a.queries,
+            "keys": a.keys,
+            "head_dim": a.head_dim,
+            "mask": a.mask,
+            "count": count,
+            "flops": a.flops * count,
         }
         for a, count in Counter(recorder.attentions).items()
-    ]  # fmt: skip
+    ]
     return {
         "height": case.height,
         "width": case.width,

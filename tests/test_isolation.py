@@ -19,9 +19,17 @@ from int8kit.verify.examples import regressions
 
 SESSION = Path(os.environ["INT8KIT_TEST_SESSION"])
 FOLDERS = (
-    "HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "TRITON_HOME", "TRITON_CACHE_DIR",
-    "TORCHINDUCTOR_CACHE_DIR", "HF_HOME", "DASK_CONFIG",
-)  # fmt: skip
+    "HOME",
+    "XDG_CACHE_HOME",
+    "XDG_CONFIG_HOME",
+    "XDG_DATA_HOME",
+    "XDG_STATE_HOME",
+    "TRITON_HOME",
+    "TRITON_CACHE_DIR",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "HF_HOME",
+    "DASK_CONFIG",
+)
 CHILD = """
 import json, os, platformdirs, triton
 names = "user_data_dir", "user_cache_dir", "user_config_dir", "user_state_dir"

@@ -13,9 +13,13 @@ M, N, K = 6, 4, 32
 
 def operands(**change):
     valid = {
-        "xq": torch.zeros(M, K, dtype=torch.int8), "wq": torch.zeros(N, K, dtype=torch.int8),
-        "sx": torch.ones(M), "sw": torch.ones(N), "bias": torch.zeros(N), "out": torch.zeros(M, N),
-    }  # fmt: skip
+        "xq": torch.zeros(M, K, dtype=torch.int8),
+        "wq": torch.zeros(N, K, dtype=torch.int8),
+        "sx": torch.ones(M),
+        "sw": torch.ones(N),
+        "bias": torch.zeros(N),
+        "out": torch.zeros(M, N),
+    }
     return Operands(**valid | change)
 
 

@@ -131,10 +131,19 @@ def test_gpu_without_a_database(monkeypatch, tmp_path):
 def test_strict_refuses_unproven_configurations(generated, tmp_path):
     nothing = Resources(registers=1, spill_bytes=0, shared_bytes=0)
     entries = [
-        Entry(m=s.m, n=s.n, k=s.k, source=Source.MODELLED, config=default_config(s), triton=triton.__version__,
-              kernel=gemm.kernel_hash(), resources=nothing, tried=1)
+        Entry(
+            m=s.m,
+            n=s.n,
+            k=s.k,
+            source=Source.MODELLED,
+            config=default_config(s),
+            triton=triton.__version__,
+            kernel=gemm.kernel_hash(),
+            resources=nothing,
+            tried=1,
+        )
         for s in {choice.shape for choice, _ in generated.choices}
-    ]  # fmt: skip
+    ]
     path = tmp_path / "t.json"
     store.update(path, gpus.get("rtx3090"), entries)
     request = replace(REQUEST, steps=1, gpu="rtx3090", database=path, strict=True)
