@@ -1,4 +1,4 @@
-"""The errors that int8kit raises on purpose, as one small tree."""
+"""Errors that int8kit raises on purpose, and their exit statuses."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ class Int8kitError(Exception):
     """Root of every error that int8kit raises on purpose.
 
     Int8kitError
-    +-- InputError          the call is off: exit status 2
+    +-- InputError          a user's mistake: exit status 2
     |   +-- ShapeError      a GEMM outside the kernels' domain, or tensors that do not fit together
     |   +-- ConfigError     a tile configuration that cannot run
-    |   +-- UnknownName     a model, card or branch that is not known; lists those that are
+    |   +-- UnknownName     an unknown model, GPU or branch; the message lists the known ones
     |   +-- FileError       a file that is missing, damaged, not ours, or cannot be written
-    +-- CheckFailed         the program ran and the answer is no: exit status 1
+    +-- CheckFailed         a check ran and failed: exit status 1
     """
 
     exit_status = 2
 
 
 class InputError(Int8kitError):
-    """The call is off; the message names the value, the legal values and the remedy."""
+    """A user's mistake. The message names the value, the expected values and the remedy."""
 
 
 class ShapeError(InputError):
@@ -33,10 +33,10 @@ class ConfigError(InputError):
 
 
 class UnknownName(InputError):
-    """A name that is in no list. `UnknownName("card", "rtx9", ["rtx3090"])` spells the message."""
+    """An unknown name. UnknownName("gpu", "rtx9", ["rtx3090"]) has the message "unknown gpu 'rtx9'; known: rtx3090"."""
 
-    def __init__(self, what: str, name: str, known: Iterable[str], remedy: str = "") -> None:
-        super().__init__(f"unknown {what} {name!r}; known: {', '.join(sorted(known))}{'; ' + remedy if remedy else ''}")
+    def __init__(self, kind: str, name: str, known: Iterable[str], remedy: str = "") -> None:
+        super().__init__(f"unknown {kind} {name!r}; known: {', '.join(sorted(known))}{'; ' + remedy if remedy else ''}")
 
 
 class FileError(InputError):
@@ -44,6 +44,6 @@ class FileError(InputError):
 
 
 class CheckFailed(Int8kitError):
-    """The program ran and the answer is no."""
+    """A check ran and failed."""
 
     exit_status = 1

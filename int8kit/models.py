@@ -1,14 +1,17 @@
-"""Models by name: how to build one without weights, and its inputs for a size and a prompt length.
+"""Models by name: their modules without weights, and their inputs for an image size and a prompt length.
 
-    get("ideogram4").build()                                  the transformer, full size, on fake tensors
-    get("ideogram4").inputs(Case(1024, 1024, text_tokens=200))  its forward's keyword arguments, likewise
-    tiny_pipeline()                                           a whole pipeline of random weights, for a CPU
+    model = get("ideogram4")
+    module = model.build()                                            the full-size transformer
+    inputs = model.inputs(module, Case(1024, 1024, text_tokens=200))  keyword arguments of its forward pass
+    tiny_pipeline()                                                   a complete small pipeline of random weights
 
-Ideogram 4 packs one sequence `[pad | text | image]` of `slots + (height / 16) * (width / 16)` tokens for its
-conditional branch and of the image tokens alone for the unconditional one. The stock pipeline pads the text to 2048
-slots; int8kit runs it tight, slots = text_tokens.
+Under `FakeTensorMode`, `build` and `inputs` allocate no memory.
 
-diffusers and transformers are imported when a function needs them: `import int8kit.models` needs neither.
+Ideogram 4 packs its tokens into one sequence `[pad | text | image]`. The conditional branch has
+`slots + (height / 16) * (width / 16)` tokens, the unconditional branch only the image tokens. The stock pipeline pads
+the text to 2048 slots; int8kit uses one slot per text token.
+
+diffusers and transformers are imported only by the functions that need them.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import torch
 from int8kit.errors import FileError, InputError, UnknownName
 
 BRANCHES = ("cond", "uncond")
-PATCH = 16  # pixels of an image token's side: VAE factor 8, patches of 2 x 2
+PATCH = 16  # side of an image token in pixels: VAE factor 8, patches of 2 x 2
 IMAGE_POSITION_OFFSET = 65536
 TEXT, IMAGE, PAD = 3, 2, 0  # the indicator's values
 TINY = "tiny"
@@ -34,16 +37,16 @@ TINY = "tiny"
 
 @dataclass(frozen=True)
 class Case:
-    """One forward of a model: the image in pixels, how many prompts at once, and the branch of guidance.
+    """One forward pass of a model: image size in pixels, number of prompts, and branch of the guidance.
 
-    Raises InputError for a size that is no multiple of 16, or fewer text slots than text tokens.
+    Raises InputError for a size that is not a multiple of 16, and for fewer text slots than text tokens.
     """
 
     height: int
     width: int
     batch: int = 1
     text_tokens: int = 200
-    slots: int | None = None  # text positions in the sequence; None: as many as there are tokens
+    slots: int | None = None  # text positions in the sequence; None: text_tokens
     branch: str = "cond"
 
     def __post_init__(self) -> None:
@@ -51,39 +54,41 @@ class Case:
             if pixels < PATCH or pixels % PATCH:
                 low = max(pixels // PATCH, 1) * PATCH
                 raise InputError(
-                    f"{name} {pixels}: legal is a positive multiple of {PATCH}; the nearest are {low} and {low + PATCH}"
+                    f"{name} {pixels}: expected a positive multiple of {PATCH}; the nearest are {low} and {low + PATCH}"
                 )
         if self.batch < 1 or self.text_tokens < 1:
-            raise InputError(f"batch {self.batch}, text tokens {self.text_tokens}: both must be at least 1")
+            raise InputError(f"batch {self.batch}, text tokens {self.text_tokens}: expected at least 1 of each")
         if self.branch not in BRANCHES:
             raise UnknownName("branch", self.branch, BRANCHES)
         if self.slots is not None and self.slots < self.text_tokens:
-            raise InputError(f"{self.slots} text slots: legal is {self.text_tokens} (the text tokens) or more")
+            raise InputError(
+                f"{self.slots} text slots: expected at least {self.text_tokens}, the number of text tokens"
+            )
 
     @property
     def text_slots(self) -> int:
-        """Text positions of the packed sequence: none in the unconditional branch."""
+        """Number of text positions in the packed sequence; 0 in the unconditional branch."""
         if self.branch == "uncond":
             return 0
         return self.text_tokens if self.slots is None else self.slots
 
     @property
     def image_tokens(self) -> int:
-        """Image positions of the packed sequence."""
+        """Number of image positions in the packed sequence."""
         return (self.height // PATCH) * (self.width // PATCH)
 
 
 @dataclass(frozen=True)
 class Model:
-    """How to build a transformer without weights, what to feed it, and which of its linears stay as they are."""
+    """A transformer without weights, its inputs, and the linears that are not quantized."""
 
     name: str
     build: Callable[[], torch.nn.Module]
     inputs: Callable[[torch.nn.Module, Case], dict[str, Any]]
-    keep: tuple[str, ...]  # linears with one of these in their name are not quantized
+    keep: tuple[str, ...]  # linears whose name contains one of these are not quantized
 
     def quantizes(self, layer: str) -> bool:
-        """True if the linear of this name is to run in int8."""
+        """True if the linear with this name runs in INT8."""
         return not any(part in layer for part in self.keep)
 
 
@@ -124,7 +129,7 @@ def _ideogram4(name: str, **config: Any) -> Model:
             module: torch.nn.Module = Ideogram4Transformer2DModel(**config).eval()
         return module
 
-    # adaLN, time and head see one row a prompt or 128 channels: nothing to gain, and quality hangs on them.
+    # adaLN, time embedding and head see one row per prompt or 128 channels: INT8 gains nothing and costs quality.
     keep = ("adaln", "t_embedding", "input_proj", "final_layer")
     return Model(name, build, _ideogram4_inputs, keep)
 
@@ -145,7 +150,7 @@ MODELS: dict[str, Model] = {
 
 
 def get(name: str) -> Model:
-    """The model of this name, or of a local folder in diffusers' layout. Raises UnknownName or FileError."""
+    """The model with this name, or in a local folder of diffusers' layout. Raises UnknownName or FileError."""
     if name in MODELS:
         return MODELS[name]
     folder = Path(name)
@@ -181,10 +186,10 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def tiny_pipeline(seed: int = 0) -> Any:
-    """A whole `Ideogram4Pipeline` with random weights: the real classes, small, built without any download.
+    """A small `Ideogram4Pipeline` of the real classes with random weights, built without a download.
 
-    The tokenizer is a byte-level one, so a prompt has about as many tokens as bytes. Head size, RoPE sections and VAE
-    factor are the real ones, and K = 416 of the text projection is no multiple of any tile.
+    The tokenizer works on bytes, so a prompt has about as many tokens as bytes. Head size, RoPE sections and VAE factor
+    are those of the full model. K = 416 of the text projection is not a multiple of any tile.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from diffusers import (

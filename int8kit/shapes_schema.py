@@ -1,4 +1,4 @@
-"""The rows of a shapes file as pydantic models: what a file may hold, and nothing else. `trace` explains the fields."""
+"""Format of a shapes file, as pydantic models. Unknown fields are refused. `trace` explains the fields."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Row(BaseModel):
 
 
 class GemmRow(_Row):
-    """One product [m, k] @ [k, n], `count` times in a forward."""
+    """One matrix product [m, k] @ [k, n], `count` times in a forward pass."""
 
     m: int
     n: int
@@ -27,13 +27,13 @@ class GemmRow(_Row):
     bias: bool
     layers: tuple[str, ...]
     op: str | None = None
-    int8: bool | None = None  # quantized by `run`; absent where another tracer wrote the file
+    int8: bool | None = None  # quantized by `run`; absent in files of other tracers
     flops: Count | None = None
     share: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
 
 
 class AttentionRow(_Row):
-    """One call of attention, `count` times in a forward."""
+    """One attention call, `count` times in a forward pass."""
 
     batch: Whole
     heads: Whole
@@ -46,7 +46,7 @@ class AttentionRow(_Row):
 
 
 class CaseRow(_Row):
-    """One forward."""
+    """One forward pass."""
 
     height: Whole
     width: Whole
@@ -65,7 +65,7 @@ class CaseRow(_Row):
 
 
 class ShapesDocument(_Row):
-    """A whole file."""
+    """A complete file."""
 
     format: Literal["int8kit.shapes/1"]
     model: str
@@ -75,7 +75,7 @@ class ShapesDocument(_Row):
 
 
 def check(document: ShapesDocument) -> None:
-    """Raise ValueError for figures that contradict each other, ShapeError for a GEMM outside the kernels' domain."""
+    """Raises ValueError for figures that contradict each other, ShapeError for a GEMM outside the kernels' domain."""
     for number, case in enumerate(document.cases):
         seen = set()
         for row in case.gemms:
@@ -83,11 +83,11 @@ def check(document: ShapesDocument) -> None:
             if row.flops is not None and row.flops != shape.ops * row.count:
                 raise ValueError(f"case {number}, {shape}: {row.flops} FLOPs; expected {shape.ops * row.count}")
             if (key := (row.op, shape, row.bias, row.int8, row.layers)) in seen:
-                raise ValueError(f"case {number}, {shape} stands twice")
+                raise ValueError(f"case {number}, {shape} occurs twice")
             seen.add(key)
         total = sum(2 * row.m * row.n * row.k * row.count for row in case.gemms)
         if case.gemm_flops is not None and case.gemm_flops != total:
-            raise ValueError(f"case {number}: {case.gemm_flops} FLOPs in GEMMs; their sum is {total}")
+            raise ValueError(f"case {number}: {case.gemm_flops} FLOPs in GEMMs; expected {total}")
         attention = sum(row.flops for row in case.attention)
         if case.attention_flops is not None and case.attention_flops != attention:
-            raise ValueError(f"case {number}: {case.attention_flops} FLOPs in attention; their sum is {attention}")
+            raise ValueError(f"case {number}: {case.attention_flops} FLOPs in attention; expected {attention}")

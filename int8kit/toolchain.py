@@ -1,15 +1,18 @@
-"""Toolchain: everything that decides the code that a process compiles, and how much another toolchain's results say.
+"""Toolchain of a process: the Triton version and kernel sources that decide the compiled code.
 
-    Toolchain("3.7.1", {Kernel.TRITON: "5c4f5e4f33e8", ...})    what `kernels.gemm.toolchain()` gives
+    Toolchain("3.7.1", {Kernel.TRITON: "5c4f5e4f33e8", ...})    as returned by `kernels.gemm.toolchain()`
 
-Two questions have two answers. An entry's *time* holds for a whole generation of Triton, since its versions compile the
-kernels to the same code. A *proof* holds for one version only: nobody has looked at the code of another.
+Results of another toolchain count as follows:
+
+    time    valid within a Triton generation: its versions compile the kernels to the same code
+    proof   valid for one Triton version only: the code of other versions has not been compared
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from packaging.version import InvalidVersion, Version
 
@@ -19,36 +22,40 @@ from int8kit.spec import NUMERICS_VERSION, Kernel
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What compiles kernels in a process. An empty field compares with nothing."""
+    """Triton version, kernel hashes and numerics of a process. An empty field equals any value."""
 
-    triton: str  # version
+    triton: str  # version, such as 3.7.1
     kernels: Mapping[Kernel, str]  # `gemm.kernel_hash` of each
     numerics: int = NUMERICS_VERSION
 
+    def __hash__(self) -> int:
+        return hash((self.triton, frozenset(self.kernels.items()), self.numerics))
+
     def is_other_triton(self, version: str) -> bool:
-        """Whether Triton `version` compiles the kernels to other code than this one."""
+        """True if Triton `version` is of another generation: it compiles the kernels to other code."""
         return bool(self.triton) and generation(version) != generation(self.triton)
 
     def is_stale(self, kernel: Kernel, kernel_hash: str) -> bool:
-        """Whether `kernel` has changed since it had this hash."""
+        """True if the present hash of `kernel` is another than `kernel_hash`."""
         return self.kernels.get(kernel, kernel_hash) != kernel_hash
 
     def proves(self, kernel: Kernel, *, kernel_hash: str, triton: str, numerics: int) -> bool:
-        """Whether a verification with these is one of what this toolchain compiles."""
+        """True if a verification with these values also holds for the code that this toolchain compiles."""
         same_triton = not self.triton or release(triton) == release(self.triton)
         return same_triton and not self.is_stale(kernel, kernel_hash) and numerics == self.numerics
 
 
 ANY_TOOLCHAIN = Toolchain("", {})
-"""For questions that no toolchain decides, such as what a file holds for a shape."""
+"""Equals every toolchain: for questions about the contents of a file alone."""
 
 _GENERATIONS = ("3.6", "3.8")
 OLDEST = Version(_GENERATIONS[0])
-"""Of the versions of Triton that can compile the kernels."""
+"""The oldest Triton version that can compile the kernels."""
 
 
+@lru_cache(maxsize=64)  # sorting the entries of a database asks for the same few versions a thousand times
 def release(version: str) -> Version:
-    """A version of Triton. Raises InputError for a text that is none."""
+    """A Triton version, parsed. Raises InputError for any other text."""
     try:
         return Version(version)
     except InvalidVersion:
@@ -56,10 +63,10 @@ def release(version: str) -> Version:
 
 
 def generation(version: str) -> str:
-    """3.7.1 -> 3.6: the first Triton that compiles these kernels to the code that `version` does.
+    """The oldest Triton version that compiles the kernels to the same code as `version`: 3.7.1 -> 3.6.
 
-    3.8 is a border: from there on a prefetch pass doubles the registers of some int8 tiles on sm_80 to sm_89.
+    A generation starts with 3.8: its prefetch pass doubles the registers of some int8 tiles on sm_80 to sm_89.
     """
     wanted = release(version).release[:2]
-    known = [name for name in _GENERATIONS if Version(name).release <= wanted]
+    known = [name for name in _GENERATIONS if release(name).release <= wanted]
     return known[-1] if known else _GENERATIONS[0]

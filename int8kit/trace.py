@@ -1,4 +1,4 @@
-"""The tracing hook: one forward of a model on fake tensors -> every GEMM that it dispatches, as a shapes file.
+"""Trace of a model: every GEMM that one forward pass on fake tensors dispatches, written to a shapes file.
 
     {"format": "int8kit.shapes/1", "model": "ideogram4", "text_tokens": 200,
      "cases": [{"height": 1024, "width": 1024, "batch": 1, "text_tokens": 200, "slots": 200, "branch": "cond",
@@ -8,13 +8,16 @@
                 "attention": [{"batch": 1, "heads": 18, "queries": 4296, "keys": 4296, "head_dim": 256, "mask": true,
                                "count": 34, "flops": ...}]}]}
 
-    m, n, k: out[m, n] = a[m, k] @ b[k, n], as dispatched; count: how often in one forward, a batched product counting
-    once for each of its batch; flops: 2 m n k count; share: of the case's gemm_flops; int8: quantized by `run`.
+    m, n, k  out[m, n] = a[m, k] @ b[k, n], as dispatched
+    count    number of products in one forward pass; a batched product counts once per element of its batch
+    flops    2 m n k count
+    share    part of the case's gemm_flops
+    int8     quantized by `run`
 
-A `TorchDispatchMode` sees a product whatever module or function called it; hooks on `nn.Linear` alone, the rejected
-alternative, miss `addmm`, `mm` and `bmm` in a module's own code. Fake tensors carry shapes only: the full model traces
-in a second, in under 1 GB, without weights or a GPU. Attention is taken out one level up, at
-`scaled_dot_product_attention`, since how it decomposes into products depends on the device.
+A `TorchDispatchMode` sees every product, no matter which module or function calls it. The rejected alternative, hooks
+on `nn.Linear`, misses `addmm`, `mm` and `bmm` in a module's own code. Fake tensors have shapes but no data: the full
+model is traced in a second, in under 1 GB, without weights and without a GPU. Attention is recorded one level higher,
+at `scaled_dot_product_attention`, because its decomposition into products depends on the device.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ from int8kit.spec import GemmShape
 FORMAT = shapes_schema.FORMAT
 
 _ATEN = torch.ops.aten
-# The two factors' places among an operator's arguments.
+# Positions of the two factors among an operator's arguments.
 _PRODUCTS: dict[Any, tuple[int, int]] = {
     _ATEN.mm.default: (0, 1),
     _ATEN.addmm.default: (1, 2),
@@ -54,7 +57,7 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
 
 @dataclass(frozen=True)
 class Product:
-    """One dispatched product: [m, k] @ [k, n], `batch` times."""
+    """One dispatched matrix product [m, k] @ [k, n], `batch` times."""
 
     op: str
     m: int
@@ -62,12 +65,12 @@ class Product:
     k: int
     batch: int
     bias: bool
-    layer: str  # dotted name of the innermost module that was running
+    layer: str  # dotted name of the innermost running module
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One call of scaled_dot_product_attention: [batch, heads, queries | keys, head_dim]."""
+    """One call of scaled_dot_product_attention, with queries [batch, heads, queries, head_dim]."""
 
     batch: int
     heads: int
@@ -78,12 +81,12 @@ class Attention:
 
     @property
     def flops(self) -> int:
-        """2 for each product and sum of Q K^T and of P V: 4 batch heads queries keys head_dim."""
+        """Multiplications and additions of Q K^T and of P V: 4 batch heads queries keys head_dim."""
         return 4 * self.batch * self.heads * self.queries * self.keys * self.head_dim
 
 
 class Recorder(TorchDispatchMode):
-    """Records every product and attention that runs inside `with recorder.watching(module)`."""
+    """Recorder of every product and attention call inside `with recorder.watching(module)`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -113,7 +116,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def watching(self, module: torch.nn.Module) -> Iterator[Recorder]:
-        """Attach names to the products of `module`'s forward; the hooks are gone when the block ends."""
+        """Record the products of `module`'s forward pass with their layer names. The hooks are removed afterwards."""
         handles = []
         for name, child in module.named_modules():
             # They return None: a hook's return value would replace the inputs or the output.
@@ -131,7 +134,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def attention(self, record: Attention) -> Iterator[None]:
-        """Count `record`, and none of the products inside the block."""
+        """Record one attention call, and no product inside the block."""
         self.attentions.append(record)
         self._in_attention = True
         try:
@@ -160,7 +163,7 @@ class _AttentionCalls(TorchFunctionMode):
 
 
 def record(module: torch.nn.Module, inputs: dict[str, Any]) -> Recorder:
-    """One forward of `module` under a recorder; fake, meta and real tensors all do."""
+    """Recorder after one forward pass of `module`, on fake, meta or real tensors."""
     recorder = Recorder()
     with torch.no_grad(), recorder.watching(module):
         module(**inputs)
@@ -168,7 +171,7 @@ def record(module: torch.nn.Module, inputs: dict[str, Any]) -> Recorder:
 
 
 def trace(model: Model, cases: Iterable[Case], on_case: Callable[[Case], None] = lambda _: None) -> dict[str, Any]:
-    """The shapes document of `model` for `cases`; `on_case` is called after each."""
+    """The shapes document of `model` for `cases`. `on_case` is called after each case."""
     cases = list(cases)
     with FakeTensorMode():
         module = model.build()
@@ -180,7 +183,7 @@ def trace(model: Model, cases: Iterable[Case], on_case: Callable[[Case], None] =
 
 
 def pattern(layer: str) -> str:
-    """A layer's name with its indices replaced: layers.7.attention.to_q -> layers.*.attention.to_q."""
+    """A layer's name without its indices: layers.7.attention.to_q -> layers.*.attention.to_q."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", layer)
 
 
@@ -194,21 +197,33 @@ def _case_document(model: Model, case: Case, recorder: Recorder) -> dict[str, An
     total = sum(2 * m * n * k * count for (_, m, n, k, _, _), count in counts.items())
     gemms: list[dict[str, Any]] = [
         {
-            "m": m, "n": n, "k": k, "count": count, "bias": bias, "op": op, "int8": int8,
+            "m": m,
+            "n": n,
+            "k": k,
+            "count": count,
+            "bias": bias,
+            "op": op,
+            "int8": int8,
             "layers": sorted(layers[op, m, n, k, bias, int8]),
             "flops": 2 * m * n * k * count,
             "share": round(2 * m * n * k * count / total, 6),
         }
         for (op, m, n, k, bias, int8), count in counts.items()
-    ]  # fmt: skip
+    ]
     gemms.sort(key=lambda g: (-g["flops"], g["m"], g["n"], g["k"], g["bias"]))
     attention = [
         {
-            "batch": a.batch, "heads": a.heads, "queries": a.queries, "keys": a.keys, "head_dim": a.head_dim,
-            "mask": a.mask, "count": count, "flops": a.flops * count,
+            "batch": a.batch,
+            "heads": a.heads,
+            "queries": a.queries,
+            "keys": a.keys,
+            "head_dim": a.head_dim,
+            "mask": a.mask,
+            "count": count,
+            "flops": a.flops * count,
         }
         for a, count in Counter(recorder.attentions).items()
-    ]  # fmt: skip
+    ]
     return {
         "height": case.height,
         "width": case.width,
@@ -225,7 +240,7 @@ def _case_document(model: Model, case: Case, recorder: Recorder) -> dict[str, An
 
 
 def write(document: dict[str, Any], path: Path) -> None:
-    """Write a shapes document, a case's GEMM on each line. Raises FileError."""
+    """Write a shapes document with one GEMM per line. Raises FileError."""
     cases = []
     for case in document["cases"]:
         inner = files.dump_rows({**case, "attention": case["attention"], "gemms": case["gemms"]}, "gemms")
@@ -250,9 +265,10 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def int8_shapes(document: dict[str, Any], size: tuple[int, int] | None = None) -> dict[GemmShape, int]:
-    """The shapes that `run` quantizes, with their FLOPs summed over the cases (of one height and width, if given).
+    """The shapes that `run` quantizes, with their FLOPs summed over the cases.
 
-    A document without the "int8" marks, written by another tracer, counts every product with M, N and K over 128.
+    size: height and width in pixels; only cases of this size count. In documents of other tracers, without the "int8"
+    field, every product with M, N and K over 128 counts.
     """
     shapes: Counter[GemmShape] = Counter()
     for case in document["cases"]:

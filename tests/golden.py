@@ -1,9 +1,9 @@
-"""Golden bits: digests of the defined results for a fixed set of inputs, by numerics version.
+"""Golden bits: digests of the reference's results for fixed inputs, by numerics version.
 
     python tests/golden.py      adds the digests of the present numerics version to data/golden_bits.json
 
-The inputs are made of integers by Python's own generator, whose sequence is the same in every version. So neither
-torch's generator nor a rounding of the inputs can change a digest: only the definition can.
+The inputs are integers of Python's random generator, whose sequence is the same in every version. So neither torch's
+generator nor a rounding of the inputs can change a digest; only a change of the reference can.
 """
 
 import hashlib
@@ -30,14 +30,14 @@ def _integers(seed, count, bits):
 
 
 def numbers(seed, rows, columns, dtype):
-    """Finite rows of different magnitude: integers of 16 bits times a power of two, rounded once to `dtype`."""
+    """Finite rows of different magnitude: 16-bit integers times a power of two, rounded once to `dtype`."""
     values = _integers(seed, rows * columns, 16).view(rows, columns).double()
     powers = (_integers(f"{seed} powers", rows, 8).double() / 16).floor() - 15  # 2**-23 to 2**-8
     return (values * 2.0 ** powers[:, None]).float().to(dtype)
 
 
 def patterns(seed, rows, columns, dtype):
-    """Any bits: NaN, infinities, subnormal numbers and both zeros among them."""
+    """Arbitrary bits, with NaN, infinities, subnormal numbers and both zeros."""
     bits = _integers(seed, rows * columns, 16 if dtype is not torch.float32 else 32)
     special = torch.tensor([0, 1, -1, 0x7F80, 0x7C00, -0x8000, 0x7FC0, 0x0080], dtype=torch.int64)
     bits[::7] = special[torch.arange(len(bits[::7])) % len(special)].to(bits.dtype)
@@ -51,7 +51,7 @@ def _int8(seed, rows, columns):
 
 
 def _scales(seed, count):
-    """fp32 scales: ordinary, subnormal, huge, zero of both signs, NaN."""
+    """fp32 scales: ordinary, both zeros, subnormal, huge, NaN and infinite."""
     scales = numbers(seed, count, 1, torch.float32).view(-1) * 2.0**-10
     special = (0.0, -0.0, 2.0**-140, 2.0**120, torch.nan, torch.inf)
     scales[: len(special)] = torch.tensor(special)
@@ -94,7 +94,7 @@ def cases():
 
 
 def digest(result):
-    """16 hexadecimal digits of a tensor or a tuple of them: types, shapes and bits. All NaN are one."""
+    """16 hexadecimal digits of one or several tensors: dtypes, shapes and bits. All NaN count as equal."""
     hashed = hashlib.sha256()
     for tensor in result if isinstance(result, tuple) else (result,):
         tensor = tensor.detach().cpu().contiguous()
@@ -107,7 +107,7 @@ def digest(result):
 
 
 def digests(functions=reference, device="cpu", names=None):
-    """{name: digest} of each case, by the functions of a module."""
+    """{name: digest} of each case, computed by the functions of a module on a device."""
 
     def on(value):
         return value.to(device) if isinstance(value, torch.Tensor) else value
@@ -120,12 +120,12 @@ def digests(functions=reference, device="cpu", names=None):
 
 
 def known():
-    """{numerics version: {name: digest}}, as committed."""
+    """The committed digests: {numerics version: {name: digest}}."""
     return json.loads(PATH.read_text()) if PATH.exists() else {}
 
 
 def main():
-    """Add the present version. What is committed is never changed."""
+    """Add the digests of the present version. Committed digests are never changed."""
     versions = known()
     if str(NUMERICS_VERSION) in versions:
         raise SystemExit(f"version {NUMERICS_VERSION} has its digests; raise NUMERICS_VERSION in int8kit/spec.py first")

@@ -279,7 +279,7 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("run", "--model", "sdxl"), ["'sdxl'", "tiny", "hub id"]),
         (("run", "--model", "nobody/nothing"), ["cannot load 'nobody/nothing'", "hf auth login"]),
         (("run", "--size", "250x256"), ["width 250", "240 and 256"]),
-        (("run", "--prompt", "x" * 3000), ["tokens; legal is up to 2048"]),
+        (("run", "--prompt", "x" * 3000), ["tokens; expected at most 2048"]),
         (("run", "-o", "mine.json"), ["was not written by int8kit"]),
         (("run", "--preset", "best"), ["unknown preset 'best'", "quality"]),
         (("run", "--db", "mine.json"), ["has the format None"]),

@@ -50,22 +50,22 @@ def call(capfd, *args, status=0):
 
 
 def test_the_users_entry_lies_over_the_shipped_one():
-    shipped, paths = store.gather(RTX3090, ANY_TOOLCHAIN)
+    shipped, paths = store.merged_view(RTX3090, ANY_TOOLCHAIN)
     assert paths == (SHIPPED,)
     store.update(store.user_path("rtx3090"), RTX3090, [entry()])
-    both, paths = store.gather(RTX3090, ANY_TOOLCHAIN)
+    both, paths = store.merged_view(RTX3090, ANY_TOOLCHAIN)
     assert paths == (SHIPPED, store.user_path("rtx3090"))
     assert both.resolve(SHAPE, ANY_TOOLCHAIN).config == TILE != shipped.resolve(SHAPE, ANY_TOOLCHAIN).config
     assert len(both.entries) == len(shipped.entries)
-    assert store.gather(RTX3090, ANY_TOOLCHAIN, SHIPPED) == (shipped, (SHIPPED,))
+    assert store.merged_view(RTX3090, ANY_TOOLCHAIN, SHIPPED) == (shipped, (SHIPPED,))
 
 
 def test_a_weaker_or_outdated_entry_of_the_users_covers_nothing():
-    shipped, _ = store.gather(RTX3090, ANY_TOOLCHAIN)
+    shipped, _ = store.merged_view(RTX3090, ANY_TOOLCHAIN)
     for weak in (entry(source=Source.MODELLED), entry(kernel="another")):
         store.user_path("rtx3090").unlink(missing_ok=True)
         store.update(store.user_path("rtx3090"), RTX3090, [weak])
-        assert store.gather(RTX3090, gemm.toolchain())[0] == shipped
+        assert store.merged_view(RTX3090, gemm.toolchain())[0] == shipped
 
 
 def test_stamps_go_to_entries_of_the_configuration_that_was_proven(home):
@@ -96,7 +96,7 @@ def test_check(home, capfd):
     (home / "broken.json").write_text("{")
     out, err = call(capfd, "db", "check", "bad.json", "broken.json", status=1)
     name = f"bad.json: 4296x12288x4608 ({TILE}): "
-    assert f"{name}slower than the default, 90.0 and 80.0 us" in out
+    assert f"{name}slower than the default configuration: 90.0 us against 80.0 us" in out
     assert (
         f"{name}not proven under Triton {triton.__version__} as sm_86 code with the present kernel; run `int8kit verify"
         in out

@@ -1,4 +1,4 @@
-"""fingerprint.py and gemm.kernel_hash: every part that decides a result counts, and no word or name does."""
+"""fingerprint.py and gemm.kernel_hash: every part that can change a result counts; names, text and layout do not."""
 
 import importlib
 import itertools
@@ -167,12 +167,12 @@ KEEPS = [
 ]
 
 
-NUMBERS = itertools.count()  # a name of its own for each package: Python keeps what it has imported
+NUMBERS = itertools.count()  # a new name for each package: Python caches imported modules
 
 
 @pytest.fixture
 def hash_of(tmp_path, monkeypatch):
-    """The fingerprint of the package above after one edit of one file."""
+    """A function that gives the fingerprint of the package above after one edit of one file."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def made(file=None, old="", new=""):
@@ -192,23 +192,23 @@ def hash_of(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("file", "old", "new"), COUNTS)
-def test_what_decides_a_result_counts(hash_of, file, old, new):
+def test_edit_that_can_change_a_result_counts(hash_of, file, old, new):
     assert hash_of(file, old, new) != hash_of()
 
 
 @pytest.mark.parametrize(("file", "old", "new"), KEEPS)
-def test_names_words_and_layout_do_not_count(hash_of, file, old, new):
+def test_names_text_and_layout_do_not_count(hash_of, file, old, new):
     assert hash_of(file, old, new) == hash_of()
 
 
-def test_a_parameter_that_is_passed_by_name_keeps_its_name(hash_of):
-    """Two exchanged names give another result where a caller uses them, so they may not be numbered."""
+def test_names_of_keyword_parameters_count(hash_of):
+    """If a caller passes arguments by name, two exchanged names give another result."""
     exchanged = 'def constants(even, *, block=False):\n    return (("BLOCK", even), ("EVEN", block))'
     before = 'def constants(block, *, even=False):\n    return (("BLOCK", block), ("EVEN", even))'
     assert hash_of("kernel", before, exchanged) != hash_of()
 
 
-REAL = {  # an edit of each part of each kernel
+REAL = {  # one edit of each part of each kernel: file, old text, new text, part
     "triton": [
         ("kernels/gemm_triton.py", "ks < K - k)[None", "ks <= K - k)[None", "device code"),
         ("kernels/gemm_triton.py", "cdiv(o.m, config.block_m) * cdiv", "o.m // config.block_m * cdiv", "grid"),
@@ -272,7 +272,7 @@ for file, old, new in json.load(sys.stdin):
 @pytest.mark.slow
 @pytest.mark.process
 def test_each_part_of_each_kernel_counts(tmp_path, monkeypatch):
-    """In one child process, on a copy of the package: imports cost more than the hashes."""
+    """All edits in one child process, on a copy of the package: imports cost more than the hashes."""
     shutil.copytree(PACKAGE, tmp_path / "int8kit", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
@@ -291,5 +291,5 @@ def test_each_part_of_each_kernel_counts(tmp_path, monkeypatch):
     assert [next(found) for _ in SAME] == [present] * len(SAME)
 
 
-def test_the_kernels_have_hashes_of_their_own():
+def test_kernels_have_different_hashes():
     assert len({gemm.kernel_hash(kernel) for kernel in Kernel}) == len(Kernel)

@@ -1,16 +1,16 @@
-"""kernels/gemm.py in whatever executes here: its launcher's refusals, and values against the reference."""
+"""kernels/gemm.py on the present executor: values against the reference, errors, and fallbacks."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from kernel_helpers import DEVICE
 
 from int8kit import reference
 from int8kit.errors import ShapeError
 from int8kit.kernels import gemm
 from int8kit.spec import Kernel, TileConfig
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = TileConfig(32, 32, 32, 4, 2, group_m=2)
 
 
@@ -43,12 +43,12 @@ def test_any_two_configurations_give_the_same_bits():
         assert torch.equal(first, other)
 
 
-def test_no_rows_is_no_launch():
+def test_empty_input():
     x, w, sx, sw = operands(0)
     assert gemm.scaled_mm(x, w, sx, sw, config=TILE).shape == (0, 24)
 
 
-def test_nan_scales_stay_in_their_row():
+def test_nan_scale_affects_only_its_row():
     x, w, sx, sw = operands()
     sx[3] = torch.nan
     y = gemm.scaled_mm(x, w, sx, sw, config=TILE)
@@ -59,15 +59,15 @@ def test_nan_scales_stay_in_their_row():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda x, w, sx, sw: (x.float(), w, sx, sw), "both must be torch.int8"),
-        (lambda x, w, sx, sw: (x[:, :8], w, sx, sw), r"legal are \[M, K\] and \[N, K\]"),
-        (lambda x, w, sx, sw: (x, w, sx[:3], sw), r"sx \(3,\): legal is a contiguous \[40\]"),
-        (lambda x, w, sx, sw: (x, w, sx, sw.double()), "sw torch.float64: legal are torch.float32"),
-        (lambda x, w, sx, sw: (x.t().contiguous().t(), w, sx, sw), "x has strides .*the last must be 1"),
-        (lambda x, w, sx, sw: (x.expand(1, 40, 70), w, sx, sw), "legal are"),
+        (lambda x, w, sx, sw: (x.float(), w, sx, sw), "torch.float32 and w torch.int8: .*quantize first"),
+        (lambda x, w, sx, sw: (x[:, :8], w, sx, sw), r"\[M, K\] and \[N, K\]"),
+        (lambda x, w, sx, sw: (x, w, sx[:3], sw), r"sx \(3,\): .* a contiguous \[40\]"),
+        (lambda x, w, sx, sw: (x, w, sx, sw.double()), "sw torch.float64: .* torch.float32"),
+        (lambda x, w, sx, sw: (x.t().contiguous().t(), w, sx, sw), r"x has strides \(1, 40\)"),
+        (lambda x, w, sx, sw: (x.expand(1, 40, 70), w, sx, sw), r"x \(1, 40, 70\)"),
     ],
 )
-def test_refuses_by_name(change, reason):
+def test_error_names_the_argument(change, reason):
     with pytest.raises(ShapeError, match=reason):
         gemm.scaled_mm(*change(*operands()), config=TILE)
 
@@ -78,32 +78,32 @@ def test_refuses_k_beyond_int32():
         gemm.accumulate(x, x, config=TILE)
 
 
-def test_another_kernel_serves_where_the_named_one_cannot():
+def test_another_kernel_serves_if_the_named_one_cannot():
     x, w, sx, sw = operands()
     config = TileConfig(64, 64, 128, 4, 3, kernel=Kernel.MMA_SYNC)
     gemm._notice.cache_clear()
     with pytest.warns(UserWarning, match="the triton kernel serves instead of the mma_sync kernel"):
         got = gemm.scaled_mm(x, w, sx, sw, config=config)
     assert torch.equal(got, reference.scaled_mm(x, w, sx, sw))
-    gemm.scaled_mm(x, w, sx, sw, config=config)  # once, and a warning would be an error here
+    gemm.scaled_mm(x, w, sx, sw, config=config)  # the second call must not warn: warnings are errors here
 
 
-def test_a_kernel_that_no_longer_compiles_is_served_by_the_plain_one(monkeypatch):
+def test_triton_kernel_serves_if_the_named_one_does_not_compile(monkeypatch):
     x, w, sx, sw = operands()
     config = TileConfig(64, 64, 128, 4, 3, kernel=Kernel.WGMMA)
-    plain = gemm.module(Kernel.TRITON)
+    triton = gemm.module(Kernel.TRITON)
 
     def launch(*_):
         raise RuntimeError(message)
 
     broken = SimpleNamespace(why_not=lambda _: None, launch=launch)
-    monkeypatch.setattr(gemm, "module", lambda kernel: plain if kernel is Kernel.TRITON else broken)
+    monkeypatch.setattr(gemm, "module", lambda kernel: triton if kernel is Kernel.TRITON else broken)
     monkeypatch.setattr(gemm, "why_not", lambda *_: None)
     gemm._notice.cache_clear()
     message = "PassManager::run failed"
     with pytest.warns(gemm.Fallback, match=r"does not compile wgmma 64x64x128"):
         got = gemm.scaled_mm(x, w, sx, sw, config=config)
     assert torch.equal(got, reference.scaled_mm(x, w, sx, sw))
-    message = "Triton Error [CUDA]: an illegal memory access"  # no compiler's word: not to be hidden
+    message = "Triton Error [CUDA]: an illegal memory access"  # not from the compiler, so it is not hidden
     with pytest.raises(RuntimeError, match="illegal"):
         gemm.scaled_mm(x, w, sx, sw, config=config)

@@ -1,4 +1,4 @@
-"""conftest.py: no test reads or writes what is the user's, and none finds what another has left."""
+"""conftest.py: no test uses the user's folders, and no test depends on what another test left behind."""
 
 import json
 import os
@@ -19,9 +19,17 @@ from int8kit.verify.examples import regressions
 
 SESSION = Path(os.environ["INT8KIT_TEST_SESSION"])
 FOLDERS = (
-    "HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "TRITON_HOME", "TRITON_CACHE_DIR",
-    "TORCHINDUCTOR_CACHE_DIR", "HF_HOME", "DASK_CONFIG",
-)  # fmt: skip
+    "HOME",
+    "XDG_CACHE_HOME",
+    "XDG_CONFIG_HOME",
+    "XDG_DATA_HOME",
+    "XDG_STATE_HOME",
+    "TRITON_HOME",
+    "TRITON_CACHE_DIR",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "HF_HOME",
+    "DASK_CONFIG",
+)
 CHILD = """
 import json, os, platformdirs, triton
 names = "user_data_dir", "user_cache_dir", "user_config_dir", "user_state_dir"
@@ -31,7 +39,7 @@ print(json.dumps(found | {"triton": triton.knobs.cache.dir, "home": os.path.expa
 
 
 @pytest.mark.process
-def test_a_child_has_the_sessions_folders_and_this_process_the_same():
+def test_child_process_has_the_folders_of_the_session():
     child = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
     found = json.loads(child.stdout)
     assert found["triton"] == triton.knobs.cache.dir == str(SESSION / "triton")
@@ -41,7 +49,7 @@ def test_a_child_has_the_sessions_folders_and_this_process_the_same():
         assert SESSION in Path(found[name]).parents
 
 
-def test_every_folder_is_the_sessions():
+def test_every_folder_is_inside_the_session():
     for name in FOLDERS:
         assert SESSION in Path(os.environ[name]).parents, name
     assert SESSION in store.user_path("rtx3090").parents
@@ -49,8 +57,8 @@ def test_every_folder_is_the_sessions():
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_test_finds_nothing_of_another(number):
-    """Both would fail as the second: they leave data, a variable, drawn numbers and a warning that is given once."""
+def test_tests_leave_nothing_behind(number):
+    """The second run would find the data, the variable, the used random numbers and the given warning of the first."""
     assert not Path(platformdirs.user_data_dir("int8kit")).exists()
     Path(platformdirs.user_data_dir("int8kit")).mkdir(parents=True)
     assert "INT8KIT_LEFT_BEHIND" not in os.environ

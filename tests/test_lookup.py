@@ -1,4 +1,4 @@
-"""lookup.py: one rule for everybody, by levels; and the text in which a plan passes through a torch operator."""
+"""lookup.py: the levels of the lookup, the same for every caller; and the text form of a plan."""
 
 import random
 from dataclasses import replace
@@ -26,13 +26,13 @@ DATABASES = sorted(files.shipped("tuning_db").glob("*.json"))
 
 
 @given(CANDIDATES, st.integers(1, 200))
-def test_a_plan_survives_its_text(candidates, sms):
+def test_plan_round_trips_through_its_text(candidates, sms):
     plan = Plan(tuple(candidates), sms)
     assert Plan.from_text(plan.text) == plan
 
 
-def test_the_text_of_a_plan_holds_ids_and_no_positions():
-    """An exported graph holds it: a new kernel must not change what an old text means."""
+def test_text_of_a_plan_names_kernels():
+    """Exported graphs contain the text, so a new kernel must not change the meaning of an old text."""
     config = TileConfig(256, 128, 128, 8, 4, 12, Kernel.WGMMA, 1)
     plan = Plan((Candidate(GemmShape(4296, 12288, 4608), config),), 132)
     assert plan.text == "int8kit.plan/2;132;gemm 4296x12288x4608 wgmma 256,128,128,8,4,12,1"
@@ -49,12 +49,12 @@ def test_the_text_of_a_plan_holds_ids_and_no_positions():
         ("int8kit.plan/2;82;gemm 0x4x4 triton 64,64,64,4,3,8,0", "damaged plan"),
     ],
 )
-def test_a_damaged_plan_is_one_line(text, reason):
+def test_damaged_plan_gives_a_one_line_error(text, reason):
     with pytest.raises(ConfigError, match=reason):
         Plan.from_text(text)
 
 
-def test_a_plan_chooses_the_nearest_m_by_log_distance():
+def test_plan_chooses_the_nearest_m_by_log_distance():
     plan = Plan.fixed((GemmShape(1000, 8, 8), LOW), (GemmShape(9000, 8, 8), HIGH))
     assert plan.choose(GemmShape(1000, 8, 8)) == LOW
     assert plan.choose(GemmShape(2000, 8, 8)) == LOW
@@ -64,8 +64,8 @@ def test_a_plan_chooses_the_nearest_m_by_log_distance():
     assert Plan().choose(GemmShape(5, 8, 8)) == default_config(GemmShape(5, 8, 8))
 
 
-def test_waves_decide_between_two_of_one_distance():
-    """On 10 multiprocessors tiles of 128 rows make one wave of 1000 rows, and of 1300 rows two."""
+def test_waves_decide_between_equal_distances():
+    """On 10 multiprocessors, tiles of 128 rows need one wave for 1000 rows and two waves for 1300 rows."""
     tall = TileConfig(128, 128, 64, 8, 3)
     below, above = GemmShape(1000, 128, 64), GemmShape(1690, 128, 64)
     candidates = (Candidate(below, tall), Candidate(above, replace(tall, num_stages=4)))
@@ -73,7 +73,7 @@ def test_waves_decide_between_two_of_one_distance():
     assert lookup.lookup(GemmShape(1280, 128, 64), candidates, sms=10).candidate.shape == below
 
 
-def test_an_operation_prefers_its_own_entries_and_takes_a_gemms():
+def test_operation_prefers_its_own_entries_to_those_of_gemm():
     shape = GemmShape(1000, 512, 512)
     both = (Candidate(shape, LOW), Candidate(shape, HIGH, Operation.SWIGLU))
     assert lookup.lookup(shape, both, sms=82).config == LOW
@@ -82,8 +82,8 @@ def test_an_operation_prefers_its_own_entries_and_takes_a_gemms():
     assert lookup.lookup(shape, both[1:], sms=82).level == lookup.DEFAULT
 
 
-def test_a_level_can_be_added(monkeypatch):
-    """As a cost model will be: between the nearest shape and the default, for everybody at once."""
+def test_added_level_serves_every_caller(monkeypatch):
+    """For example a cost model between the nearest shape and the default."""
     model = Level("model", lambda request: HIGH if request.shape.m > 100 else None)
     monkeypatch.setattr(lookup, "LEVELS", (*lookup.LEVELS[:-1], model, lookup.LEVELS[-1]))
     far = GemmShape(70000, 16, 16)
@@ -94,7 +94,7 @@ def test_a_level_can_be_added(monkeypatch):
 
 
 def shapes(base, count, seed):
-    """Shapes near the entries' and far from them, and weights that no entry has."""
+    """Random shapes: near the entries and far from them, half of them of weights without an entry."""
     random_ = random.Random(seed)
     weights = sorted({(e.n, e.k) for e in base.entries})
     for _ in range(count):
@@ -104,15 +104,14 @@ def shapes(base, count, seed):
         yield GemmShape(round(2 ** random_.uniform(0, 16)), n, k)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", DATABASES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("triton", ["3.7.1", "3.9.0"])
-def test_everybody_finds_the_same(path, triton):
-    """Layers, `run`, `verify`, `db explain`: 125 shapes for each shipped database and version of Triton."""
+def test_every_caller_finds_the_same(path, triton):
+    """Layers, `run`, `verify` and `db explain`, for 125 shapes per shipped database and Triton version."""
     base = store.load(path)
     toolchain = Toolchain(triton, gemm.toolchain().kernels)
     drawn = list(shapes(base, 125, DATABASES.index(path)))
-    unlisted = {choice.shape: choice.config for choice in base.unlisted(drawn, toolchain)}  # `verify`
+    unlisted = {choice.shape: choice.config for choice in base.choices_without_entry(drawn, toolchain)}  # `verify`
     listed = {e.shape for e in base.entries}
     levels = set()
     for shape in drawn:
@@ -127,8 +126,8 @@ def test_everybody_finds_the_same(path, triton):
     assert levels >= {"nearest-m", "nearest", "default"}
 
 
-def test_the_benchmark_finds_the_same(monkeypatch):
-    """Its own calls: what it times alone, and the plan of the layer that it times."""
+def test_benchmark_finds_the_same(monkeypatch):
+    """Both the configuration of the GEMM that it times alone and the plan of the layer that it times."""
     base, toolchain, plans = store.load(DATABASES[0]), gemm.toolchain(), []
     monkeypatch.setattr(
         contestants.ops, "int8_linear", lambda x, wq, sw, bias, plan: plans.append(plan) or torch.empty(0)

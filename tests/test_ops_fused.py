@@ -20,11 +20,11 @@ def _operands():
     }
 
 
-CASES = [(name, args) for name, several in _operands().items() for args in several]
+CASES = [(name, args) for name, calls in _operands().items() for args in calls]
 
 
 @pytest.mark.parametrize(("name", "args"), CASES)
-def test_operator_is_the_reference(name, args):
+def test_operator_equals_the_reference(name, args):
     for got, want in zip(getattr(ops, name)(*args), getattr(reference, name)(*args), strict=True):
         assert torch.equal(got, want)
 

@@ -1,15 +1,13 @@
-"""kernels/quantize.py in whatever executes here."""
+"""kernels/quantize.py on the present executor."""
 
 import pytest
 import torch
+from kernel_helpers import DEVICE, assert_equal
 
 from int8kit import reference
 from int8kit.errors import ShapeError
 from int8kit.kernels.quantize import quantize
-from int8kit.verify.compare import difference
 from int8kit.verify.examples.strategies import FLOAT_KINDS, float_matrix
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -17,8 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("k", [1, 416, 17000])
 def test_equals_the_reference(kind, dtype, k):
     x = float_matrix(3, k, kind, 2, dtype, DEVICE)
-    for got, want in zip(quantize(x), reference.quantize(x), strict=True):
-        assert difference(got, want) is None
+    assert_equal(quantize(x), reference.quantize(x))
 
 
 def test_never_gives_minus_128():
@@ -40,10 +37,10 @@ def test_empty():
     ("x", "reason"),
     [
         (torch.zeros(3, 4, dtype=torch.float64), "float64"),
-        (torch.zeros(3), r"legal is \[M, K\]"),
-        (torch.zeros(4, 3).t(), "the last must be 1"),
+        (torch.zeros(3), r"\[M, K\]"),
+        (torch.zeros(4, 3).t(), "strides"),
     ],
 )
-def test_refuses_by_name(x, reason):
+def test_error_names_the_argument(x, reason):
     with pytest.raises(ShapeError, match=reason):
         quantize(x)

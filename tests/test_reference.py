@@ -1,4 +1,4 @@
-"""The reference against arithmetic that is exact by other means: Python's integers and fractions."""
+"""reference.py against exact arithmetic: Python's integers and fractions."""
 
 from fractions import Fraction
 
@@ -44,7 +44,7 @@ def test_zero_rows_give_exactly_the_bias():
     assert torch.equal(y, bias.expand(3, 5))
 
 
-def test_a_nan_stays_in_its_row():
+def test_nan_affects_only_its_row():
     x = torch.randn(3, 16)
     x[1, 5] = torch.nan
     y = reference.linear(x, *reference.quantize(torch.randn(5, 16)))
@@ -60,7 +60,7 @@ def test_accumulate_against_python_integers():
     assert torch.equal(reference.accumulate(x, w), torch._int_mm(x, w.t()))
 
 
-def test_accumulate_at_the_edge_of_int32():
+def test_accumulate_at_the_limit_of_int32():
     x = torch.full((1, 131071), -128, dtype=torch.int8)
     assert reference.accumulate(x, x).item() == 128 * 128 * 131071
     with pytest.raises(ShapeError, match="131072"):
@@ -68,7 +68,7 @@ def test_accumulate_at_the_edge_of_int32():
 
 
 def test_epilogue_rounds_each_step():
-    """A case in which one fused rounding, another order, or a scale product first would give another float32."""
+    """A case in which an FMA, another order, or multiplying the scales first would give another float32."""
     acc = torch.tensor([[2**24 + 1, 16777219, -123456789]], dtype=torch.int32)
     sx, sw = torch.tensor([0.0073]), torch.tensor([0.0031, 0.0017, 0.0091])
     bias = torch.tensor([-161.3, 208.2, 8201.77])

@@ -1,4 +1,4 @@
-"""kernels/row_primitives.py: the tile, the bound of the mean of squares, and the quotient by fused operations."""
+"""kernels/row_primitives.py: tiles, the error bound of the mean of squares, and the quotient by FMAs."""
 
 from fractions import Fraction
 
@@ -17,7 +17,7 @@ U = 2.0**-24
 @pytest.mark.parametrize("k", [1, 7, 256, 257, 2048, 2049, 4608, 12288])
 @pytest.mark.parametrize("spread", [0.1, 10.0])
 def test_mean_of_squares_is_within_its_bound(k, spread):
-    """n u / (1 - n u) for n = ceil(K / 2048) + 12 roundings, against float64, whose own error is 2**-29 of that."""
+    """Bound n u / (1 - n u) with n = ceil(K / 2048) + 12 roundings. The error of float64 is 2**-29 of it."""
     g = torch.Generator().manual_seed(k)
     x = torch.randn(64, k, generator=g) * torch.exp(spread * torch.rand(64, k, generator=g))
     truth = x.double().square().sum(-1) / k
@@ -26,8 +26,8 @@ def test_mean_of_squares_is_within_its_bound(k, spread):
     assert error.max() <= n * U / (1 - n * U) * (1 + 1e-6)
 
 
-def test_the_order_belongs_to_the_position():
-    """Zeros after a row change nothing but the divisor, here by a power of two."""
+def test_order_of_the_sum_depends_on_the_position_only():
+    """Appended zeros change only the divisor, here by a power of two."""
     x = torch.randn(5, 1024)
     for width in (2048, 4096, 8192):
         wide = torch.nn.functional.pad(x, (0, width - 1024))
@@ -35,7 +35,10 @@ def test_the_order_belongs_to_the_position():
 
 
 def _fma(a, b, c):
-    """RN(a b + c) in float32: the float64 sum rounded to odd, which a second rounding cannot harm."""
+    """a b + c in float32, with one rounding. Rounding the float64 sum to odd prevents a double rounding.
+
+    Source: Boldo and Melquiond, Emulation of a FMA and Correctly Rounded Sums, 2008.
+    """
     a, b, c = (np.asarray(t, np.float64) for t in (a, b, c))
     product = a * b  # exact: 48 bits
     total = product + c
@@ -47,7 +50,7 @@ def _fma(a, b, c):
     return (bits + np.where(inexact, toward, 0)).view(np.float64).astype(np.float32)
 
 
-def test_the_fma_of_these_tests_rounds_once():
+def test_emulated_fma_rounds_once():
     g = np.random.default_rng(0)
     for _ in range(2000):
         a, b = (np.float32(v) for v in g.standard_normal(2))
@@ -60,12 +63,12 @@ def test_the_fma_of_these_tests_rounds_once():
 
 
 @pytest.mark.parametrize("low", [-100, -60, 0, 100])
-def test_quotient_by_fused_operations_is_the_divisions(low):
-    """The steps of `store_quantized` against IEEE division, near ties above all: the interpreter cannot run them."""
+def test_quotient_by_fmas_equals_the_division(low):
+    """The steps of `store_quantized` against IEEE division, mostly near ties. The interpreter has no FMA."""
     g = np.random.default_rng(low + 200)
     count = 1 << 20
     s = (g.uniform(1, 2, count) * 2.0 ** g.integers(low, low + 20, count)).astype(np.float32)
-    # around every half integer, a few units in the last place to either side
+    # within 3 units in the last place of a half integer
     y = (s.astype(np.float64) * (g.integers(-127, 127, count) + 0.5)).astype(np.float32)
     y = (y.view(np.int32) + g.integers(-3, 4, count, dtype=np.int32)).view(np.float32)
     r = np.float32(1) / s
@@ -88,7 +91,7 @@ def test_default_tiles():
 
 @pytest.mark.parametrize("tile", [(500, 2), (128, 1), (8192, 8), (512, 3), (512, 32)])
 def test_refuses_tiles(tile):
-    with pytest.raises(ConfigError, match="legal are chunk"):
+    with pytest.raises(ConfigError, match="chunk"):
         RowTile(*tile)
 
 

@@ -104,7 +104,7 @@ def _an_empty_folder(monkeypatch, tmp_path):
 @pytest.fixture
 def unknown(monkeypatch):
     """No entry of any database helps."""
-    monkeypatch.setattr(store, "gather", lambda gpu, toolchain: (Database(gpu), ()))
+    monkeypatch.setattr(store, "merged_view", lambda gpu, toolchain: (Database(gpu), ()))
 
 
 def proxy(path):

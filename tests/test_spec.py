@@ -1,3 +1,7 @@
+"""spec.py and errors.py: shapes, tile configurations, legality, ids, the error tree."""
+
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,22 +15,22 @@ H200 = {"arch": 90, "shared_memory": 232448}
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 1, 1), (1, 0, 1), (1, 1, 0), (-4, 1, 1)])
-def test_shape_needs_positive_extents(m, n, k):
-    with pytest.raises(ShapeError, match="must be at least 1"):
+def test_shape_refuses_extents_below_1(m, n, k):
+    with pytest.raises(ShapeError, match="at least 1"):
         GemmShape(m, n, k)
 
 
 def test_shape_refuses_k_beyond_int32():
     GemmShape(1, 1, spec.K_MAX)
     assert 128 * 128 * spec.K_MAX < 2**31 <= 128 * 128 * (spec.K_MAX + 1)
-    with pytest.raises(ShapeError, match="131072: legal is 1 to 131071"):
+    with pytest.raises(ShapeError, match=r"131072: .*1 to 131071"):
         GemmShape(1, 1, spec.K_MAX + 1)
 
 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (TileConfig(96, 128, 64, 4, 3), "block_m = 96: legal for the triton kernel are 16, 32"),
+        (TileConfig(96, 128, 64, 4, 3), "block_m = 96: .* 16, 32"),
         (TileConfig(128, 512, 64, 4, 3), "block_n = 512"),
         (TileConfig(128, 128, 16, 4, 3), "block_k = 16"),
         (TileConfig(128, 128, 64, 3, 3), "num_warps = 3"),
@@ -36,17 +40,17 @@ def test_shape_refuses_k_beyond_int32():
         (TileConfig(16, 16, 64, 8, 3), "1 accumulators a thread"),
         (TileConfig(128, 256, 128, 8, 4), "147456 bytes of shared memory: a block has 101376"),
         (TileConfig(128, 128, 128, 8, 6, kernel=Kernel.WGMMA), "sm_90 only, not on sm_86"),
-        (TileConfig(128, 128, 64, 4, 3, kernel=Kernel.TRITON, stream_k=1), "stream_k = 1: legal for the triton"),
+        (TileConfig(128, 128, 64, 4, 3, kernel=Kernel.TRITON, stream_k=1), r"stream_k = 1: .*\b0\b"),
         (TileConfig(128, 128, 128, 4, 4, kernel=Kernel.MMA_SYNC), "131072 bytes of shared memory"),
         (TileConfig(16, 64, 128, 8, 4, kernel=Kernel.MMA_SYNC), "8 warps: a warp needs 16 rows and 16 columns"),
         (TileConfig(256, 256, 64, 8, 2, kernel=Kernel.MMA_SYNC), "256 accumulators a thread"),
     ],
 )
-def test_illegal_says_why(config, reason):
-    assert reason in (why_illegal(config, **RTX3090) or "")
+def test_why_illegal_names_the_reason(config, reason):
+    assert re.search(reason, why_illegal(config, **RTX3090))
 
 
-def test_legality_depends_on_the_card():
+def test_legality_depends_on_the_gpu():
     big = TileConfig(128, 256, 128, 8, 4)
     assert why_illegal(big, **RTX3090) is not None
     assert why_illegal(big, **H200) is None
@@ -77,13 +81,13 @@ def test_warp_grid_covers_the_warps(config):
 
 
 @given(CONFIGS, CONFIGS)
-def test_ids_tell_configurations_apart(a, b):
+def test_ids_are_equal_for_equal_configurations_only(a, b):
     assert (a.id == b.id) is (a == b)
     assert len(a.id) == 12
 
 
-def test_ids_are_those_of_the_files():
-    """An id is written into files: it must not follow the text for people, nor a later field with a default."""
+def test_ids_never_change():
+    """Files contain ids: a new display text or a new field with a default must not change them."""
     assert TileConfig(128, 128, 64, 8, 4).id == "e77fa9334873"
     assert TileConfig(256, 128, 128, 8, 4, 12, Kernel.WGMMA, 1).id == "165dc9ca317b"
     assert [kernel.value for kernel in Kernel] == ["triton", "mma_sync", "wgmma"]
@@ -94,7 +98,7 @@ def test_errors_form_one_tree():
     assert issubclass(ShapeError, errors.InputError)
     assert errors.CheckFailed.exit_status == 1
     assert errors.InputError.exit_status == 2
-    assert "known: a, b; try c" in str(UnknownName("card", "x", ["b", "a"], "try c"))
+    assert "known: a, b; try c" in str(UnknownName("gpu", "x", ["b", "a"], "try c"))
 
 
 def test_sources_are_ordered():

@@ -1,4 +1,4 @@
-"""upgrade.py: files of every released format are read, and rewritten in the present one without losing a claim."""
+"""upgrade.py: files of every released format are read, and rewritten in the present format without loss."""
 
 import json
 from pathlib import Path
@@ -18,19 +18,19 @@ EVERY = sorted(DATA.glob("tuning_v*/*.json"))
 NAMES = {"pointer": Kernel.TRITON, "ampere": Kernel.MMA_SYNC, "hopper": Kernel.WGMMA}
 
 
-def test_there_is_a_file_of_every_format():
+def test_data_has_a_file_of_every_format():
     assert {json.loads(path.read_text())["format"] for path in EVERY} == {*store.FORMATS}
     assert len(V1) == 8
 
 
 @pytest.mark.parametrize("path", V1, ids=lambda path: path.stem)
-def test_every_file_that_0_1_shipped_keeps_its_claims(path):
-    """Shapes, configurations, sources, times and runners-up are those of the file; stamps are not taken over."""
+def test_every_file_of_release_0_1_keeps_its_contents(path):
+    """Shapes, configurations, sources, times and runners-up are equal to the old file's. Stamps are dropped."""
     old, new = json.loads(path.read_text()), store.load(path, path.stem)
     assert len(old["entries"]) == len(new.entries)
     assert new.gpu == gpus.get(path.stem)
 
-    def claim(row):
+    def contents(row):
         config = row["config"]
         tile = [config[name] for name in ("block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m")]
         times = [row.get(name) for name in ("model_us", "time_us", "p20_us", "p80_us")]
@@ -41,8 +41,8 @@ def test_every_file_that_0_1_shipped_keeps_its_claims(path):
         entry = by_key[row["m"], row["n"], row["k"], row["triton"]]
         now = json.loads(entry.model_dump_json())
         for before, after in zip([row, *row.get("runners_up", [])], [now, *(now["runners_up"] or [])], strict=True):
-            values, kernel = claim(before)
-            assert claim(after)[0] == values
+            values, kernel = contents(before)
+            assert contents(after)[0] == values
             assert after["config"]["kernel"] == NAMES[kernel]
             assert len(after["kernel"]) == 12
             assert after["kernel"] != before["kernel"]
@@ -53,7 +53,7 @@ def test_every_file_that_0_1_shipped_keeps_its_claims(path):
 
 
 @pytest.mark.parametrize("path", EVERY, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_an_upgraded_file_is_of_the_present_format_and_stays_as_it_is(path, tmp_path):
+def test_upgraded_file_has_the_present_format_and_round_trips(path, tmp_path):
     base = store.load(path)
     text = base.dumps()
     assert json.loads(text)["format"] == FORMAT
@@ -65,14 +65,14 @@ def test_an_upgraded_file_is_of_the_present_format_and_stays_as_it_is(path, tmp_
     assert again.resolve(one.shape, ANY_TOOLCHAIN) == base.resolve(one.shape, ANY_TOOLCHAIN)
 
 
-def test_a_gpu_that_is_in_no_list_keeps_what_the_file_knows(tmp_path):
-    """Format /1 did not know memory and L2. Nothing invented gets into the file."""
+def test_gpu_without_a_record_keeps_the_fields_of_the_file(tmp_path):
+    """Format /1 had no memory and L2 size. No invented value gets into the file."""
     document = json.loads(V1[0].read_text())
-    document["gpu"] |= {"alias": "mycard", "name": "My Card", "sms": 99}
+    document["gpu"] |= {"alias": "mygpu", "name": "My GPU", "sms": 99}
     path = tmp_path / "a.json"
     path.write_text(json.dumps(document))
     base = store.load(path)
-    assert (base.gpu.alias, base.gpu.sms) == ("mycard", 99)
+    assert (base.gpu.alias, base.gpu.sms) == ("mygpu", 99)
     assert "memory_gib" not in json.loads(base.dumps())["gpu"]
     merged = store.update(path, base.gpu, [])
     assert "l2_bytes" not in json.loads(path.read_text())["gpu"]
@@ -92,7 +92,7 @@ def test_a_gpu_that_is_in_no_list_keeps_what_the_file_knows(tmp_path):
         (lambda d: d.update(gpu=None), "is damaged"),
     ],
 )
-def test_a_damaged_old_file_is_one_clear_line(tmp_path, damage, reason):
+def test_damaged_old_file_gives_a_one_line_error(tmp_path, damage, reason):
     document = json.loads(V1[0].read_text())
     damage(document)
     path = tmp_path / "a.json"

@@ -48,7 +48,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = models.get(args.model)
     card = gpus.present() or gpus.get("rtx3090")
-    database, _ = store.gather(card, gemm.toolchain(), args.db)
+    database, _ = store.merged_view(card, gemm.toolchain(), args.db)
     with torch.device(device):
         transformer = model.build()
         stock = models.Case(height, width, text_tokens=args.text_tokens, slots=2048)

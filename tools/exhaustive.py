@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         note(f"{len(jobs)} kernels compiled in {time.monotonic() - start:.0f} s, {len(found.failed)} failed")
         entries = {}
         if not args.no_tune and not args.dry_run:
-            store.gather = lambda gpu, toolchain: (Database(gpu), ())  # type: ignore[assignment]  # what is known would be known
+            store.merged_view = lambda gpu, toolchain: (Database(gpu), ())  # type: ignore[assignment]  # what is known would be known
             start = time.monotonic()
             (outcome,) = session.run(shapes, [target], pool, note=note)
             entries = {entry.shape: entry for entry in outcome.entries}

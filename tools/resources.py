@@ -33,7 +33,7 @@ FORMAT = "int8kit.resources/1"
 def compiled(alias: str) -> dict[str, Any]:
     """Each distinct kernel of the card's database and defaults -> registers, spills, shared memory, or why not."""
     gpu = gpus.get(alias)
-    base, _ = store.gather(gpu, ANY_TOOLCHAIN)
+    base, _ = store.merged_view(gpu, ANY_TOOLCHAIN)
     configs = {default_config(GemmShape(m, 4608, 4608)) for m in (16, 64, 4096)} | {e.config for e in base.entries}
     jobs = sorted({(replace(config, group_m=8), True) for config in configs})
     with workers.Workers() as pool:

@@ -78,7 +78,7 @@ def ours(card: Gpu, *, gpu: str | None = None, path: Path | None = None, arch: s
     def database(of: Gpu) -> Database:
         if given and given.gpu.arch == of.arch:
             return given
-        return store.gather(of, gemm.toolchain())[0]
+        return store.merged_view(of, gemm.toolchain())[0]
 
     contestants = int8kit(database(named if named.arch == card.arch else card))
     if arch not in (None, f"sm{card.arch}"):

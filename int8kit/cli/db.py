@@ -37,7 +37,7 @@ def _gather(gpu: str | None, path: Path | None) -> tuple[Any, tuple[Path, ...], 
     if path is not None and gpu is None:
         return store.load(path), (path,), toolchain
     card = gpus.get(gpu) if gpu else gpus.present() or gpus.get("rtx3090")
-    return *store.gather(card, toolchain, path), toolchain
+    return *store.merged_view(card, toolchain, path), toolchain
 
 
 @app.command("show")
@@ -145,7 +145,7 @@ def explain(
     choice, entry = next((choice, entry) for _, choice, entry in levels if choice is not None)
     document = {
         "gpu": base.gpu.alias, "files": list(map(str, paths)), "m": m, "n": n, "k": k, "level": choice.level,
-        "config": vars(choice.config), "why": choice.why, "proven": choice.verified,
+        "config": vars(choice.config), "why": choice.provenance, "proven": choice.verified,
         "levels": {level: one and one.model_dump(mode="json", exclude_none=True) for level, _, one in levels},
     }  # fmt: skip
     proofs = (

@@ -270,10 +270,19 @@ def run(
     tiny = model == "tiny"
     height, width = _size(size or ("256x256" if tiny else "1024x1024"))
     files.check_target(output, ours=generate.is_ours, force=force)
-    request = generate.Request(
-        prompt, model, height, width, preset, 4 if tiny and steps is None else steps, guidance, seed, gpu, database,
-        strict,
-    )  # fmt: skip
+    request = generate.ImageRequest(
+        prompt,
+        model=model,
+        height=height,
+        width=width,
+        preset=preset,
+        steps=4 if tiny and steps is None else steps,
+        guidance=guidance,
+        seed=seed,
+        gpu=gpu,
+        database=database,
+        strict=strict,
+    )
     outcome = generate.generate(request)
     if unproven := generate.unproven_of(outcome.choices):
         note(f"{len(unproven)} of {len(outcome.choices)} configurations are not proven with the present kernels; see "
@@ -282,7 +291,7 @@ def run(
     took = {key: value for key, value in vars(outcome).items() if key.endswith(("_s", "_ms", "_gib"))}
     choices = [
         {"m": c.shape.m, "n": c.shape.n, "k": c.shape.k, "layers": count, "config": vars(c.config), "level": c.level,
-         "why": c.why,
+         "why": c.provenance,
          "verified": c.verified} for c, count in outcome.choices
     ]  # fmt: skip
     document = {"image": str(output), "device": outcome.device, "text_tokens": outcome.tokens, **took,

@@ -12,7 +12,7 @@ from int8kit.database.schema import Entry
 from int8kit.toolchain import Toolchain
 
 if TYPE_CHECKING:  # a verb needs the packages of its own stage, not those of all
-    from int8kit.runtime.generate import Outcome
+    from int8kit.runtime.generate import GeneratedImage
     from int8kit.runtime.layer_errors import Branch
     from int8kit.verify.compare_implementations import Column
     from int8kit.verify.mutation.campaign import Verdict
@@ -89,7 +89,7 @@ def levels_table(levels: Iterable[tuple[str, Choice | None, Entry | None]]) -> s
         if choice is None:
             rows.append(("", level, "", "no entry"))
         else:
-            why = choice.why if entry else "legal everywhere"
+            why = choice.provenance if entry else "legal everywhere"
             rows.append(("" if served else "->", level, str(choice.config), why))
             served = True
     return tabulate(rows, ("", "level", "tile", "why"), disable_numparse=True)
@@ -172,9 +172,11 @@ def mutation_table(verdicts: Iterable[Verdict], score: dict[str, Any], markdown:
     return "\n".join([table, "", ", ".join(counts), *survivors])
 
 
-def run_tables(outcome: Outcome) -> str:
+def run_tables(outcome: GeneratedImage) -> str:
     """The configurations of an image and what it took."""
-    rows = [(c.shape, count, c.config, c.level, "yes" if c.verified else "no", c.why) for c, count in outcome.choices]
+    rows = [
+        (c.shape, count, c.config, c.level, "yes" if c.verified else "no", c.provenance) for c, count in outcome.choices
+    ]
     head = ("M x N x K", "layers", "tile", "level", "verified", "from")
     configs = tabulate(rows, head, disable_numparse=True)
     took = [

@@ -106,9 +106,9 @@ def _prove(
     else:
         card = gpus.get(gpu) if gpu else gpus.present() or gpus.get("rtx3090")
     toolchain = gemm.toolchain()
-    base, paths = store.gather(card, toolchain, database)
+    base, paths = store.merged_view(card, toolchain, database)
     wanted = trace.int8_shapes(trace.read(shapes or files.shipped("shapes") / "ideogram4.json"))
-    unlisted = tuple(base.unlisted(wanted, toolchain))
+    unlisted = tuple(base.choices_without_entry(wanted, toolchain))
     found = executors.available(card)
     jobs = [process_pool.Job(name, executor) for executor in found for name in checks.names(executor, base, unlisted)]
     if only:

@@ -1,10 +1,18 @@
-"""A tuning database in memory: merge, stamps, lookup."""
+"""Tuning database of one GPU in memory: merge, verification stamps, lookup.
+
+    database.resolve(GemmShape(4000, 12288, 4608), toolchain)  ->  Choice(shape, config, "nearest-m", ...)
+    database.plan(12288, 4608, toolchain)                      ->  Plan: the same choices for every m of one weight
+    database.merged([entry, ...])                              ->  Database
+
+An entry of the running Triton generation and of the present kernel is preferred. Any other entry serves too, with a
+note in its provenance: every configuration gives the same bits. `lookup` defines the levels of the lookup, `schema` the
+rows, `store` the files.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from int8kit import files, lookup
 from int8kit.database.schema import FORMAT, Entry, GpuIdentity, Stamp
@@ -19,12 +27,12 @@ Key = tuple[str, int, int, int, str]
 
 @dataclass(frozen=True)
 class Choice:
-    """A configuration and where it came from."""
+    """The configuration that serves a shape, and its origin."""
 
     shape: GemmShape
     config: TileConfig
-    level: str
-    why: str
+    level: str  # of the lookup: "exact", "nearest-m", ...
+    provenance: str
     verified: bool = False  # the entry's configuration was proven exact with the present kernel and Triton
 
 
@@ -38,14 +46,19 @@ class Database:
 
     gpu: Gpu
     entries: tuple[Entry, ...] = ()
-    # of the file, where it is from one: a GPU that is in no list has rates of a similar one, which no file may hold
+    # The GPU as the file names it. For a GPU without a record, `gpu` borrows the rates of a similar GPU; `header` does
+    # not, so that no file contains borrowed figures.
     header: GpuIdentity | None = field(default=None, compare=False)
     policies: dict[str, str] = field(default_factory=_policies, compare=False)
+    _ranked: dict[Toolchain, tuple[tuple[Candidate, Entry], ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def merged(self, new: Iterable[Entry]) -> Database:
-        """With `new` entries. A weaker source never replaces a stronger one of the same kernel, else the newer stays.
+        """This database with the entries of `new`.
 
-        An entry of a kernel that has changed gives way. A verification stays with its configuration.
+        A weaker source never replaces a stronger one of the same kernel; otherwise the newer entry wins. An entry whose
+        kernel has changed gives way to any new one. The stamps of an entry stay as long as its configuration does.
         """
         entries = {entry.key: entry for entry in self.entries}
         for entry in new:
@@ -58,20 +71,24 @@ class Database:
                 entries[entry.key] = entry.model_copy(update={"verified": old.verified}) if same else entry
         return replace(self, entries=tuple(sorted(entries.values(), key=lambda e: e.key)))
 
-    def holds(self, entry: Entry) -> bool:
-        """True if `entry` is in it, its verification and its stored id aside."""
-        loose = {"verified": None, "id": None}
-        return any(e.model_copy(update=loose) == entry.model_copy(update=loose) for e in self.entries)
+    def contains(self, entry: Entry) -> bool:
+        """True if the database has `entry`; stamps and stored ids are not compared."""
+        ignored = {"verified": None, "id": None}
+        return any(e.model_copy(update=ignored) == entry.model_copy(update=ignored) for e in self.entries)
 
-    def serving(self, toolchain: Toolchain) -> list[Entry]:
-        """Entries that can serve: of another generation of Triton only where this one has no entry of the shape."""
+    def usable_entries(self, toolchain: Toolchain) -> list[Entry]:
+        """Entries that may serve under `toolchain`.
+
+        An entry of another Triton generation is left out where this generation has one of the same shape.
+        """
         own = {e.key[:4] for e in self.entries if not e.is_other_triton(toolchain)}
         return [e for e in self.entries if e.key[:4] not in own or not e.is_other_triton(toolchain)]
 
     def stamped(self, stamps: dict[Key, Sequence[Stamp]]) -> Database:
-        """With verification stamps, by entry key. Stamps of another configuration, kernel or numerics are dropped.
+        """This database with verification stamps, by entry key.
 
-        Where a GPU has executed an entry at full size, a stamp of the interpreter under the same Triton adds nothing.
+        Stamps of another configuration, kernel or numerics are dropped. An interpreter stamp is dropped if a GPU has
+        executed the entry at full size under the same Triton.
         """
         entries = []
         for entry in self.entries:
@@ -79,34 +96,43 @@ class Database:
             kinds = {(stamp.kernel, stamp.numerics) for stamp in new}
             old = [s for s in entry.verified or () if not kinds or (s.kernel, s.numerics) in kinds]
             kept = {s.key: s for s in (*old, *new) if s.of == entry.identity}
-            full = {s.triton for s in kept.values() if s.executor != "interpreter"}
-            final = sorted((s for s in kept.values() if s.executor != "interpreter" or s.triton not in full),
-                           key=lambda s: s.key)  # fmt: skip
-            entries.append(entry.model_copy(update={"verified": tuple(final) or None}))
+            on_gpu = {s.triton for s in kept.values() if s.executor != "interpreter"}
+            final = [s for s in kept.values() if s.executor != "interpreter" or s.triton not in on_gpu]
+            entries.append(entry.model_copy(update={"verified": tuple(sorted(final, key=lambda s: s.key)) or None}))
         return replace(self, entries=tuple(entries))
 
     def candidates(self, toolchain: Toolchain, wanted: GemmShape | None = None) -> list[tuple[Candidate, Entry]]:
-        """What may serve, the preferred ones first: of this Triton, of the present kernels, of a strong source.
+        """Candidates of the lookup with their entries, the preferred ones first.
 
-        wanted: only what may serve a weight of this shape's N and K.
+        Preferred are entries of this Triton generation, then of the present kernels, then of a strong source.
+        wanted: only candidates whose N and K are near those of this shape.
         """
+        ranked = self._rank(toolchain)
+        if wanted is None:
+            return list(ranked)
+        return [(c, e) for c, e in ranked if is_near(c.shape.n, wanted.n) and is_near(c.shape.k, wanted.k)]
 
-        def rank(e: Entry) -> tuple[Any, ...]:
-            return e.is_other_triton(toolchain), e.is_stale(toolchain), -e.source.strength, e.key
-
-        usable = [e for e in self.serving(toolchain) if self._why_illegal(e.config) is None]
-        if wanted is not None:
-            usable = [e for e in usable if is_near(e.n, wanted.n) and is_near(e.k, wanted.k)]
-        return [(Candidate(e.shape, e.config, e.operation), e) for e in sorted(usable, key=rank)]
+    def _rank(self, toolchain: Toolchain) -> tuple[tuple[Candidate, Entry], ...]:
+        """All candidates in order, computed once per toolchain: `run` and `verify` resolve many shapes."""
+        if toolchain not in self._ranked:
+            gpu = self.gpu
+            usable = [
+                entry
+                for entry in self.usable_entries(toolchain)
+                if why_illegal(entry.config, arch=gpu.arch, shared_memory=gpu.shared_memory) is None
+            ]
+            usable.sort(key=lambda e: (e.is_other_triton(toolchain), e.is_stale(toolchain), -e.source.strength, e.key))
+            self._ranked[toolchain] = tuple((Candidate(e.shape, e.config, e.operation), e) for e in usable)
+        return self._ranked[toolchain]
 
     def resolve(self, shape: GemmShape, toolchain: Toolchain, operation: Operation = Operation.GEMM) -> Choice:
-        """The configuration for `shape`, and the level of the lookup that found it."""
+        """The configuration for `shape`, and the lookup level that found it."""
         return next(choice for _, choice, _ in self.levels(shape, toolchain, operation) if choice is not None)
 
     def levels(
         self, shape: GemmShape, toolchain: Toolchain, operation: Operation = Operation.GEMM
     ) -> list[tuple[str, Choice | None, Entry | None]]:
-        """Each level of the lookup with what it finds, and the entry behind it; the first that finds one serves."""
+        """Each lookup level with its choice and the entry behind it. The first level that has a choice serves."""
         pairs = self.candidates(toolchain, shape)
         request = lookup.Request(shape, [candidate for candidate, _ in pairs], self.gpu.sms, operation)
         found: list[tuple[str, Choice | None, Entry | None]] = []
@@ -116,46 +142,40 @@ class Database:
             elif match.candidate is None:
                 found.append((level, Choice(shape, match.config, level, f"no entry of {self.gpu.alias} is near"), None))
             else:
-                entry = next(e for candidate, e in pairs if candidate == match.candidate)
+                entry = next(e for candidate, e in pairs if candidate is match.candidate)
                 proven = bool(entry.proofs(toolchain, self.gpu.arch))
                 found.append((level, Choice(shape, match.config, level, provenance(entry, toolchain), proven), entry))
         return found
 
-    def unlisted(self, shapes: Iterable[GemmShape], toolchain: Toolchain) -> list[Choice]:
-        """What serves those of `shapes` that have no entry of their own."""
+    def choices_without_entry(self, shapes: Iterable[GemmShape], toolchain: Toolchain) -> list[Choice]:
+        """The choice for each of `shapes` that has no entry, sorted by shape."""
         known = {e.shape for e in self.entries}
         return [self.resolve(shape, toolchain) for shape in sorted(set(shapes) - known)]
 
     def plan(self, n: int, k: int, toolchain: Toolchain) -> Plan:
-        """The plan of a weight [n, k]: it chooses for every m as `resolve` does."""
+        """The plan of a weight [n, k]. It chooses for every m as `resolve` does."""
         found = dict.fromkeys(candidate for candidate, _ in self.candidates(toolchain, GemmShape(1, n, k)))
         return Plan(tuple(found), self.gpu.sms)
 
-    def _why_illegal(self, config: TileConfig) -> str | None:
-        return why_illegal(config, arch=self.gpu.arch, shared_memory=self.gpu.shared_memory)
-
     def dumps(self) -> str:
-        """The file's text: one entry a line, sorted by key."""
-        rows = []
-        for entry in self.entries:
-            rows.append(entry.named().model_dump(mode="json", exclude_none=True))
+        """The text of the database's file: one entry per line, sorted by key."""
         document = {
             "format": FORMAT,
             "numerics": NUMERICS_VERSION,
             "policies": {**self.policies, **_policies()},
             "gpu": (self.header or identity_of(self.gpu)).model_dump(exclude_none=True),
-            "entries": rows,
+            "entries": [entry.named().model_dump(mode="json", exclude_none=True) for entry in self.entries],
         }
         return files.dump_rows(document, "entries")
 
 
 def identity_of(gpu: Gpu) -> GpuIdentity:
-    """What a file says of its GPU."""
+    """The header of a file for `gpu`."""
     return GpuIdentity(**{name: getattr(gpu, name) for name in GpuIdentity.model_fields})
 
 
 def provenance(entry: Entry, toolchain: Toolchain) -> str:
-    """Where an entry is from, and how its toolchain differs from this one."""
+    """Source and shape of an entry, and how its toolchain differs from `toolchain`."""
     found = [f"{entry.source} for {entry.shape}"]
     if entry.is_other_triton(toolchain):
         found.append(f"tuned with Triton {entry.triton}, running {toolchain.triton}")

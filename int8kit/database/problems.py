@@ -1,9 +1,13 @@
-"""Problems of a tuning database: everything a stranger should know before trusting it, one line a kind.
+"""Problems of a tuning database that a user should know before trusting it, one line per kind of problem.
 
     problems(database, toolchain)  ->  ["4296x12288x4608 (...) and 3 more: not proven under Triton 3.7.1; run ...", ...]
 
-Four groups: the header against the GPU's record, what an entry says against itself, its times against each other and
-against the data sheet of the GPU that was timed, and its proof under the toolchain of this process.
+Four groups of checks:
+
+    header    against the record of the GPU and the measurement policies of this version
+    contents  fields of an entry against each other
+    times     against each other, and against the data sheet of the timed GPU
+    proof     verification stamps under the toolchain of this process
 """
 
 from __future__ import annotations
@@ -18,19 +22,19 @@ from int8kit.gpus import Gpu
 from int8kit.spec import POLICIES, TIE, GemmShape, Source, default_config
 from int8kit.toolchain import OLDEST, Toolchain, generation, release
 
-PEAK = 1.05  # of a data sheet's rate: boards with a higher boost clock exist
-ESTIMATE = 5.0  # times that the cost model may be off; 2.1 is the most of the shipped entries
+PEAK_MARGIN = 1.05  # boards with a higher boost clock than the data sheet's exist
+MODEL_ERROR = 5.0  # largest plausible ratio of estimate and time; 2.1 in the shipped entries
 
 
 def problems(database: Database, toolchain: Toolchain) -> list[str]:
-    """Every problem of `database`, a line each; entries with the same problem share a line."""
+    """Every problem of `database`, one line each. Entries with the same problem share a line."""
     groups: dict[str, list[str]] = {}
     ids = {entry.identity: entry.shape for entry in database.entries}
-    check = _Check(database.gpu, toolchain, ids)
-    serving = {entry.key for entry in database.serving(toolchain)}
+    check = _EntryChecks(database.gpu, toolchain, ids)
+    usable = {entry.key for entry in database.usable_entries(toolchain)}
     for entry in database.entries:
         found = [*check.contents(entry), *check.times(entry), *check.stamps(entry)]
-        if entry.key in serving:
+        if entry.key in usable:
             found += check.proof(entry)
         for reason in found:
             groups.setdefault(reason, []).append(f"{entry.shape} ({entry.config})")
@@ -42,52 +46,54 @@ def problems(database: Database, toolchain: Toolchain) -> list[str]:
 
 
 def _header(database: Database) -> Iterator[str]:
-    """How the header disagrees with the GPU's record and with this version's policies."""
+    """Differences of the header from the GPU's record and from this version's policies."""
     header = database.header or identity_of(database.gpu)
     record = gpus.GPUS.get(header.alias)
     if record is not None:
         for name in GpuIdentity.model_fields:
             given, known = getattr(header, name), getattr(record, name)
             if given != known:
-                yield f"header: {name} {given!r} of {header.alias!r}, whose record has {known!r}; give another alias"
+                yield f"header: {name} {given!r}, but {known!r} in the record of {header.alias}; use another alias"
     for number, text in database.policies.items():
         if not number.isdecimal():
-            yield f"header: policy {number!r} is no number"
+            yield f"header: policy {number!r}: expected a number"
         elif POLICIES.get(int(number), text) != text:
-            yield f"header: policy {number} has another text than this version's"
+            yield f"header: policy {number} has another text than in this version"
     for missing in sorted({str(e.policy) for e in database.entries if e.policy is not None} - set(database.policies)):
         yield f"header: no text for policy {missing}, which entries name"
 
 
-def _peak(name: str | None) -> Gpu | None:
-    """The record of the GPU that was timed, by the name that the driver gives it."""
+def _record_of(name: str | None) -> Gpu | None:
+    """The record of the GPU with this driver name."""
     return next((gpu for gpu in gpus.GPUS.values() if gpu.name == name), None)
 
 
-def _everyone(entry: Entry) -> list[Entry | RunnerUp]:
+def _finalists(entry: Entry) -> list[Entry | RunnerUp]:
     """The winner and its runners-up."""
     return [entry, *(entry.runners_up or ())]
 
 
 def _too_fast(shape: GemmShape, us: float, gpu: Gpu) -> Iterator[str]:
-    """Whether a time beats the data sheet: operations at the INT8 rate, and the weight, which is never found in L2."""
-    floor = max(shape.ops / (gpu.int8_tops * PEAK) / 1e6, shape.n * shape.k / (gpu.dram_gb_s * PEAK) / 1e3)
+    """A time below the data sheet's limit: all operations at the INT8 rate, or one read of the weight from DRAM."""
+    floor = max(
+        shape.ops / (gpu.int8_tops * PEAK_MARGIN) / 1e6, shape.n * shape.k / (gpu.dram_gb_s * PEAK_MARGIN) / 1e3
+    )
     if us < floor:
         yield f"{us} us is impossible; {gpu.name} needs {floor:.2f} us at its peak"
 
 
 @dataclass(frozen=True)
-class _Check:
-    """The checks of one entry."""
+class _EntryChecks:
+    """The checks of one entry. Each yields one line per problem."""
 
     gpu: Gpu
     toolchain: Toolchain
-    ids: dict[str, GemmShape]  # of the file's entries
+    ids: dict[str, GemmShape]  # shape of each entry in the file, by `Entry.identity`
 
     def contents(self, entry: Entry) -> Iterator[str]:
-        """Contradictions in what an entry says of itself."""
+        """Fields of an entry that contradict each other."""
         if entry.id is not None and entry.id != entry.identity:
-            yield "edited since it was written: its id is another's"
+            yield "edited since it was written: its id does not match its shape and configuration"
         if entry.source is Source.MEASURED and entry.measured_on != self.gpu.name:
             yield f"marked measured, but timed on {entry.measured_on or 'no GPU'}"
         if entry.source is Source.PROXY and entry.measured_on in (None, self.gpu.name):
@@ -95,36 +101,37 @@ class _Check:
         if entry.source is Source.MODELLED and (entry.time_us or entry.measured_on or entry.runners_up):
             yield "marked modelled, but it has times"
         if entry.source is not Source.MODELLED and entry.policy is None:
-            yield "timed by no policy"
+            yield "has times, but no measurement policy"
         if entry.policy is not None and entry.policy not in POLICIES:
-            yield f"unknown policy {entry.policy}; known are {', '.join(map(str, POLICIES))}"
+            yield f"unknown policy {entry.policy}; expected one of {', '.join(map(str, POLICIES))}"
         if release(entry.triton) < OLDEST:
             yield f"tuned with Triton {entry.triton}; the kernels need {OLDEST} or later"
         if entry.timed_with is not None and generation(entry.timed_with) == generation(entry.triton):
-            yield f"carried from Triton {entry.timed_with} to {entry.triton}, which compile the same code"
-        everyone = _everyone(entry)
-        for one in everyone:
+            yield f"migrated from Triton {entry.timed_with} to {entry.triton}, which compile the same code"
+        finalists = _finalists(entry)
+        for one in finalists:
             yield from self._resources(one.resources)
             if one.config.kernel is entry.config.kernel and one.kernel != entry.kernel:
-                yield "winner and runner-up are of different sources of one kernel"
-        configs = [one.config for one in everyone]
+                yield "winner and runner-up have different hashes of one kernel"
+        configs = [one.config for one in finalists]
         if len(set(configs)) < len(configs):
-            yield "a configuration stands twice among winner and runners-up"
+            yield "a configuration occurs twice among winner and runners-up"
         if entry.tried < len(configs):
-            yield f"{entry.tried} configurations tried, {len(configs)} in the entry"
+            yield f"{entry.tried} configurations tried, but {len(configs)} in the entry"
 
     def _resources(self, resources: Resources) -> Iterator[str]:
         if resources.registers == 0 or resources.shared_bytes == 0:
             yield "no resources: 0 registers or 0 bytes of shared memory"
         if resources.spill_bytes:
-            yield f"{resources.spill_bytes} bytes of spills; the tuner leaves such kernels out"
+            yield f"{resources.spill_bytes} bytes of spills; the tuner rejects such kernels"
         if resources.registers > 255:
-            yield f"{resources.registers} registers a thread; 255 is the most"
+            yield f"{resources.registers} registers per thread; expected at most 255"
         if resources.shared_bytes > self.gpu.shared_memory:
-            yield f"{resources.shared_bytes} bytes of shared memory; the GPU has {self.gpu.shared_memory} a block"
+            most = self.gpu.shared_memory
+            yield f"{resources.shared_bytes} bytes of shared memory; expected at most {most} per block"
 
     def times(self, entry: Entry) -> Iterator[str]:
-        """Times that cannot be, or contradict each other."""
+        """Times that are impossible or contradict each other."""
         if entry.source is Source.MODELLED:
             if entry.model_us is None:
                 yield "marked modelled, but it has no estimate"
@@ -132,32 +139,32 @@ class _Check:
                 yield from _too_fast(entry.shape, entry.model_us, self.gpu)
         elif entry.model_us is not None and entry.time_us is not None and not entry.timed_with:
             ratio = entry.model_us / entry.time_us
-            if not 1 / ESTIMATE <= ratio <= ESTIMATE:
-                yield f"estimate and time are {max(ratio, 1 / ratio):.0f} times apart"
+            if not 1 / MODEL_ERROR <= ratio <= MODEL_ERROR:
+                yield f"estimate and time differ by a factor of {max(ratio, 1 / ratio):.0f}"
         if entry.time_us is None:
             if entry.p20_us or entry.p80_us or entry.default_us or entry.bf16_us:
-                yield "quantiles or times of others without a time of its own"
+                yield "has quantiles or reference times, but no time_us"
             return
-        timed = _peak(entry.measured_on)
-        for one in _everyone(entry):
+        timed = _record_of(entry.measured_on)
+        for one in _finalists(entry):
             yield from self._quantiles(one)
             if timed is not None and one.time_us is not None:
                 yield from _too_fast(entry.shape, one.time_us, timed)
         if timed is not None and entry.bf16_us is not None:
-            floor = entry.shape.ops / (timed.bf16_tflops * PEAK) / 1e6
+            floor = entry.shape.ops / (timed.bf16_tflops * PEAK_MARGIN) / 1e6
             if entry.bf16_us < floor:
-                yield f"bf16 in {entry.bf16_us} us; {timed.name} needs {floor:.2f} us"
+                yield f"bf16 in {entry.bf16_us} us is impossible; {timed.name} needs {floor:.2f} us"
         if entry.default_us is not None:
             if entry.time_us > entry.default_us:
-                yield f"slower than the default, {entry.time_us} and {entry.default_us} us"
+                yield f"slower than the default configuration: {entry.time_us} us against {entry.default_us} us"
             if entry.config == default_config(entry.shape) and entry.time_us != entry.default_us:
-                yield f"it is the default, and the default has another time, {entry.time_us} and {entry.default_us} us"
+                yield f"is the default configuration, but time_us {entry.time_us} is not default_us {entry.default_us}"
         others = [other.time_us for other in entry.runners_up or ()]
         if others != sorted(others):
-            yield "runners-up are not in the order of their times"
+            yield "runners-up are not sorted by time"
         for other in entry.runners_up or ():
             if other.time_us * (1 + TIE) < entry.time_us:
-                yield f"a runner-up is faster, {other.time_us} and {entry.time_us} us; tune again"
+                yield f"a runner-up is faster: {other.time_us} us against {entry.time_us} us; tune again"
 
     def _quantiles(self, one: Entry | RunnerUp) -> Iterator[str]:
         if (one.p20_us is None) is not (one.p80_us is None):
@@ -166,23 +173,23 @@ class _Check:
             yield f"the median {one.time_us} us lies outside its quantiles {one.p20_us} and {one.p80_us} us"
 
     def stamps(self, entry: Entry) -> Iterator[str]:
-        """Stamps that are not of this entry, or contradict themselves."""
+        """Stamps that belong to another entry or contradict themselves."""
         for stamp in entry.verified or ():
             if stamp.of != entry.identity and stamp.of in self.ids:
-                yield f"its stamp is that of {self.ids[stamp.of]}: copied; run `int8kit verify --gpu {self.gpu.alias}`"
+                yield f"its stamp belongs to {self.ids[stamp.of]}: copied; run `int8kit verify --gpu {self.gpu.alias}`"
             elif stamp.of != entry.identity:
                 yield f"changed since it was proven; run `int8kit verify --gpu {self.gpu.alias}`"
             yield from self._contradicts(stamp)
 
     def _contradicts(self, stamp: Stamp) -> Iterator[str]:
         if stamp.executor == "cross_arch" and stamp.arch != self.gpu.arch:
-            yield f"a stamp of sm_{stamp.arch} code in a file of sm_{self.gpu.arch}: copied"
-        device = _peak(stamp.device)
+            yield f"a stamp for sm_{stamp.arch} code in a file for sm_{self.gpu.arch}: copied"
+        device = _record_of(stamp.device)
         if stamp.executor == "native" and device is not None and stamp.arch != device.arch:
-            yield f"a stamp of {device.name}'s own code as sm_{stamp.arch}, which is sm_{device.arch}"
+            yield f"a native stamp for sm_{stamp.arch} code on {device.name}, which is sm_{device.arch}"
 
     def proof(self, entry: Entry) -> Iterator[str]:
-        """Why nothing proves the entry under the toolchain."""
+        """The missing proof of the entry under the toolchain."""
         verify = f"run `int8kit verify --gpu {self.gpu.alias}` on a GPU"
         if entry.is_stale(self.toolchain):
             yield f"the {entry.config.kernel} kernel has changed since; tune and verify again"

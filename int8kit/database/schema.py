@@ -1,7 +1,18 @@
-"""The rows of a tuning database as pydantic models: what a file may hold, and nothing else.
+"""Format of a tuning database file, as pydantic models. One JSON file per GPU, one entry per line.
 
-`docs/tuning_db.schema.json` is the JSON Schema of `Document`; `int8kit db schema` prints it. Files of the earlier
-format are converted by `upgrade`.
+    {"format": "int8kit.tuning/2", "numerics": 1, "policies": {"1": "GEMM with epilogue and bias, ..."},
+     "gpu": {"alias": "rtx3090", "name": "NVIDIA GeForce RTX 3090", "arch": 86, "sms": 82, "shared_memory": 101376,
+             "memory_gib": 24, "l2_bytes": 6291456},
+     "entries": [
+       {"operation": "gemm", "m": 4296, "n": 12288, "k": 4608, "id": "5d41402abc4b", "source": "proxy",
+        "config": {"block_m": 128, ...}, "triton": "3.6.0", "kernel": "f00d...", "time_us": 712.4,
+        "measured_on": "NVIDIA H200", "policy": 1, ..., "verified": [{"executor": "native", "of": "5d41402abc4b"}]}]}
+
+An entry is identified by its operation, (m, n, k) and the generation of Triton that compiled it. The header identifies
+the GPU and the numerics. Unknown fields are refused, so a file contains no host name, user, path or address.
+
+`docs/tuning_db.schema.json` is the JSON Schema of `Document`; `int8kit db schema` prints it. `upgrade` converts files
+of earlier formats.
 """
 
 from __future__ import annotations
@@ -34,46 +45,46 @@ class _Row(BaseModel):
 
 
 class Resources(_Row):
-    """What the compiled kernel takes, read from the cubin."""
+    """Resources that the compiled kernel needs, read from its cubin."""
 
-    registers: int = Field(ge=0)  # a thread
-    spill_bytes: int = Field(ge=0)  # local memory a thread
-    shared_bytes: int = Field(ge=0)  # a block
+    registers: int = Field(ge=0)  # per thread
+    spill_bytes: int = Field(ge=0)  # local memory per thread
+    shared_bytes: int = Field(ge=0)  # per block
 
 
 class Stamp(_Row):
-    """A verification that passed: this configuration, of this kernel, compiled by this Triton, on this device.
+    """A passed verification of one configuration of one kernel, compiled by one Triton version, run on one device.
 
-    A stamp of another configuration, kernel, Triton or numerics version proves nothing: see `Entry.proofs`.
+    A stamp of another configuration, kernel, Triton or numerics version proves nothing; see `Entry.proofs`.
     """
 
     # native: the device's own code; cross_arch: another architecture's code; interpreter: not compiled, reduced size
     executor: Literal["native", "cross_arch", "interpreter"]
     device: str
-    arch: int | None = None  # whose code was compiled: 86 for sm_86; None in the interpreter
-    of: str  # `Entry.identity` then
+    arch: int | None = None  # architecture of the compiled code: 86 for sm_86; None in the interpreter
+    of: str  # `Entry.identity` when the verification ran
     kernel: str
     triton: TritonVersion
     numerics: int = Field(ge=1)
 
     @property
     def key(self) -> tuple[str, str, int, str]:
-        """What a newer stamp of the same kind replaces."""
+        """Identity of a stamp: a newer stamp replaces an older one with the same key."""
         return self.executor, self.device, self.arch or 0, self.triton
 
 
 class GpuState(_Row):
-    """The GPU while it ran an entry's kernel, as NVML tells; what cannot be had is absent."""
+    """State of the GPU while it ran an entry's kernel, from NVML. Unavailable values are absent."""
 
     sm_mhz: int | None = Field(default=None, ge=0)
     memory_mhz: int | None = Field(default=None, ge=0)
     power_w: int | None = Field(default=None, ge=0)
     temperature_c: int | None = Field(default=None, ge=-50, le=150)
-    throttle: tuple[str, ...] | None = None  # what holds the clock back: "power cap" and so on
+    throttle: tuple[str, ...] | None = None  # reasons for a reduced clock, such as "power cap"
 
 
 class RunnerUp(_Row):
-    """A finalist that did not win, in the same rounds as the winner."""
+    """A finalist that did not win, timed in the same rounds as the winner."""
 
     config: TileConfig
     kernel: str
@@ -85,13 +96,13 @@ class RunnerUp(_Row):
 
 
 class Entry(_Row):
-    """The chosen configuration of one shape, and why."""
+    """The chosen configuration of one shape, with the evidence for it."""
 
     operation: Operation = Operation.GEMM
     m: int = Field(ge=1)
     n: int = Field(ge=1)
     k: int = Field(ge=1)
-    id: str | None = None  # `identity` when the row was written; another one tells that the row was edited
+    id: str | None = None  # `identity` when the row was written; a difference means that the row was edited
     source: Source
     config: TileConfig
     triton: TritonVersion
@@ -99,15 +110,15 @@ class Entry(_Row):
     resources: Resources
     tried: int = Field(ge=0)  # configurations ranked or timed for this shape
     model_us: Microseconds | None = None  # the cost model's estimate, microseconds
-    time_us: Microseconds | None = None  # median, microseconds, GEMM with epilogue and no quantization
+    time_us: Microseconds | None = None  # median, microseconds, of the GEMM with epilogue, without quantization
     p20_us: Microseconds | None = None
     p80_us: Microseconds | None = None
     default_us: Microseconds | None = None  # default_config in the same rounds
     bf16_us: Microseconds | None = None  # torch's bf16 matmul in the same rounds
     measured_on: str | None = None  # the GPU that was timed
-    timed_with: TritonVersion | None = None  # the Triton whose code was timed, if not `triton`'s: `db carry`
+    timed_with: TritonVersion | None = None  # Triton whose code was timed, if not `triton`: after `db migrate`
     gpu_state: GpuState | None = None
-    policy: int | None = None  # how: see the header
+    policy: int | None = None  # how times were taken: a key of the header's policies
     runners_up: tuple[RunnerUp, ...] | None = None  # fastest first
     verified: tuple[Stamp, ...] | None = None
 
@@ -118,35 +129,35 @@ class Entry(_Row):
 
     @property
     def identity(self) -> str:
-        """What a verification is of: 12 hexadecimal digits of operation, shape and configuration."""
+        """Subject of a verification: 12 hexadecimal digits of operation, shape and configuration."""
         return identity(self.operation, self.shape, self.config)
 
     def named(self) -> Entry:
-        """The entry with its `identity` as its id, as a file holds it."""
+        """This entry with its `identity` as its id, as it is written to a file."""
         return self.model_copy(update={"id": self.identity})
 
     @property
     def key(self) -> tuple[str, int, int, int, str]:
-        """What identifies the entry in its file; sorts entries of one weight together."""
+        """Identity of the entry in its file. Its order keeps entries of one weight together."""
         return self.operation.value, self.n, self.k, self.m, generation(self.triton)
 
     def is_other_triton(self, toolchain: Toolchain) -> bool:
-        """Whether another generation of Triton was tuned."""
+        """True if the entry was tuned with another Triton generation."""
         return toolchain.is_other_triton(self.triton)
 
     def is_stale(self, toolchain: Toolchain) -> bool:
-        """Whether the entry's kernel has changed since it was tuned."""
+        """True if the entry's kernel has changed since it was tuned."""
         return toolchain.is_stale(self.config.kernel, self.kernel)
 
     def proofs(self, toolchain: Toolchain, arch: int) -> list[Stamp]:
-        """Stamps that prove the entry as it is, under `toolchain`, as code of `arch` (86 for sm_86).
+        """Stamps that prove the present entry under `toolchain` as code of `arch` (86 for sm_86).
 
-        The interpreter compiles nothing, and the compiler makes other code for another architecture.
+        Stamps of the interpreter, which compiles nothing, and of code for another architecture prove nothing here.
         """
         return [s for s in self.stamps(toolchain) if s.arch == arch]
 
     def stamps(self, toolchain: Toolchain) -> list[Stamp]:
-        """Stamps of the entry as it is, under `toolchain`, whatever was executed."""
+        """Stamps of the present entry under `toolchain`, from any executor."""
         kernel, own = self.config.kernel, self.identity
         return [
             s
@@ -161,23 +172,23 @@ def identity(operation: Operation, shape: GemmShape, config: TileConfig) -> str:
 
 
 class GpuIdentity(_Row):
-    """The GPU that a file is of. Two GPUs of one name differ in the numbers."""
+    """The GPU that a file is for. Two GPUs that share a name differ in the numbers."""
 
     alias: str = Field(pattern="^[a-z0-9][a-z0-9_-]*$")
     name: str
     arch: int = Field(ge=80, le=999)
     sms: int = Field(ge=1)
-    shared_memory: int = Field(ge=1)  # bytes that one block may use
+    shared_memory: int = Field(ge=1)  # bytes, at most, per block
     memory_gib: int | None = Field(default=None, ge=1)
     l2_bytes: int | None = Field(default=None, ge=1)
 
 
 class Document(_Row):
-    """A whole file."""
+    """A complete file."""
 
     format: Literal["int8kit.tuning/2"]
-    numerics: int  # the arithmetic that the entries' kernels compute: `spec.NUMERICS_VERSION`
-    policies: dict[str, str]  # how times were taken, by the number that an entry names
+    numerics: int  # `spec.NUMERICS_VERSION` of the entries' kernels
+    policies: dict[str, str]  # how times were taken, by the number in `Entry.policy`
     gpu: GpuIdentity
     entries: tuple[Entry, ...]
 
@@ -188,8 +199,15 @@ def json_schema() -> dict[str, Any]:
 
 
 def stamp(executor: str, *, device: str, arch: int | None, entry: Entry, kernel: str, triton: str) -> Stamp:
-    """A stamp of `entry`, as it is, under the present numerics."""
+    """A stamp of the present `entry` under the present numerics."""
     return Stamp.model_validate(
-        {"executor": executor, "device": device, "arch": arch, "of": entry.identity, "kernel": kernel,
-         "triton": triton, "numerics": NUMERICS_VERSION}
-    )  # fmt: skip
+        {
+            "executor": executor,
+            "device": device,
+            "arch": arch,
+            "of": entry.identity,
+            "kernel": kernel,
+            "triton": triton,
+            "numerics": NUMERICS_VERSION,
+        }
+    )

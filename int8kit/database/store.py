@@ -1,20 +1,11 @@
-"""The tuning database: one JSON file a GPU, one entry a line.
+"""Database files: reading, writing under a lock, and the search path.
 
-    {"format": "int8kit.tuning/2", "numerics": 1, "policies": {"1": "GEMM with epilogue and bias, ..."},
-     "gpu": {"alias": "rtx3090", "name": "NVIDIA GeForce RTX 3090", "arch": 86, "sms": 82, "shared_memory": 101376,
-             "memory_gib": 24, "l2_bytes": 6291456},
-     "entries": [
-       {"operation": "gemm", "m": 4296, "n": 12288, "k": 4608, "id": "5d41402abc4b", "source": "proxy",
-        "config": {"block_m": 128, ...}, "triton": "3.6.0", "kernel": "f00d...", "time_us": 712.4,
-        "measured_on": "NVIDIA H200", "policy": 1, ..., "verified": [{"executor": "native", "of": "5d41402abc4b"}]}]}
+    load(Path("tuning_db/rtx3090.json"))            ->  Database
+    merged_view(gpus.get("rtx3090"), toolchain)     ->  (Database, the files that it comes from)
+    update(Path("tuning_db/rtx3090.json"), gpu, entries)
 
-An entry is identified by operation, (m, n, k) and the generation of Triton that compiled it. The header identifies GPU
-and numerics. `lookup` says which entry serves a shape.
-
-An entry of the running Triton's generation and of the present kernel is preferred; another serves with a remark, since
-any legal configuration gives the same bits. A numerics version or a GPU that differs refuses the whole file. A merge
-keeps the stronger source, then the newer entry. No host name, user, path or address is stored: fields that the schema
-does not know are refused. Files of earlier formats are read (`upgrade`) and written in the present one.
+A file of another numerics version or of another GPU is refused as a whole. Files of earlier formats are read (see
+`upgrade`) and written in the present format. `schema` defines the format.
 """
 
 from __future__ import annotations
@@ -45,32 +36,30 @@ _REMEDY = "make one with `int8kit tune`, or name another with --db"
 
 
 def is_ours(path: Path) -> bool:
-    """True if `path` is a tuning database, of an earlier format too."""
+    """True if `path` is a tuning database of the present or an earlier format."""
     return files.is_ours(path, *FORMATS)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The file's document as it stands. Raises FileError if it is no tuning database."""
+    """The JSON document of a file, unchecked. Raises FileError if it is no tuning database."""
     return files.read_json(path, *FORMATS, remedy=_REMEDY)
 
 
 def load(path: Path, alias: str | None = None) -> Database:
-    """The database in `path`. Raises FileError if it is damaged, not ours, of other numerics, or of another GPU."""
+    """The database in `path`.
+
+    Raises FileError if the file is damaged, no tuning database, of another numerics version, or of another GPU than
+    `alias`.
+    """
     document = read(path)
     try:
         if document["format"] == upgrade.OLD_FORMAT:
             document = upgrade.upgraded(document)
-        # by way of JSON: only there does pydantic's strict mode know enums and tuples by their JSON types
+        # Through JSON: only there does pydantic's strict mode accept strings for enums and lists for tuples.
         found = Document.model_validate_json(json.dumps(document), strict=True)
         _check(found)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise FileError(f"{str(path)!r} is damaged ({error.title}.{place}: {first['msg']}); {_REMEDY}") from None
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise FileError(f"{str(path)!r} is damaged ({files.lacks(error)}); {_REMEDY}") from None
-    except InputError as error:
-        raise FileError(f"{str(path)!r} is damaged ({error}); {_REMEDY}") from None
+    except (TypeError, KeyError, ValueError, AttributeError, InputError) as error:
+        raise FileError(f"{str(path)!r} is damaged ({_damage(error)}); {_REMEDY}") from None
     header = found.gpu
     if found.numerics != NUMERICS_VERSION:
         raise FileError(f"{str(path)!r} has numerics {found.numerics}; expected {NUMERICS_VERSION}; {_REMEDY}")
@@ -83,12 +72,23 @@ def load(path: Path, alias: str | None = None) -> Database:
     return Database(gpu, tuple(sorted(found.entries, key=lambda e: e.key)), header, found.policies)
 
 
+def _damage(error: Exception) -> str:
+    """One line about the first error of a damaged file."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{error.title}.{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error) if isinstance(error, InputError) else files.lacks(error)
+
+
 def _check(document: Document) -> None:
-    """Raise TypeError, or an InputError, for rows that no tuner writes."""
+    """Raises TypeError or InputError for rows that no tuner writes."""
     gpu = document.gpu
     for entry in document.entries:
         shape = entry.shape  # raises ShapeError outside the kernels' domain
-        for config in (entry.config, *(one.config for one in entry.runners_up or ())):  # any may become the winner
+        for config in (
+            entry.config,
+            *(one.config for one in entry.runners_up or ()),
+        ):  # `consolidate` may promote a runner-up
             reason = why_illegal(config, arch=gpu.arch, shared_memory=gpu.shared_memory)
             if reason:
                 raise TypeError(f"{shape}: {reason}")
@@ -97,11 +97,11 @@ def _check(document: Document) -> None:
     twice = [key for key, count in Counter(entry.key for entry in document.entries).items() if count > 1]
     if twice:
         operation, n, k, m, triton = twice[0]
-        raise TypeError(f"{operation} {GemmShape(m, n, k)} stands twice for Triton {triton}")
+        raise TypeError(f"{operation} {GemmShape(m, n, k)} occurs twice for Triton {triton}")
 
 
 def find(alias: str, given: Path | None = None) -> Path | None:
-    """The database file of a card: `given`, else ./tuning_db/<alias>.json, else the shipped one, else None."""
+    """The database file of a GPU: `given`, else ./tuning_db/<alias>.json, else the shipped file, else None."""
     if given is not None:
         return given
     for folder in (Path("tuning_db"), files.shipped("tuning_db")):
@@ -112,21 +112,22 @@ def find(alias: str, given: Path | None = None) -> Path | None:
 
 
 def user_path(alias: str) -> Path:
-    """The user's own database of a card, which lies over the shipped one."""
+    """The user's own database of a GPU. `merged_view` merges it over the shipped one."""
     return Path(platformdirs.user_data_dir("int8kit")) / "tuning_db" / f"{alias}.json"
 
 
 def known() -> list[Path]:
-    """The files that serve some card: ./tuning_db's or the shipped ones, and the user's own."""
+    """The database files of all GPUs: those in ./tuning_db, else the shipped ones; and the user's own."""
     here = Path("tuning_db")
     folder = here if here.is_dir() else files.shipped("tuning_db")
     return [*sorted(folder.glob("*.json")), *sorted(user_path("x").parent.glob("*.json"))]
 
 
-def gather(gpu: Gpu, toolchain: Toolchain, given: Path | None = None) -> tuple[Database, tuple[Path, ...]]:
-    """What serves a GPU and the files that it is from: `given` alone, or what `find` finds with the user's on top.
+def merged_view(gpu: Gpu, toolchain: Toolchain, given: Path | None = None) -> tuple[Database, tuple[Path, ...]]:
+    """The database that serves a GPU, and the files that it comes from. Raises FileError.
 
-    On top as in a merge, but an entry of the user's for a kernel that has changed since covers none. Raises FileError.
+    given: the only file to read. By default the file that `find` returns, merged with the user's own. A user's entry
+    whose kernel has changed since does not replace another entry.
     """
     base = find(gpu.alias, given)
     own = user_path(gpu.alias) if given is None else None
@@ -134,17 +135,17 @@ def gather(gpu: Gpu, toolchain: Toolchain, given: Path | None = None) -> tuple[D
     database = Database(gpu)
     for path in paths:
         loaded = load(path, gpu.alias)
-        known = {entry.key for entry in database.entries}
-        fresh = [e for e in loaded.entries if e.key not in known or not e.is_stale(toolchain)]
+        present = {entry.key for entry in database.entries}
+        fresh = [e for e in loaded.entries if e.key not in present or not e.is_stale(toolchain)]
         policies = {**database.policies, **loaded.policies}
         database = replace(database.merged(fresh), gpu=loaded.gpu, header=loaded.header, policies=policies)
     return database, paths
 
 
 def update(path: Path, gpu: Gpu, entries: Iterable[Entry], *, force: bool = False) -> Database:
-    """Merge `entries` into the file, under a lock and in one step; returns what it now holds.
+    """Merge `entries` into the file under a lock, atomically. Returns the file's database afterwards.
 
-    A file that is not a tuning database is refused, or with `force` replaced. Raises FileError.
+    Raises FileError for a file that is no tuning database; with `force` such a file is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock_of(path):
@@ -156,9 +157,10 @@ def update(path: Path, gpu: Gpu, entries: Iterable[Entry], *, force: bool = Fals
 
 
 def stamp(path: Path, stamps: dict[Key, Sequence[Stamp]], proven: Database | None = None) -> bool:
-    """Write verification stamps into the file; False, with the file untouched, if they change nothing. FileError.
+    """Write verification stamps into the file. Returns False, with the file untouched, if they change nothing.
 
-    proven: what was verified, where that is not this file: only entries of the same configuration are stamped.
+    proven: the verified database, if it is not this file's. Then only entries of the same configuration are stamped.
+    Raises FileError.
     """
     with lock_of(path):
         before = load(path)
@@ -173,9 +175,10 @@ def stamp(path: Path, stamps: dict[Key, Sequence[Stamp]], proven: Database | Non
 
 
 def lock_of(path: Path, timeout: float = 60) -> filelock.BaseFileLock:
-    """A lock of the file `path`, kept beside the user's caches: the folder that is reviewed stays clean.
+    """A lock for the file `path`. The lock file is kept in the user's cache folder, so that `tuning_db/` stays clean.
 
-    timeout: seconds that acquiring waits, before it raises filelock.Timeout. It ends with the process that holds it.
+    timeout: seconds that acquiring waits before it raises filelock.Timeout. The operating system releases the lock when
+    its process ends.
     """
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     folder = Path(platformdirs.user_cache_dir("int8kit")) / "locks"

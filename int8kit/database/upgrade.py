@@ -1,10 +1,14 @@
-"""Upgrade of database files of earlier formats: /1 to /2.
+"""Conversion of database files of earlier formats: int8kit.tuning/1 to int8kit.tuning/2.
 
-    /2 of format /1: operations, ids of entries, the memory and L2 of the GPU, kernels by their instruction ("ampere" is
-    "mma_sync"), stamps that say which code was compiled and which numerics was proven
+Format /2 has, compared with /1:
 
-A stamp of format /1 covered a kernel's device code and not its launcher, so none is taken over. An entry's own kernel
-hash is translated where the device code is the one that /2 first hashed: its times still hold.
+    entries  an operation and an id
+    gpu      memory and L2 size
+    kernels  named by their instruction: "mma_sync" was "ampere"
+    stamps   the architecture of the compiled code and the numerics version
+
+Stamps of format /1 are dropped: they covered the device code of a kernel, but not its launcher. The kernel hash of an
+entry is translated if its device code is the one that /2 hashed first. Then the entry's times are still valid.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from int8kit.database.schema import FORMAT
 
 OLD_FORMAT = "int8kit.tuning/1"
 _KERNELS = {"pointer": "triton", "ampere": "mma_sync", "hopper": "wgmma"}
-_SAME_CODE = {  # /1's hash of the device code, and /2's hash of the same kernel
+_SAME_CODE = {  # hash of the device code in /1: hash of the same kernel in /2
     "6656f9177801": "aa6c90e35953",
     "b504fe8ad3d2": "afffa3f2d6b0",
     "e7d870ae1123": "4427f21d0bd3",
@@ -24,9 +28,10 @@ _SAME_CODE = {  # /1's hash of the device code, and /2's hash of the same kernel
 
 
 def upgraded(document: dict[str, Any]) -> dict[str, Any]:
-    """A document of format /1 in the present format. Raises KeyError, TypeError or ValueError for a damaged one.
+    """A document of format /1, converted to the present format.
 
-    Fields that format /1 did not have are left as they are, so that the present schema refuses them.
+    Fields that are unknown in format /1 are kept, so that the present schema refuses them. Raises KeyError, TypeError
+    or ValueError for a damaged document.
     """
     if not isinstance(document["entries"], list):
         raise TypeError("entries: expected a list")
@@ -38,7 +43,7 @@ def upgraded(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def dropped_stamps(document: dict[str, Any]) -> int:
-    """How many stamps of a document of format /1 are not taken over."""
+    """Number of stamps in a document of format /1, which `upgraded` drops."""
     return sum(len(row.get("verified") or ()) for row in document["entries"])
 
 

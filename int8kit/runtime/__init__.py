@@ -1,1 +1,1 @@
-"""The thin runtime: `linear` (an INT8 nn.Linear), `ideogram4` (its pipeline on INT8 linears), `generate` (an image)."""
+"""Models that run on INT8 linears: Ideogram 4, image generation, and the error of each layer."""

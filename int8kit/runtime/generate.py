@@ -1,8 +1,8 @@
-"""An image from a prompt: what `int8kit run` does, with its timings, its memory and the configurations it used.
+"""Image generation for `int8kit run`, with timings, peak memory and the configurations that served.
 
-    generate(Request("a red bicycle", model="tiny", width=256, height=256))  ->  Outcome(image, load_s, step_ms, ...)
+    generate(ImageRequest("a red bicycle", width=256, height=256))  ->  GeneratedImage(image, load_s, step_ms, ...)
 
-The PNG carries the call's parameters in its text chunk "int8kit", as JSON: `save` writes it, `is_ours` recognises it.
+`save` writes a PNG with the request as JSON in its text chunk "int8kit". `is_ours` recognizes such a PNG.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import platform
 import resource
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,19 +29,20 @@ from int8kit.errors import CheckFailed, InputError, UnknownName
 from int8kit.kernels import gemm
 from int8kit.models import Case
 from int8kit.runtime import ideogram4
+from int8kit.toolchain import Toolchain
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A schedule of the model's makers: steps, the spread of noise levels, and the last steps at low guidance."""
+    """A denoising schedule recommended by the model's authors."""
 
     steps: int
-    mu: float
+    mu: float  # mean and standard deviation of the noise levels' logits
     std: float
-    polish: int  # steps at guidance 3 that end the schedule; the others have 7
+    polish: int  # last steps, at guidance 3; the others have guidance 7
 
     def guidance(self, steps: int) -> list[float]:
-        """Guidance of each of `steps` steps; the share of polish steps is kept, at least one of two or more."""
+        """Guidance scale of each step. The share of polish steps is kept; there is at least one if steps > 1."""
         polish = min(steps - 1, math.ceil(steps * self.polish / self.steps))
         return [7.0] * (steps - polish) + [3.0] * polish
 
@@ -50,55 +51,60 @@ PRESETS = {"quality": Preset(48, 0.0, 1.5, 3), "default": Preset(20, 0.0, 1.75, 
 
 
 @dataclass(frozen=True)
-class Request:
-    """One call of `int8kit run`."""
+class ImageRequest:
+    """Parameters of one image."""
 
     prompt: str
-    model: str = "tiny"
-    height: int = 1024
+    _: KW_ONLY
+    model: str = "tiny"  # or a local folder in diffusers' layout, or a hub id
+    height: int = 1024  # pixels
     width: int = 1024
     preset: str = "quality"
     steps: int | None = None  # None: the preset's
     guidance: float | None = None  # None: the preset's schedule
     seed: int = 0
-    gpu: str | None = None  # None: the card that is here
-    database: Path | None = None  # None: see `db.gather`
+    gpu: str | None = None  # whose database serves; None: the present GPU, else rtx3090
+    database: Path | None = None  # None: the search path of `store.merged_view`
     strict: bool = False  # refuse configurations that are not proven
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """An image and what it took."""
+class GeneratedImage:
+    """An image, its cost, and the configurations that served."""
 
     image: Image.Image
-    request: Request
+    request: ImageRequest
     device: str
-    tokens: int
+    tokens: int  # of the prompt
     steps: int
-    choices: list[tuple[Choice, int]]
+    choices: list[tuple[Choice, int]]  # for each GEMM shape, with the number of layers of that shape
     databases: tuple[Path, ...]
     load_s: float
-    prepare_s: float  # encoding the prompt, quantizing the weights
+    prepare_s: float  # to encode the prompt and quantize the weights
     denoise_s: float
     decode_s: float
     step_ms: float  # median
-    peak_gib: float  # of the card; of the process on a CPU
+    peak_gib: float  # GPU memory; on a CPU, memory of the process
 
 
-def generate(request: Request) -> Outcome:
-    """Make an image. Raises UnknownName, InputError or FileError before any long work where the request is off."""
+def generate(request: ImageRequest) -> GeneratedImage:
+    """Generate an image.
+
+    Raises UnknownName, InputError or FileError for a bad request before any long work, and CheckFailed if the request
+    is strict and a configuration is not proven.
+    """
     if request.preset not in PRESETS:
         raise UnknownName("preset", request.preset, PRESETS)
     preset = PRESETS[request.preset]
     steps = preset.steps if request.steps is None else request.steps
     if steps < 1:
-        raise InputError(f"{steps} steps: legal is 1 or more")
+        raise InputError(f"{steps} steps: expected at least 1")
     Case(request.height, request.width)
-    card = gpus.present()
-    gpu = gpus.get(request.gpu) if request.gpu else card or gpus.get("rtx3090")
+    present = gpus.present()
+    gpu = gpus.get(request.gpu) if request.gpu else present or gpus.get("rtx3090")
     toolchain = gemm.toolchain()
-    database, paths = store.gather(gpu, toolchain, request.database)
-    device = torch.device("cpu" if card is None else "cuda")
+    database, paths = store.merged_view(gpu, toolchain, request.database)
+    device = torch.device("cpu" if present is None else "cuda")
 
     start = time.perf_counter()
     stock = ideogram4.load(request.model)
@@ -106,14 +112,35 @@ def generate(request: Request) -> Outcome:
     case = Case(request.height, request.width, text_tokens=tokens)
     loaded = time.perf_counter()
     pipe, choices = ideogram4.prepare(stock, request.prompt, case, database, device, toolchain)
-    if request.strict and (unproven := unproven_of(choices)):
-        raise CheckFailed(
-            f"{len(unproven)} of {len(choices)} configurations are not proven under Triton {toolchain.triton} as "
-            f"sm_{gpu.arch} code with the present kernels, first {unproven[0].config} for {unproven[0].shape}; "
-            f"run `int8kit verify --gpu {gpu.alias}` on a GPU, which stamps what holds"
-        )
+    if request.strict:
+        _require_proofs(choices, gpu, toolchain)
     prepared = time.perf_counter()
+    guidance = preset.guidance(steps) if request.guidance is None else [request.guidance] * steps
+    image, ends = _denoise(pipe, request, preset, guidance, tokens)
+    done = time.perf_counter()
+    durations = sorted(b - a for a, b in zip([prepared, *ends], ends, strict=False))
+    return GeneratedImage(
+        image=image,
+        request=request,
+        device="cpu, reference backend" if present is None else present.name,
+        tokens=tokens,
+        steps=steps,
+        choices=choices,
+        databases=paths,
+        load_s=loaded - start,
+        prepare_s=prepared - loaded,
+        denoise_s=ends[-1] - prepared,
+        decode_s=done - ends[-1],
+        step_ms=1e3 * durations[len(durations) // 2],
+        peak_gib=_peak_bytes(device) / 2**30,
+    )
 
+
+def _denoise(
+    pipe: ideogram4.Int8Pipeline, request: ImageRequest, preset: Preset, guidance: list[float], tokens: int
+) -> tuple[Image.Image, list[float]]:
+    """The image, and the time at the end of each step."""
+    device = pipe.run_device
     ends: list[float] = []
 
     def on_step(_pipe: Any, _step: int, _t: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -123,52 +150,45 @@ def generate(request: Request) -> Outcome:
         return values
 
     pipe.set_progress_bar_config(desc="denoising", unit="step")
-    schedule = [request.guidance] * steps if request.guidance is not None else preset.guidance(steps)
     image = pipe(
         request.prompt,
         height=request.height,
         width=request.width,
-        num_inference_steps=steps,
-        guidance_schedule=schedule,
+        num_inference_steps=len(guidance),
+        guidance_schedule=guidance,
         mu=preset.mu,
         std=preset.std,
         max_sequence_length=tokens,
         generator=torch.Generator(device).manual_seed(request.seed),
         callback_on_step_end=on_step,
     ).images[0]
-    done = time.perf_counter()
-    laps = sorted(b - a for a, b in zip([prepared, *ends], ends, strict=False))
-    return Outcome(
-        image=image,
-        request=request,
-        device="cpu, reference backend" if card is None else card.name,
-        tokens=tokens,
-        steps=steps,
-        choices=choices,
-        databases=paths,
-        load_s=loaded - start,
-        prepare_s=prepared - loaded,
-        denoise_s=ends[-1] - prepared,
-        decode_s=done - ends[-1],
-        step_ms=1e3 * laps[len(laps) // 2],
-        peak_gib=_peak_bytes(device) / 2**30,
-    )
+    return image, ends
+
+
+def _require_proofs(choices: list[tuple[Choice, int]], gpu: gpus.Gpu, toolchain: Toolchain) -> None:
+    """Raises CheckFailed if a configuration is not proven."""
+    if unproven := unproven_of(choices):
+        raise CheckFailed(
+            f"{len(unproven)} of {len(choices)} configurations are not proven under Triton {toolchain.triton} as "
+            f"sm_{gpu.arch} code with the present kernels, first {unproven[0].config} for {unproven[0].shape}; "
+            f"run `int8kit verify --gpu {gpu.alias}` on a GPU to prove and stamp them"
+        )
 
 
 def unproven_of(choices: Iterable[tuple[Choice, int]]) -> list[Choice]:
-    """Those that are from a database's entry that no verification with the present kernels has stamped."""
+    """Choices from a database entry without a proof for the present kernels."""
     return [choice for choice, _ in choices if choice.level != lookup.DEFAULT and not choice.verified]
 
 
-def save(outcome: Outcome, path: Path) -> None:
-    """Write the PNG with the call's parameters in its text chunk "int8kit". Raises FileError."""
-    request = {k: v for k, v in asdict(outcome.request).items() if k not in ("database", "strict") and v is not None}
-    if Path(outcome.request.model).is_dir():
-        request["model"] = Path(outcome.request.model).resolve().name  # a picture is shown around: no path in it
+def save(generated: GeneratedImage, path: Path) -> None:
+    """Write the PNG with its request in the text chunk "int8kit". Raises FileError."""
+    request = {k: v for k, v in asdict(generated.request).items() if k not in ("database", "strict") and v is not None}
+    if Path(generated.request.model).is_dir():
+        request["model"] = Path(generated.request.model).resolve().name  # images are published: no path in them
     info = PngInfo()
-    info.add_text("int8kit", json.dumps({**request, "steps": outcome.steps, "versions": versions()}))
+    info.add_text("int8kit", json.dumps({**request, "steps": generated.steps, "versions": versions()}))
     with files.replacing(path) as temporary:
-        outcome.image.save(temporary, format="PNG", pnginfo=info)
+        generated.image.save(temporary, format="PNG", pnginfo=info)
 
 
 def is_ours(path: Path) -> bool:
@@ -181,7 +201,7 @@ def is_ours(path: Path) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides a result: no host name, user or path."""
+    """Versions of everything that can change an image. Contains no host name, user or path."""
     return {
         "int8kit": __version__,
         "python": platform.python_version(),

@@ -1,14 +1,16 @@
-"""diffusers' `Ideogram4Pipeline` on INT8 linears: loaded part by part, so that it fits one 24 GB card.
+"""Ideogram 4 on INT8 linears: diffusers' `Ideogram4Pipeline`, placed so that it fits one GPU with 24 GB.
 
     load(model)         -> the stock pipeline, on the CPU
-    prepare(pipe, ...)  -> an Int8Pipeline whose prompt is encoded and whose two transformers are INT8, on the device
+    prepare(pipe, ...)  -> an Int8Pipeline with an encoded prompt and two INT8 transformers, on the device
 
-Tight text of one prompt leaves nothing to mask: the mask that the stock forward makes is true everywhere, and goes.
-Torch's flash attention, which refuses any mask, then serves consumer cards.
+Memory: the text encoder (16 GB in bf16) and the two INT8 transformers (20 GB) are never on the GPU together. The prompt
+is encoded first, then the encoder returns to the CPU.
 
-The text encoder (16 GB in bf16) and the two INT8 transformers (20 GB) are never on the card together: the prompt is
-encoded first, then the encoder goes back. The text is packed tight: as many text slots as the prompt has tokens, not
-the stock 2048, which the mask makes inert and which cost half as much again at 1024 px.
+Text slots: one per token of the prompt. The stock pipeline has 2048 and masks the unused ones. At 1024 px
+that takes half as long again.
+
+Attention mask: without padding, the mask of one prompt is true everywhere, so it is removed. Torch's flash attention,
+which accepts no mask, then runs on consumer GPUs.
 """
 
 from __future__ import annotations
@@ -34,21 +36,21 @@ BRANCHES = {"cond": "transformer", "uncond": "unconditional_transformer"}
 
 
 class UnmaskedAttention(Ideogram4AttnProcessor):
-    """The stock attention without a mask: for one prompt without padding, where the mask is true everywhere."""
+    """Stock attention without its mask, for one prompt without padding, where the mask is true everywhere."""
 
     def __call__(self, attn: Any, hidden_states: Any, attention_mask: Any, image_rotary_emb: Any) -> Any:
-        """As the stock processor; attention_mask is not used."""
+        """Output of the stock processor without a mask; `attention_mask` is ignored."""
         return super().__call__(attn, hidden_states, None, image_rotary_emb)
 
 
 class Int8Pipeline(Ideogram4Pipeline):
-    """The stock pipeline with its prompt already encoded, run on `run_device` whatever its parts' devices."""
+    """Stock pipeline with an encoded prompt. It runs on `run_device`, regardless of the devices of its parts."""
 
     encoded: tuple[torch.Tensor, ...]
     run_device: torch.device
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        """What `prepare` encoded."""
+        """The prompt as encoded by `prepare`; all arguments are ignored."""
         return self.encoded
 
     @property
@@ -64,26 +66,26 @@ def load(model: str) -> Any:
         raise UnknownName("model", model, [models.TINY], "or name a local folder in diffusers' layout, or a hub id")
     try:
         return Ideogram4Pipeline.from_pretrained(model, dtype=torch.bfloat16)
-    except Exception as error:  # the hub, safetensors and diffusers each have their own
+    except Exception as error:  # the hub, safetensors and diffusers each raise their own types
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise FileError(
-            f"cannot load {model!r} as an Ideogram4Pipeline ({reason[:160]}); legal are tiny, a local folder in "
+            f"cannot load {model!r} as an Ideogram4Pipeline ({reason[:160]}); expected tiny, a local folder in "
             "diffusers' layout, or a hub id that `hf auth login` gives you access to"
         ) from None
 
 
 def count_tokens(pipe: Any, prompt: str) -> int:
-    """Tokens of the chat-templated prompt. Raises InputError beyond 2048."""
+    """Number of tokens of the prompt in its chat template. Raises InputError beyond 2048."""
     messages = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
     text = pipe.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     tokens = len(pipe.tokenizer(text, add_special_tokens=False)["input_ids"])
     if tokens > MAX_TEXT_TOKENS:
-        raise InputError(f"the prompt has {tokens} tokens; legal is up to {MAX_TEXT_TOKENS}; shorten it")
+        raise InputError(f"the prompt has {tokens} tokens; expected at most {MAX_TEXT_TOKENS}; shorten it")
     return tokens
 
 
 def unmask(transformer: torch.nn.Module) -> None:
-    """Let every attention of `transformer` run without a mask."""
+    """Make every attention of `transformer` ignore its mask."""
     for module in transformer.modules():
         if isinstance(module, Ideogram4Attention):
             module.set_processor(UnmaskedAttention())
@@ -97,10 +99,10 @@ def prepare(
     device: torch.device,
     toolchain: Toolchain,
 ) -> tuple[Int8Pipeline, list[tuple[Choice, int]]]:
-    """Encode the prompt, quantize both transformers, and move what runs to `device`.
+    """Encode the prompt, quantize both transformers, and move them and the VAE to `device`.
 
-    Returns the pipeline and, for each GEMM shape that a step runs, the choice from the database and how many layers
-    share it. The database is asked here, once.
+    Returns the pipeline and, for each GEMM shape of a step, the choice from the database and the number of layers of
+    that shape. The database is not used after this call.
     """
     int8 = Int8Pipeline(**pipe.components)
     int8.run_device = device
@@ -108,11 +110,11 @@ def prepare(
     grid = case.height // PATCH, case.width // PATCH
     with torch.no_grad():
         encoded = Ideogram4Pipeline.encode_prompt(int8, prompt, *grid, case.text_slots, device)
-    # Stock keeps float32 features of both branches beside their bf16 copies through the loop: 1.8 GB at 1024 px.
+    # Stock keeps float32 features of both branches through the loop, beside bf16 copies: 1.8 GB at 1024 px.
     int8.encoded = (encoded[0].to(int8.transformer.dtype), *encoded[1:])
     encoder.to("cpu")
 
-    policy = models.MODELS["ideogram4"]
+    model = models.MODELS["ideogram4"]
     rows = {"cond": case.batch * (case.text_slots + case.image_tokens), "uncond": case.batch * case.image_tokens}
     plans: dict[tuple[int, int], Plan] = {}
 
@@ -124,7 +126,7 @@ def prepare(
     layers: dict[GemmShape, int] = {}
     for branch, part in BRANCHES.items():
         transformer = getattr(int8, part)
-        for layer in replace_linears(transformer, policy.quantizes, plan, device).values():
+        for layer in replace_linears(transformer, model.quantizes, plan, device).values():
             shape = GemmShape(rows[branch], layer.out_features, layer.in_features)
             layers[shape] = layers.get(shape, 0) + 1
         unmask(transformer)

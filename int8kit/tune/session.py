@@ -147,7 +147,7 @@ def _tune(
         one = _Run(target, journal, found, stage)
 
         def keep(entry: Entry) -> None:
-            outcome.kept += not store.update(target.path, target.gpu, [entry], force=force).holds(entry)
+            outcome.kept += not store.update(target.path, target.gpu, [entry], force=force).contains(entry)
             journal.add_chosen(entry)
 
         if target.card is None:
@@ -155,7 +155,7 @@ def _tune(
             for shape in left:
                 one.attempt(shape, partial(_modelled, shape, target.gpu, found, keep), outcome)
         else:
-            yield from one.explore(left, store.gather(target.gpu, gemm.toolchain())[0])
+            yield from one.explore(left, store.merged_view(target.gpu, gemm.toolchain())[0])
             yield from one.finish(left, keep, outcome)
         outcome.entries = [journal.chosen[shape] for shape in wanted if shape in journal.chosen]
         reduced = consolidate.reduce(outcome.entries)

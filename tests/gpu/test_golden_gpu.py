@@ -1,4 +1,4 @@
-"""The committed digests on a GPU: the definition in torch's own kernels there, and int8kit's operators."""
+"""The committed digests on a GPU: the reference in torch's GPU kernels, and int8kit's operators."""
 
 import golden
 import torch
@@ -9,11 +9,11 @@ from int8kit.spec import NUMERICS_VERSION
 COMMITTED = golden.known()[str(NUMERICS_VERSION)]
 
 
-def test_the_definition_gives_the_same_bits_on_a_gpu():
+def test_reference_gives_the_committed_digests():
     assert golden.digests(reference, "cuda") == COMMITTED
 
 
-def test_the_kernels_give_them():
+def test_kernels_give_the_committed_digests():
     gemm = golden.digests(ops, "cuda", {"quantize", "scaled_mm", "scaled_mm_swiglu"})
     rows = golden.digests(
         ops, "cuda", {"rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope"}
@@ -23,7 +23,7 @@ def test_the_kernels_give_them():
     assert gemm | rows == {name: COMMITTED[name] for name in gemm | rows}
 
 
-def test_the_layers_operators_give_them():
+def test_layer_operators_give_the_committed_digests():
     functions = {"linear": "int8_linear", "linear_swiglu": "int8_linear_swiglu"}
     for name, (function, args, _) in golden.cases().items():
         if function in functions:

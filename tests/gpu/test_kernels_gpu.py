@@ -1,4 +1,4 @@
-"""Every kernel, by its hardest cases: tails in all three dimensions, the largest sums, streams, graphs, new lengths."""
+"""Every GEMM kernel in its hardest cases: tails in M, N and K, the largest sums, streams, graphs, new lengths."""
 
 import itertools
 
@@ -15,31 +15,31 @@ from int8kit.verify.examples.strategies import Draw
 from int8kit.verify.properties import checks
 
 
-def ampere(*tile, **more):
+def mma_sync(*tile, **more):
     return TileConfig(*tile, kernel=Kernel.MMA_SYNC, **more)
 
 
-def hopper(block_m, block_n, stages, **more):
+def wgmma(block_m, block_n, stages, **more):
     return TileConfig(block_m, block_n, 128, 8, stages, kernel=Kernel.WGMMA, **more)
 
 
 CONFIGS = [
     TileConfig(128, 128, 64, 8, 4),
     TileConfig(16, 64, 128, 4, 4),
-    ampere(128, 128, 128, 4, 2),
-    ampere(128, 128, 128, 4, 3, stream_k=2),
-    ampere(128, 256, 64, 8, 4, stream_k=1),
-    ampere(256, 128, 64, 8, 3),
-    ampere(64, 64, 128, 4, 3, stream_k=3),
-    ampere(16, 64, 128, 4, 4, stream_k=4),
-    ampere(32, 256, 64, 8, 2),
-    hopper(128, 128, 6),
-    hopper(128, 128, 6, stream_k=1),
-    hopper(256, 128, 4),
-    hopper(256, 128, 4, stream_k=1),
-    hopper(64, 128, 8, group_m=3),
-    hopper(64, 64, 10, stream_k=1),
-    hopper(256, 64, 4, group_m=1),
+    mma_sync(128, 128, 128, 4, 2),
+    mma_sync(128, 128, 128, 4, 3, stream_k=2),
+    mma_sync(128, 256, 64, 8, 4, stream_k=1),
+    mma_sync(256, 128, 64, 8, 3),
+    mma_sync(64, 64, 128, 4, 3, stream_k=3),
+    mma_sync(16, 64, 128, 4, 4, stream_k=4),
+    mma_sync(32, 256, 64, 8, 2),
+    wgmma(128, 128, 6),
+    wgmma(128, 128, 6, stream_k=1),
+    wgmma(256, 128, 4),
+    wgmma(256, 128, 4, stream_k=1),
+    wgmma(64, 128, 8, group_m=3),
+    wgmma(64, 64, 10, stream_k=1),
+    wgmma(256, 64, 4, group_m=1),
 ]
 SHAPES = [  # one row; tails in M, N and K; a wave and a bit; few tiles and many steps
     GemmShape(1, 64, 64),
@@ -53,7 +53,7 @@ SHAPES = [  # one row; tails in M, N and K; a wave and a bit; few tiles and many
 
 
 def cases():
-    """(configuration, executor) pairs: the wgmma kernel natively, the others natively and as sm_86 code."""
+    """Pairs of configuration and executor: wgmma as native code, the other kernels as native and as sm_86 code."""
     if not torch.cuda.is_available():
         return []
     available = executors.available(gpus.get("rtx3090"))
@@ -79,8 +79,8 @@ def test_every_shape(config, executor):
 
 
 @pytest.mark.parametrize(("config", "executor"), cases())
-def test_deepest_sums(config, executor):
-    """-128 everywhere: just inside int32 for the largest K, where saturation or overflow would show."""
+def test_largest_sums(config, executor):
+    """Operands of -128 only: the sum of the largest K just fits int32, so saturation or overflow shows."""
     for m, k in ((1, 53248), (129, 53248), (17, 131056)):
         x = torch.full((m, k), -128, dtype=torch.int8, device="cuda")
         w = torch.full((136, k), -128, dtype=torch.int8, device="cuda")
@@ -88,7 +88,7 @@ def test_deepest_sums(config, executor):
 
 
 @pytest.mark.parametrize(("config", "executor"), [c for c in cases() if c.values[0].stream_k])
-def test_stream_k_is_the_same_every_time_and_on_two_streams_at_once(config, executor):
+def test_stream_k_is_deterministic_on_two_concurrent_streams(config, executor):
     d = Draw(GemmShape(400, 1160, 8192), config, "normal", 0, None, torch.float32)
     x, w, sx, sw, _ = operands(d, "cuda")
     want = reference.scaled_mm(x, w, sx, sw, out_dtype=torch.float32)
@@ -119,7 +119,7 @@ def test_captures_in_a_graph(config):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
 @pytest.mark.parametrize("config", [c.values[0] for c in cases() if c.values[1].arch is None])
-def test_serves_the_device_of_its_operands(config):
+def test_runs_on_the_device_of_its_operands(config):
     d = Draw(GemmShape(300, 520, 1040), config, "normal", 0, torch.bfloat16, torch.bfloat16)
     here, there = (operands(d, device) for device in ("cuda:0", "cuda:1"))
     want = reference.scaled_mm(*here)
@@ -137,7 +137,7 @@ def test_serves_the_device_of_its_operands(config):
 
 
 @pytest.mark.parametrize("config", [c.values[0] for c in cases() if c.values[1].arch is None])
-def test_twenty_prompt_lengths_compile_nothing(config):
+def test_new_prompt_lengths_compile_nothing(config):
     layer = Int8Linear.from_linear(
         torch.nn.Linear(416, 512, device="cuda", dtype=torch.bfloat16), Plan.fixed((GemmShape(2010, 512, 416), config))
     )
@@ -150,13 +150,13 @@ def test_twenty_prompt_lengths_compile_nothing(config):
     layer(torch.randn(2000, 416, device="cuda", dtype=torch.bfloat16))
     before = compiled()
     assert before > 0
-    for m in (*range(2001, 2020), 4224):  # the last leaves no tile over
+    for m in (*range(2001, 2020), 4224):  # the last has no leftover tile
         layer(torch.randn(m, 416, device="cuda", dtype=torch.bfloat16))
     assert compiled() == before
 
 
-@pytest.mark.parametrize("config", [ampere(128, 128, 64, 4, 3), hopper(128, 128, 6)])
-def test_rows_off_alignment_are_served_by_the_pointer_kernel(config):
+@pytest.mark.parametrize("config", [mma_sync(128, 128, 64, 4, 3), wgmma(128, 128, 6)])
+def test_triton_kernel_serves_unaligned_rows(config):
     buffer = torch.randint(-128, 128, (300, 431), dtype=torch.int8, device="cuda")
     x, w = buffer[:100, 3:403], buffer[100:300, 3:403]
     gemm._notice.cache_clear()
@@ -165,7 +165,7 @@ def test_rows_off_alignment_are_served_by_the_pointer_kernel(config):
     assert torch.equal(got, reference.accumulate(x, w))
 
 
-def test_swiglu_layer_compiles_captures_and_equals_the_reference():
+def test_swiglu_layer_equals_the_reference_compiled_and_captured():
     torch.manual_seed(0)
     gate, up = (torch.nn.Linear(416, 520, bias=False, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     layer = Int8SwiGLU.from_linears(gate, up)

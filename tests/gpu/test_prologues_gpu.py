@@ -1,37 +1,31 @@
-"""The fused kernels on a card: bit equality at full and odd sizes, under every tile; streams, graphs, torch.compile."""
+"""The fused kernels on a GPU: bit equality at full and odd sizes and for every tile; streams, graphs, torch.compile."""
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_helpers import assert_equal, assert_equals_reference
+from kernel_helpers import operands as example_operands
 
 from int8kit import ops, reference
 from int8kit.kernels import activations, row_primitives
-from int8kit.kernels.qk_norm_rope import HeadTile, qk_norm_rope
+from int8kit.kernels.qk_norm_rope import HeadTile
 from int8kit.kernels.rms_norm_quantize import _rms_norm_quantize, rms_norm_quantize
 from int8kit.kernels.row_primitives import CHUNKS, WARPS, RowTile
 from int8kit.kernels.swiglu_quantize import swiglu_quantize
 from int8kit.verify.compare import difference
 from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES
-from int8kit.verify.properties import row_kernels
-from int8kit.verify.properties.row_kernels import KERNELS, Fused
+from int8kit.verify.properties.row_kernels import KERNELS
 
 TILES = [RowTile(chunk, warps) for chunk in CHUNKS for warps in WARPS if 2 * warps <= chunk // 64 <= 16 * warps]
 SIZES = [(4352, 4608, 18), (2504, 4608, 18), (333, 416, 3), (17, 4607, 5), (1, 4600, 1), (64, 1, 2)]
 
 
-def operands(name, m, k, heads, *, kind="normal", dtype=torch.bfloat16, images=1, padding=0, seed=0):
-    """The arguments of a kernel; K is F for SwiGLU, and for heads says whether they are the model's."""
+def operands(name, m, k, heads, **more):
+    """The arguments of a kernel. k: row width, F of SwiGLU; heads have the model's width from k = 4600 on, else 64."""
     if name == "qk_norm_rope":
         k = 256 if k >= 4600 else 64
-    example = Fused(name, images, m // images, k, kind, seed, dtype, dtype, padding, heads)
-    return row_kernels.operands(example, "cuda")
-
-
-def assert_equal(got, want):
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype == b.dtype
-        assert difference(a, b) is None
+    return example_operands(name, m, k, device="cuda", heads=heads, **more)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -39,7 +33,7 @@ def assert_equal(got, want):
 def test_equals_the_reference(name, m, k, heads):
     for padding in (0, 3, 8):
         args = operands(name, m, k, heads, padding=padding)
-        assert_equal(KERNELS[name](*args), getattr(reference, name)(*args))
+        assert_equals_reference(name, *args)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -48,12 +42,12 @@ def test_equals_the_reference(name, m, k, heads):
 def test_equals_the_reference_for_every_kind_of_data(name, dtype, kind):
     for seed, images in ((1, 1), (2, 2), (3, 3)):
         args = operands(name, 6, 4608, 18, kind=kind, dtype=dtype, images=images, seed=seed)
-        assert_equal(KERNELS[name](*args), getattr(reference, name)(*args))
+        assert_equals_reference(name, *args)
 
 
 def test_ffn_at_full_size():
     args = operands("swiglu_quantize", 4352, 12288, 0)
-    assert_equal(swiglu_quantize(*args), reference.swiglu_quantize(*args))
+    assert_equals_reference("swiglu_quantize", *args)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -64,7 +58,7 @@ def test_every_tile_gives_the_same_bits(tile, k):
             continue
         for dtype in (torch.bfloat16, torch.float32):
             args = operands(name, 21, k, 0, dtype=dtype, images=3)
-            assert_equal(KERNELS[name](*args, tile=tile), getattr(reference, name)(*args))
+            assert_equals_reference(name, *args, tile=tile)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +67,7 @@ def test_every_tile_gives_the_same_bits(tile, k):
 def test_every_head_tile_gives_the_same_bits(tile):
     for k, heads in ((4608, 18), (416, 7)):
         args = operands("qk_norm_rope", 12, k, heads, images=3)
-        assert_equal(qk_norm_rope(*args, tile=HeadTile(*tile)), reference.qk_norm_rope(*args))
+        assert_equals_reference("qk_norm_rope", *args, tile=HeadTile(*tile))
 
 
 @triton.jit
@@ -84,7 +78,7 @@ def _reciprocals(d_ptr, out_ptr, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize("exponent", [0, 1, 2, 60, 124, 125])
 def test_reciprocal_of_every_mantissa(exponent):
-    """The special-function unit and two fused operations against IEEE division: all 2**23 of a power of two."""
+    """The special-function unit plus two FMAs against IEEE division, for all 2**23 mantissas of one exponent."""
     d = (torch.arange(2**23, dtype=torch.int32, device="cuda") + ((127 + exponent) << 23)).view(torch.float32)
     got = torch.empty_like(d)
     _reciprocals[(2**13,)](d, got, BLOCK=1024, enable_fp_fusion=False)
@@ -99,7 +93,7 @@ def _silus(g_ptr, out_ptr, BLOCK: tl.constexpr):
 
 @pytest.mark.xdist_group("large")
 def test_silu_of_every_float():
-    """All 2**32 bit patterns, in parts: the card's silu is the reference's, and the reference's on a CPU for some."""
+    """All 2**32 bit patterns against the reference on the GPU; every 4099th against the reference on the CPU."""
     step = 2**26
     for start in range(-(2**31), 2**31, step):
         g = torch.arange(start, start + step, device="cuda").to(torch.int32).view(torch.float32)
@@ -125,7 +119,7 @@ def _quantize_row(x_ptr, s_ptr, q_ptr, K: tl.constexpr, CHUNK: tl.constexpr):
 
 @pytest.mark.parametrize("exponent", [-149, -130, -101, -99, -60, 0, 60, 119])
 def test_quotients_near_ties(exponent):
-    """Values within a few units in the last place of every half step, at scales from the smallest to the largest."""
+    """Values within 3 units in the last place of every half step, at scales from the smallest to the largest."""
     g = torch.Generator("cuda").manual_seed(exponent + 200)
     m, k = 4096, 2048
     s = (torch.rand(m, 1, generator=g, device="cuda", dtype=torch.float64) + 1) * 2.0**exponent
@@ -186,7 +180,7 @@ def test_a_new_prompt_length_compiles_nothing():
 
 
 def test_offsets_beyond_32_bits():
-    """Rows whose first element lies past 2**31: the last of them against the same rows alone."""
+    """The last rows of a matrix with more than 2**31 elements give the same bits as these rows alone."""
     long = torch.randn(2**31 // 8192 + 9, 8192, device="cuda", dtype=torch.bfloat16)
     assert_equal([t[-5:] for t in rms_norm_quantize(long)], reference.rms_norm_quantize(long[-5:]))
     assert_equal([t[-5:] for t in swiglu_quantize(long)], reference.swiglu_quantize(long[-5:]))

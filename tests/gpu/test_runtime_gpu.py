@@ -1,4 +1,4 @@
-"""The operators and the pipeline on a card."""
+"""The operators and the pipeline on a GPU."""
 
 import torch
 
@@ -61,7 +61,7 @@ def _compiled():
     return sum(len(cache[0]) for cache in gemm_triton._gemm.device_caches.values())
 
 
-def test_other_stream():
+def test_another_stream_gives_the_same_bits():
     layer = _layer()
     x = torch.randn(64, 416, device="cuda", dtype=torch.bfloat16)
     want = layer(x)
@@ -90,10 +90,10 @@ def test_operators_pass_opcheck():
 
 
 def test_tiny_image(tmp_path):
-    outcome = generate.generate(generate.Request("a red bicycle", height=256, width=256, steps=4))
-    generate.save(outcome, tmp_path / "a.png")
+    request = generate.ImageRequest("a red bicycle", height=256, width=256, steps=4)
+    generated = generate.generate(request)
+    generate.save(generated, tmp_path / "a.png")
     assert generate.is_ours(tmp_path / "a.png")
-    assert outcome.image.size == (256, 256)
-    assert outcome.peak_gib > 0
-    again = generate.generate(generate.Request("a red bicycle", height=256, width=256, steps=4))
-    assert outcome.image.tobytes() == again.image.tobytes()
+    assert generated.image.size == (256, 256)
+    assert generated.peak_gib > 0
+    assert generate.generate(request).image.tobytes() == generated.image.tobytes()

@@ -315,7 +315,7 @@ def _check_entries(
     stamps: Stamps = {}
     failure = None
     # what another Triton compiles is not proven here
-    serving: list[Entry | Choice] = [*database.serving(gemm.toolchain()), *unlisted]
+    serving: list[Entry | Choice] = [*database.usable_entries(gemm.toolchain()), *unlisted]
     runnable = [one for one in serving if runs_on(one.config, executor)]
     for one in sorted(runnable, key=lambda e: e.shape.ops):
         shape = reduced(one.shape, one.config) if executor.on == "interpreter" else one.shape
