@@ -27,15 +27,19 @@ Result = Literal["output", "no bias", "sums"]
 COPIES_MAX = 512  # reached by weights under 400 KB at the largest L2 (96 MiB): no INT8 linear is so small
 
 
-def weight_copies(shape: GemmShape, l2_bytes: int) -> int:
-    """Number of copies of an int8 weight [N, K] such that no launch finds its copy in L2: 1 to COPIES_MAX.
+def copies_past_l2(operand_bytes: int, l2_bytes: int) -> int:
+    """Number of copies of an operand such that no launch finds its copy in L2: 1 to COPIES_MAX.
 
-    A weight of twice the L2 or more evicts itself, so one copy is enough.
+    An operand of twice the L2 or more evicts itself, so one copy is enough.
     """
-    weight_bytes = shape.n * shape.k
-    if weight_bytes >= 2 * l2_bytes:
+    if operand_bytes >= 2 * l2_bytes:
         return 1
-    return min(1 + -(-2 * l2_bytes // weight_bytes), COPIES_MAX)
+    return min(1 + -(-2 * l2_bytes // operand_bytes), COPIES_MAX)
+
+
+def weight_copies(shape: GemmShape, l2_bytes: int) -> int:
+    """`copies_past_l2` of the int8 weight [N, K]."""
+    return copies_past_l2(shape.n * shape.k, l2_bytes)
 
 
 class TimingOperands:
