@@ -261,8 +261,8 @@ MEASURED = exhaustive("2026-11-23-h200-exhaustive-rtx3090.json")
 class Replayed(Pool):
     """The times of an exhaustive run, which had one L2 swizzle width, with 1 % of noise."""
 
-    def __init__(self, *cards):
-        super().__init__(*cards)
+    def __init__(self, *gpus):
+        super().__init__(*gpus)
         self.noise = random.Random(0)
 
     def compile_kernel(self, arch, kernel, launch_code):

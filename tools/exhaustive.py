@@ -4,8 +4,8 @@
     python tools/exhaustive.py --gpu rtx3090 --seeds --dry-run       # on a CPU; the times are the model's with noise
 
 Each shape is timed twice. First all configurations in short samples, which give the rank correlation (Spearman) with
-the model. Then some of them in samples so long that the GPU's power limit acts: the fastest of the first pass with
-every L2 swizzle width, the model's first ones, and the choice of `int8kit tune`. This pass gives the best
+the model. Then some of them in samples so long that the GPU's power limit acts. These are the fastest of the first
+pass with every L2 swizzle width, the model's first ones, and the choice of `int8kit tune`. This pass gives the best
 configuration, and the regret of the others: the share by which they are slower.
 
 The tuner starts without a database, and sees only the named shapes. In the document a configuration is a list of the
@@ -90,7 +90,7 @@ def invented(kernels: search.CompiledKernels) -> Timer:
 
 def compiled(
     pool: workers.Workers, target: session.Target, wanted_kernels: list[space.CompiledKernel]
-) -> search.CompiledKernels:  # fmt: skip
+) -> search.CompiledKernels:
     """Compile each kernel for the model, and for launches if a present GPU runs it."""
     kernels = search.CompiledKernels(target.machine)
 

@@ -66,7 +66,7 @@ def only(contestants: Sequence[Contestant], names: Iterable[str]) -> list[Contes
 
 def ours(
     present: Gpu, *, gpu: str | None = None, path: Path | None = None, arch: str | None = None
-) -> list[Contestant]:  # fmt: skip
+) -> list[Contestant]:
     """int8kit with the own code of the `present` GPU, and with another architecture's code if requested.
 
     gpu: alias of the GPU whose database serves. path: a database file. arch: "sm86" for the code of that architecture
@@ -80,7 +80,7 @@ def ours(
         arch = f"sm{target.arch}"
     runnable = [f"sm{code}" for code in runnable_archs(present.arch)]
     if arch not in (None, own_arch, *runnable):
-        raise InputError(f"code of {arch!r} does not run on {present.name}: expected {' or '.join(runnable)}")
+        raise InputError(f"code of {arch!r} does not run on {present.name}: expected one of {', '.join(runnable)}")
 
     def database(of: Gpu) -> Database:
         if given and given.gpu.arch == of.arch:
@@ -177,7 +177,7 @@ def to_fp8(x: torch.Tensor, *, rows: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _scaled_mm(
     x: torch.Tensor, sx: torch.Tensor, w: torch.Tensor, sw: torch.Tensor, bias: torch.Tensor
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     return torch._scaled_mm(x, w.t(), scale_a=sx, scale_b=sw, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
@@ -205,9 +205,7 @@ def _int_mm(o: TimingOperands) -> Entrant:
     return Entrant([partial(torch._int_mm, o.xq, w.t(), out=out) for w in o.weights])
 
 
-def _product(
-    xq: torch.Tensor, w: torch.Tensor, sx: torch.Tensor, sw: torch.Tensor, bias: torch.Tensor
-) -> torch.Tensor:  # fmt: skip
+def _product(xq: torch.Tensor, w: torch.Tensor, sx: torch.Tensor, sw: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return reference.dequantize(torch._int_mm(xq, w.t()), sx, sw, bias, torch.bfloat16)
 
 

@@ -11,7 +11,7 @@
 
 Meaning of the fields:
 
-    tops            operations of the matrix product per second, without those of quantization, in 10^12
+    tops            operations of the matrix product per second in 10^12; the work of quantization is not counted
     peak_share      tops over the GPU's dense int8 rate, for every arithmetic
     differs         number of elements that are not bit-equal to the reference
     prepare_s       seconds until the first result; compiling and self-tuning count here and nowhere else
@@ -62,7 +62,9 @@ class Setting:
     """How to measure.
 
     sample_us: how long a contestant runs in each round. In a few milliseconds a GPU keeps a clock that its power limit
-    lowers after about 20: the two can rank kernels differently. timer, device and copies are for tests without a GPU.
+    lowers after about 20. So the length can change the ranking of kernels.
+
+    timer, device and copies: for tests without a GPU.
     """
 
     rounds: int = ROUNDS
@@ -180,7 +182,7 @@ def benchmark(
         files.check_target(output, ours=lambda p: files.is_ours(p, FORMAT), force=force)
     gpu = present()
     if gpu is None:
-        raise InputError("no CUDA device: bench times kernels on one; `int8kit tune --gpu NAME` works without")
+        raise InputError("no CUDA device here: bench times kernels on one; `int8kit tune --gpu NAME` works without")
     health = check_health(gpu)
     note(f"{gpu.name}: {health:.0f} bf16 TFLOP/s, healthy; {len(shapes)} shapes, {len(contestants)} contestants")
     with contextlib.redirect_stdout(sys.stderr):  # other projects' code prints; stdout is for the result

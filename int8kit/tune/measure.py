@@ -55,7 +55,7 @@ class ShapeBench:
         torch.mm(self.operands.x, self.operands.weights16[copy].t(), out=self.out)
 
     def times(self, configs: Iterable[TileConfig], rounds: int, sample_us: int, *, bf16: bool = False) -> list[Times]:
-        """Microseconds per launch under each of `configs`; with `bf16`, those of `launch_bf16` follow as the last.
+        """Microseconds per launch under each of `configs`; with `bf16`, the times of `launch_bf16` follow as the last.
 
         Each configuration must have been checked by `why_not`. A sample replays a CUDA graph of launches over all
         copies of the weight, since a launch from Python takes longer than a small GEMM and would hide it.

@@ -6,8 +6,8 @@
 On a GPU each shape goes through rounds (`ShapeHistory`). `session` runs a round for all shapes side by side.
 
     round       function               configurations that are timed
-    0           initial_candidates     the default, those of the database for near shapes, the model's first ones of the
-                                       Triton kernel, and every seed of the other kernels that the model keeps
+    0           initial_candidates     the default, the database's for near shapes, the model's first ones of the Triton
+                                       kernel, and every seed of the other kernels that the model keeps
     1, 2        next_candidates,       the fastest so far, their untried neighbours among all legal configurations, and
                 prune_by_model         the fastest of near shapes
     sustained   sustained_candidates   the fastest, in samples so long that the GPU's power limit acts
@@ -76,7 +76,7 @@ class CompiledKernels:
             self.failed[kernel] = compilation
 
     def missing(self, kernels: Iterable[CompiledKernel]) -> list[CompiledKernel]:
-        """Those of `kernels` that are not compiled yet, sorted and distinct."""
+        """The `kernels` that are not compiled yet, sorted and distinct."""
         return sorted({one for one in kernels if one not in self.resources and one not in self.failed})
 
     def of(self, config: TileConfig, shape: GemmShape) -> Resources | None:
@@ -218,10 +218,8 @@ def next_candidates(history: ShapeHistory, gpu: Gpu, histories: Iterable[ShapeHi
     return sorted(config for config in candidates - history.tried if space.suits(config, history.shape))
 
 
-def prune_by_model(
-    history: ShapeHistory, configs: Iterable[TileConfig], compiled: CompiledKernels
-) -> list[TileConfig]:  # fmt: skip
-    """Configurations of the next round: the fastest so far, and those of `configs` that the cost model keeps.
+def prune_by_model(history: ShapeHistory, configs: Iterable[TileConfig], compiled: CompiledKernels) -> list[TileConfig]:
+    """Configurations of the next round: the fastest so far, and the `configs` that the cost model keeps.
 
     Empty if the model keeps none.
     """
@@ -238,9 +236,7 @@ def finalists(history: ShapeHistory) -> list[TileConfig]:
     return list(dict.fromkeys([*best, default_config(history.shape)]))
 
 
-def entry(
-    history: ShapeHistory, final: RoundTimes, compiled: CompiledKernels, source: Source, timed_on: Gpu
-) -> Entry:  # fmt: skip
+def entry(history: ShapeHistory, final: RoundTimes, compiled: CompiledKernels, source: Source, timed_on: Gpu) -> Entry:
     """The entry of a shape whose finalists were timed. Raises CheckFailed if the default was not timed."""
     import triton
 

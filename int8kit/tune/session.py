@@ -201,7 +201,7 @@ class _TargetRun:
     keep: Callable[[Entry], None]  # writes an entry to the database and to the journal
 
     def compile(self, kernels: Iterable[CompiledKernel]) -> Program[None]:
-        """Compile those of `kernels` that are missing."""
+        """Compile the `kernels` that are missing."""
         missing = self.compiled.missing(kernels)
         if not missing:
             return
@@ -315,6 +315,6 @@ class _TargetRun:
             todo = {shape: configs for shape, configs in runnable.items() if configs}
 
     def _runnable(self, shape: GemmShape, configs: list[TileConfig]) -> list[TileConfig]:
-        """Those of `configs` that are not rejected. The default, which every shape needs, is tried even if banned."""
+        """The `configs` that are not rejected. The default, which every shape needs, is tried even if banned."""
         wrong, banned, default = self.journal.history(shape).wrong, self.compiled.banned, default_config(shape)
         return [c for c in configs if c not in wrong and (c == default or kernel_of(c, shape) not in banned)]

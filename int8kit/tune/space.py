@@ -7,9 +7,9 @@
 Legality is `spec.why_illegal` and nothing else. A configuration that it excludes would not run: tests/test_space.py
 compiles some of these and finds more shared memory than the GPU has, or spills.
 
-The seeds are a choice. For the Triton kernel they are a grid. It leaves out legal values that never won: tiles under
-64 x 64 (for M of 64 and more), more than 5 stages, and one or two warps on a large tile. The other kernels take longer
-to compile. Their seeds are a list of configurations that won for some shape, and some between these.
+The seeds are a choice. For the Triton kernel they are a grid without the legal values that never won. Left out are
+tiles under 64 x 64 (for M of 64 and more), more than 5 stages, and one or two warps on a large tile. The other kernels
+take longer to compile. Their seeds are a list of configurations that won for some shape, and some between these.
 
 A search over all of `legal` from the start was rejected: it compiles, for half an hour of one core, configurations that
 the cost model rightly ranks as slow.
@@ -125,9 +125,8 @@ def suits(config: TileConfig, shape: GemmShape) -> bool:
 def neighbours(config: TileConfig, gpu: Gpu) -> list[TileConfig]:
     """The legal configurations a step from `config`, sorted.
 
-    A step takes the next value of one parameter, up or down. Or it takes that of two parameters that compensate each
-    other: one side of the tile against the other, a longer step of K against fewer stages, a larger tile with more
-    warps.
+    A step changes one parameter to its next value, up or down. Or it changes two parameters that compensate each other,
+    such as both sides of the tile, or a longer step of K and fewer stages.
     """
     found = {
         _with(config, dict(zip(names, values, strict=True)))

@@ -103,9 +103,7 @@ def time_configs(
     state = None
     if bf16_times and exact:
         state = interleave.under_load(partial(bench.launch, exact[0]), times[0].p50)
-    return RoundTimes(
-        dict(zip(exact, times, strict=True)), wrong, bf16_times, GpuState(**state) if state else None
-    )  # fmt: skip
+    return RoundTimes(dict(zip(exact, times, strict=True)), wrong, bf16_times, GpuState(**state) if state else None)
 
 
 def try_alone(shape: GemmShape, arch: str | None, config: TileConfig) -> str | None:
