@@ -1,4 +1,52 @@
-"""Cost model: the estimated time of a configuration from the resources of its compiled kernel."""
+"""Cost model: the estimated time of a configuration from the resources of its compiled kernel.
+
+The model ranks configurations; its estimate is no promise. `estimate` states it, without compiling or timing anything.
+
+Its constants are fits to times on one H200 (132 multiprocessors, 700 W, torch 2.11, Triton 3.6; see
+docs/results/2026-11-23-h200-exhaustive.md). No other GPU was measured.
+
+    code                    times that were fit
+    mma.sync, sm_86         6167 of an exhaustive run over 3 shapes, and 3211 of tuner runs over 69 shapes
+    wgmma, sm_90            1339 of tuner runs over 69 shapes
+
+The fit reaches this on the tuner runs, by how much the choice is slower than the fastest:
+
+    code, shapes            rank correlation    worst first choice    worst best of eight
+    sm_90, 48 traced        0.89                7.4 %                 0
+    sm_90, 21 of few rows   0.85                12.8 %                0
+    sm_86, 48 traced        0.72                8.5 %                 5.6 % (over 2 % on 4 shapes)
+    sm_86, 21 of few rows   0.71                27 %                  0.6 %
+
+Constants of the hardware:
+
+    REGISTERS_SM            65536           registers of a multiprocessor
+    BLOCKS_SM               16              resident blocks of a multiprocessor, at most
+    SHARED_BYTES_CLOCK      128 bytes       that the shared memory of a multiprocessor delivers per clock
+
+Fitted constants. A size of 128 x 128 means that the value is for such a tile, and grows with the tile's area.
+
+    L2_REUSE                3               times `Gpu.l2_gb_s`: several multiprocessors read a tile at once
+    SMOOTHNESS              5               norm that replaces the maximum of several times: near ones add up a little
+    LAUNCH_US               10.3 us         a launch, its first copies and its last stores
+
+    mma.sync code
+    FRAGMENT_CLOCKS         17.4 clocks     a warp's load of 512 bytes of fragments, which delays its products
+    STEP_CLOCKS             290 Triton      latency of a step of K that one warp per scheduler does not hide
+                            51 mma_sync
+    COPY_CLOCKS             1150 clocks     until a step with few bytes is in shared memory, over the steps in flight
+    COPY_BYTES              32768 bytes     size of a step whose copy takes twice as long
+    TILE_LATENCY_CLOCKS     320 clocks      a tile's start and end, which nothing hides
+    STREAM_K_CLOCKS         41600 clocks    storing and fetching the accumulators of 128 x 128
+
+    wgmma code
+    TENSOR_FACTOR           1.54 Triton     times the duration at the tensor cores' peak rate
+                            1.07 wgmma
+    WGMMA_COPY_CLOCKS       1460 clocks     as COPY_CLOCKS
+    WGMMA_TILE_CLOCKS       22500 Triton    a tile beside its steps; Triton: of 128 x 128
+                            3270 wgmma
+    EPILOGUE_CLOCKS         7030 clocks     epilogue of 128 x 128 of a cooperative tile, which nothing hides
+    WGMMA_STREAM_K_CLOCKS   57700 clocks    storing and fetching the accumulators of 128 x 128
+"""
 
 from __future__ import annotations
 
@@ -6,51 +54,34 @@ import math
 
 from int8kit.database.schema import Resources
 from int8kit.gpus import Gpu
-from int8kit.spec import GemmShape, Kernel, TileConfig, warp_grid
+from int8kit.spec import GemmShape, Kernel, Schedule, TileConfig, warp_grid
 
 REGISTERS_SM = 65536
-
 BLOCKS_SM = 16
+SHARED_BYTES_CLOCK = 128
 
-SHARED_BYTES_CLOCK = 128  # a multiprocessor's shared memory reads this much a clock
+L2_REUSE = 3.0
+SMOOTHNESS = 5.0
+LAUNCH_US = 10.3
 
-# What a part takes and what hides it. Fits to times on an H200 (docs/results); no other card has been asked: of sm_86
-# code 6167 of an exhaustive run and 3211 of a tuner's, of wgmma code 1339 of a tuner's.
-L2_REACH = 3.0  # times `Gpu.l2_gb_s`: several multiprocessors read a tile at once
+FRAGMENT_CLOCKS = 17.4
+STEP_CLOCKS = {Kernel.TRITON: 290.0, Kernel.MMA_SYNC: 51.0}
+COPY_CLOCKS = 1150.0
+COPY_BYTES = 32768
+TILE_LATENCY_CLOCKS = 320.0
+STREAM_K_CLOCKS = 41600.0
 
-SMOOTH = 5.0  # the norm that stands for the most of several, each of which shows where they are near
-
-LAUNCH_US = 10.3  # of a launch, its first copies and its last stores
-
-# mma.sync code
-FRAGMENT_CLOCKS = 17.4  # of a warp's load of 512 bytes of fragments, in the way of its products
-
-STEP_CLOCKS = {Kernel.TRITON: 290.0, Kernel.MMA_SYNC: 51.0}  # of a step that a lone warp a scheduler does not hide
-
-COPY_CLOCKS = 1150.0  # until a step of few bytes is in shared memory, shared by the steps in flight
-
-COPY_BYTES = 32768  # of a step that takes twice as long
-
-BLOCK_CLOCKS = 320.0  # of a tile that nothing hides
-
-STREAM_CLOCKS = 41600.0  # of putting and fetching the sums of 128 x 128
-
-# wgmma code
-TENSOR = {Kernel.TRITON: 1.54, Kernel.WGMMA: 1.07}  # times what the tensor cores' peak takes
-
+TENSOR_FACTOR = {Kernel.TRITON: 1.54, Kernel.WGMMA: 1.07}
 WGMMA_COPY_CLOCKS = 1460.0
-
-TILE_CLOCKS = {Kernel.TRITON: 22500.0, Kernel.WGMMA: 3270.0}  # of a tile beside its steps; pointer: of 128 x 128
-
-EPILOGUE_CLOCKS = 7030.0  # of 128 x 128 of a tile that both multipliers share, and nothing hides
-
-SUMS_CLOCKS = 57700.0  # of 128 x 128 that are put and fetched
+WGMMA_TILE_CLOCKS = {Kernel.TRITON: 22500.0, Kernel.WGMMA: 3270.0}
+EPILOGUE_CLOCKS = 7030.0
+WGMMA_STREAM_K_CLOCKS = 57700.0
 
 
 def blocks_per_sm(config: TileConfig, resources: Resources, gpu: Gpu) -> int:
     """Blocks resident on one multiprocessor; 0 if not even one fits.
 
-    Registers are allotted in steps of 8 a thread, shared memory with 1 KiB a block on top.
+    Registers are allocated in steps of 8 per thread. Each block takes 1 KiB of shared memory more than it asks for.
     """
     threads = 32 * config.num_warps
     registers = math.ceil(resources.registers / 8) * 8
@@ -65,31 +96,37 @@ def blocks_per_sm(config: TileConfig, resources: Resources, gpu: Gpu) -> int:
 def estimate(shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gpu) -> float:
     """Estimated time of one GEMM in microseconds; infinity if no block fits.
 
-    The tiles are made in rounds of one a resident block and multiprocessor, the last by as many as are left, so
+    Each round computes one tile per resident block and multiprocessor; the last round has the remaining tiles. So
 
-        t = launch + most(sum over rounds of clocks(blocks resident in it) / clock, DRAM bytes / DRAM rate)
+        t = launch + maximum(sum over rounds of clocks(resident blocks of the round) / clock, DRAM bytes / DRAM rate)
 
-    Stream-K deals all of them out evenly, for the price of putting and fetching sums. See `_mma_clocks` and
-    `_wgmma_clocks` for what a round takes, `_dram_bytes` for what passes L2 by.
+    Stream-K distributes all tiles evenly, at the cost of storing and fetching accumulators. `_mma_clocks` and
+    `_wgmma_clocks` give the clocks of a round, `_dram_bytes` the traffic between DRAM and L2.
     """
     resident = blocks_per_sm(config, resources, gpu)
     if resident == 0:
         return math.inf
     tiles = math.ceil(shape.m / config.block_m) * math.ceil(shape.n / config.block_n)
     dram_us = _dram_bytes(shape, config, gpu, resident) / gpu.dram_gb_s / 1e3
-    warpgroups = gpu.arch in (90, 100) and config.num_warps >= 4 and config.block_m >= 64
-    if config.kernel is Kernel.WGMMA or (config.kernel is Kernel.TRITON and warpgroups):
+    if _uses_wgmma(config, gpu.arch):
         clocks = _wgmma_clocks(shape, config, gpu, tiles, resident)
     else:
         clocks = _mma_clocks(shape, config, resources, gpu, tiles, resident)
-    return LAUNCH_US + _most(clocks / gpu.clock_mhz, dram_us)
+    return LAUNCH_US + _smooth_maximum(clocks / gpu.clock_mhz, dram_us)
+
+
+def _uses_wgmma(config: TileConfig, arch: int) -> bool:
+    """Whether the kernel of `config` computes with wgmma on `arch`; for the Triton kernel the compiler decides."""
+    if config.kernel is Kernel.TRITON:
+        return arch in (90, 100) and config.num_warps >= 4 and config.block_m >= 64
+    return config.kernel is Kernel.WGMMA
 
 
 def _dram_bytes(shape: GemmShape, config: TileConfig, gpu: Gpu, resident: int) -> float:
-    """Bytes between DRAM and L2: what is written, and what is read again because it has left L2 meanwhile.
+    """Bytes between DRAM and L2: the output, the operands, and operands read again after they have left the L2.
 
-    The tiles of a wave walk along K together: each of their rows and columns is read once. A part of stream-K walks by
-    itself, and reads what no other part needs at that time. An operand that L2 holds is read once all the same.
+    The tiles of a wave advance along K together, so each of their rows and columns is read once. A segment of stream-K
+    advances alone, and reads bytes that no other segment needs at that time. An operand that stays in L2 is read once.
     """
     m, n, k = shape.m, shape.n, shape.k
     rows, columns = math.ceil(m / config.block_m), math.ceil(n / config.block_n)
@@ -97,19 +134,19 @@ def _dram_bytes(shape: GemmShape, config: TileConfig, gpu: Gpu, resident: int) -
     if (m + n) * k <= gpu.l2_bytes:
         return (m + n) * k + written
     at_once = gpu.sms * (config.stream_k or resident)
-    parts = rows * columns % at_once if config.stream_k else 0
-    waves = (rows * columns - parts) / at_once
+    segments = rows * columns % at_once if config.stream_k else 0
+    waves = (rows * columns - segments) / at_once
     high = min(rows, config.group_m)
     wide = min(columns, math.ceil(at_once / high))
-    band = high * config.block_m * k
-    x = waves * band if band > gpu.l2_bytes else m * k
+    swizzled_rows = high * config.block_m * k  # bytes of x that one group of the L2 swizzle reads
+    x = waves * swizzled_rows if swizzled_rows > gpu.l2_bytes else m * k
     w = min(waves * wide * config.block_n * k, math.ceil(rows / high) * n * k)
     if n * k <= gpu.l2_bytes / 2:
         w = n * k
     if m * k > gpu.l2_bytes / 2:
-        x += parts * config.block_m * k
+        x += segments * config.block_m * k
     if n * k > gpu.l2_bytes / 2:
-        w += parts * config.block_n * k
+        w += segments * config.block_n * k
     return max((m + n) * k, x + w) + written
 
 
@@ -118,84 +155,93 @@ def _mma_clocks(
 ) -> float:
     """Clocks of all tiles by `mma.sync`.
 
-    A step of K takes the most of four: products and loads of fragments, which take turns in a warp and are spread over
-    four schedulers; what goes through shared memory; what comes from the multiprocessor's share of L2; and the time
-    until its copies are there, which is shared by the steps in flight. Added is a part of its latency, which shrinks
-    with warps a scheduler, and spills.
+    A step of K takes the maximum of four times:
+
+        products and loads of fragments, which alternate in a warp and are spread over four schedulers
+        the traffic of shared memory
+        the traffic from L2, at the multiprocessor's share of its rate
+        the latency of a step's copies, divided by the steps in flight
+
+    A part of the latency is added, which shrinks with the warps per scheduler, and the traffic of spills.
     """
     bm, bn, bk, warps = config.block_m, config.block_n, config.block_k, config.num_warps
     steps = math.ceil(shape.k / bk)
     clock = gpu.clock_mhz * 1e6
-    product = 2 * 16 * 8 * 32 / (gpu.int8_tops * 1e12 / (gpu.sms * clock) / 4)  # clocks of an m16n8k32 on a scheduler
+    product = 2 * 16 * 8 * 32 / (gpu.int8_tops * 1e12 / (gpu.sms * clock) / 4)  # clocks of an m16n8k32 per scheduler
     warp_m, warp_n = _warp_tile(config)
-    fragments = (bm // warp_m) * (bn // warp_n) * (warp_m + warp_n) * bk  # bytes a step
+    fragments = (bm // warp_m) * (bn // warp_n) * (warp_m + warp_n) * bk  # bytes per step
     mma = bm * bn * bk / (16 * 8 * 32) * product + fragments / 512 * FRAGMENT_CLOCKS
     shared = (fragments + (bm + bn) * bk) / SHARED_BYTES_CLOCK
-    l2 = (bm + bn) * bk / (L2_REACH * gpu.l2_gb_s * 1e9 / (gpu.sms * clock))
-    flying = config.num_stages - (1.2 if config.kernel is Kernel.TRITON else 0.2)
-    copies = COPY_CLOCKS * (1 + (bm + bn) * bk / COPY_BYTES) / flying
+    l2 = (bm + bn) * bk / (L2_REUSE * gpu.l2_gb_s * 1e9 / (gpu.sms * clock))
+    in_flight = config.num_stages - (1.2 if config.kernel is Kernel.TRITON else 0.2)
+    copies = COPY_CLOCKS * (1 + (bm + bn) * bk / COPY_BYTES) / in_flight
     spill = 2 * resources.spill_bytes * 32 * warps / SHARED_BYTES_CLOCK
     size = bm * bn / 128**2
 
     def step(blocks: int) -> float:
-        """Clocks of a step of `blocks` tiles on a multiprocessor."""
+        """Clocks of one step of K in `blocks` tiles on a multiprocessor."""
         if blocks == 0:
             return 0.0
-        busy = _most(blocks * mma / min(4, blocks * warps), blocks * shared, blocks * l2, copies)
+        busy = _smooth_maximum(blocks * mma / min(4, blocks * warps), blocks * shared, blocks * l2, copies)
         return busy + STEP_CLOCKS[config.kernel] / max(blocks * warps / 4, 0.25) + blocks * spill
 
     if config.stream_k:
-        workers = config.stream_k * gpu.sms
+        programs = config.stream_k * gpu.sms
         rounds, rest = divmod(config.stream_k, resident)
-        share = tiles * steps / workers * (rounds * step(resident) + step(rest))
-        sums = STREAM_CLOCKS * size * min(config.stream_k, resident) if tiles % workers else 0.0
-        return share + sums + math.ceil(tiles / workers) * BLOCK_CLOCKS * (1 + size) / 2
-    rounds, left = divmod(tiles, gpu.sms * resident)
-    rest = math.ceil(left / gpu.sms)
+        products = tiles * steps / programs * (rounds * step(resident) + step(rest))
+        fixup = STREAM_K_CLOCKS * size * min(config.stream_k, resident) if tiles % programs else 0.0
+        return products + fixup + math.ceil(tiles / programs) * TILE_LATENCY_CLOCKS * (1 + size) / 2
+    rounds, remaining = divmod(tiles, gpu.sms * resident)
+    rest = math.ceil(remaining / gpu.sms)
     clocks = steps * (rounds * step(resident) + step(rest))
-    return clocks + (rounds + (rest > 0)) * BLOCK_CLOCKS * (1 + size) / 2
+    return clocks + (rounds + (rest > 0)) * TILE_LATENCY_CLOCKS * (1 + size) / 2
 
 
 def _wgmma_clocks(shape: GemmShape, config: TileConfig, gpu: Gpu, tiles: int, resident: int) -> float:
     """Clocks of the busiest multiprocessor's tiles by `wgmma`.
 
-    A step of K takes the most of three: products; operands out of L2; and the time until its copies are there, which is
-    shared by the steps in flight. A tile adds a constant, and its epilogue if no other multiplier works meanwhile.
+    A step of K takes the maximum of three times: products, the traffic from L2, and the latency of a step's copies
+    divided by the steps in flight. Each tile adds a constant. It adds its epilogue instead in the cooperative schedule,
+    where no other consumer warpgroup computes meanwhile.
     """
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     steps = math.ceil(shape.k / bk)
     clock = gpu.clock_mhz * 1e6
     size = bm * bn / 128**2
-    tensor = TENSOR[config.kernel] * 2 * bm * bn * bk / (gpu.int8_tops * 1e12 / (gpu.sms * clock))
-    l2 = (bm + bn) * bk / (L2_REACH * gpu.l2_gb_s * 1e9 / (gpu.sms * clock))
+    tensor = TENSOR_FACTOR[config.kernel] * 2 * bm * bn * bk / (gpu.int8_tops * 1e12 / (gpu.sms * clock))
+    l2 = (bm + bn) * bk / (L2_REUSE * gpu.l2_gb_s * 1e9 / (gpu.sms * clock))
     if config.kernel is Kernel.TRITON:
         copies = WGMMA_COPY_CLOCKS / (config.num_stages - 1)
-        rounds, left = divmod(tiles, gpu.sms * resident)
-        rest = math.ceil(left / gpu.sms)
+        rounds, remaining = divmod(tiles, gpu.sms * resident)
+        rest = math.ceil(remaining / gpu.sms)
         full, last = (max(blocks * max(tensor, l2), copies) for blocks in (resident, rest))
-        tile = TILE_CLOCKS[config.kernel] * size
+        tile = WGMMA_TILE_CLOCKS[config.kernel] * size
         return rounds * (steps * full + tile) + (steps * last + tile if rest else 0.0)
     copies = WGMMA_COPY_CLOCKS * (1 + (bm + bn) / 400) / (config.num_stages - 0.5)
-    tile = EPILOGUE_CLOCKS * size if bm == 256 else TILE_CLOCKS[config.kernel]
-    waves, left = divmod(tiles, gpu.sms)
-    sums = 0.0
+    cooperative = config.schedule is Schedule.COOPERATIVE
+    tile = EPILOGUE_CLOCKS * size if cooperative else WGMMA_TILE_CLOCKS[config.kernel]
+    waves, remaining = divmod(tiles, gpu.sms)
+    fixup = 0.0
     if config.stream_k:
-        mine = tiles / gpu.sms
-        sums = SUMS_CLOCKS * size if left else 0.0
-    elif bm == 256 and 2 * left <= gpu.sms:
-        mine = waves + (0.5 if left else 0.0)  # the last wave's tiles are halved
+        own_tiles = tiles / gpu.sms
+        fixup = WGMMA_STREAM_K_CLOCKS * size if remaining else 0.0
+    elif cooperative and 2 * remaining <= gpu.sms:
+        own_tiles = waves + (0.5 if remaining else 0.0)  # the kernel halves the last wave's tiles
     else:
-        mine = waves + (left > 0)
-    return mine * (steps * _most(tensor, l2, copies) + tile) + sums
+        own_tiles = waves + (remaining > 0)
+    return own_tiles * (steps * _smooth_maximum(tensor, l2, copies) + tile) + fixup
 
 
-def _most(*parts: float) -> float:
-    """The greatest of `parts`, and more where others come near it."""
-    return float(sum(part**SMOOTH for part in parts) ** (1 / SMOOTH))
+def _smooth_maximum(*times: float) -> float:
+    """The p-norm of `times`: their maximum, and more where others come near it."""
+    return float(sum(time**SMOOTHNESS for time in times) ** (1 / SMOOTHNESS))
 
 
 def _warp_tile(config: TileConfig) -> tuple[int, int]:
-    """Rows and columns of the tile that one warp makes: the block's, halved along the longer side for each doubling."""
+    """Rows and columns of the tile of one warp.
+
+    In the Triton kernel it is the block's tile, halved along its longer side for each doubling of the warps.
+    """
     m, n, warps = config.block_m, config.block_n, config.num_warps
     if config.kernel is Kernel.MMA_SYNC:
         return m // warp_grid(config)[0], n // warp_grid(config)[1]

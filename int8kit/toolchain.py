@@ -70,3 +70,12 @@ def generation(version: str) -> str:
     wanted = release(version).release[:2]
     known = [name for name in _GENERATIONS if release(name).release <= wanted]
     return known[-1] if known else _GENERATIONS[0]
+
+
+PORTABLE_ARCHS = (80, 86, 89)
+"""Architectures whose code (mma.sync, cp.async) also runs on every newer GPU. Code of sm_90 with wgmma does not."""
+
+
+def runnable_archs(arch: int) -> tuple[int, ...]:
+    """The PORTABLE_ARCHS whose code runs on a GPU of `arch` (86 for sm_86), `arch` itself included if portable."""
+    return tuple(code for code in PORTABLE_ARCHS if code <= arch)

@@ -1,4 +1,4 @@
-"""Times of an exhaustive run, for tests: every legal configuration of a few shapes on a GPU."""
+"""Recorded times for tests: every legal configuration of a few shapes on a GPU."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 
 def exhaustive(name):
-    """{shape: {configuration: (microseconds, Resources)}}."""
+    """Times of a file of docs/results: {shape: {configuration: (microseconds, Resources)}}."""
     document = json.loads((RESULTS / name).read_text())
     fields = document["config_fields"]
     return {

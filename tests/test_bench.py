@@ -1,11 +1,10 @@
-"""The benchmark without a card: real contestants in Triton's interpreter, invented times."""
+"""bench/gemm.py and timing/ without a GPU: real contestants in Triton's interpreter, invented times."""
 
 import contextlib
 import dataclasses
 import json
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,18 +15,19 @@ from int8kit.bench.contestants import Contestant
 from int8kit.cli import tables
 from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
 from int8kit.spec import GemmShape
-from int8kit.timing import captured, gpu_state
+from int8kit.timing import captured, gpu_state, interleave
 from int8kit.timing.captured import Entrant
 from int8kit.timing.interleave import Times
-from int8kit.timing.operands import Operands, differing, poison, poisoned
+from int8kit.timing.operands import COPIES_MAX, TimingOperands, differing, poison, poisoned, weight_copies
 
-CARD = gpus.get("h200")
+H200 = gpus.get("h200")
 SHAPE = GemmShape(33, 64, 96)
-OTHER_MODELS = Path(__file__).parent.parent / "tools" / "other_models.json"
+SHAPES = Path(__file__).parent.parent / "shapes"
+OTHER_MODELS, FEW_ROWS = SHAPES / "other_models.json", SHAPES / "few_rows.json"
 
 
 def timer(calls, rounds):
-    """The first contestant takes 10 us, the second 20 and so on, each sample within 4 of it."""
+    """The first contestant takes 10 us, the second 20 us and so on; p20 and p80 lie 4 us apart from it."""
     for call in calls:
         call()
     return [Times(us - 4, us, us + 4) for us in (10.0 * (i + 1) for i in range(len(calls)))]
@@ -37,13 +37,13 @@ SETTING = gemm.Setting(rounds=3, device="cpu", copies=3, timer=timer)
 
 
 @pytest.fixture(scope="module")
-def outcome():
-    listed = contestants.ours(CARD, arch="sm86") + contestants.standard()
-    return gemm.run([SHAPE, GemmShape(17, 32, 64)], listed, CARD, SETTING)
+def result():
+    listed = contestants.ours(H200, arch="sm86") + contestants.standard()
+    return gemm.measure_shapes([SHAPE, GemmShape(17, 32, 64)], listed, H200, SETTING)
 
 
 def right(o):
-    return Entrant([partial(torch.clone, o.truth("output")) for _ in o.weights], "as told")
+    return Entrant([partial(torch.clone, o.truth("output")) for _ in o.weights], "exact")
 
 
 def wrong(o):
@@ -57,11 +57,11 @@ def crash(o):
 
 
 def run(*listed):
-    return gemm.run([SHAPE], listed, CARD, SETTING)
+    return gemm.measure_shapes([SHAPE], listed, H200, SETTING)
 
 
 def test_contestants_are_known_by_name_and_kind():
-    listed = contestants.ours(CARD, arch="sm86") + contestants.standard(inductor=True)
+    listed = contestants.ours(H200, arch="sm86") + contestants.standard(inductor=True)
     assert len({(c.name, c.kind) for c in listed}) == len(listed)
     assert [c.name for c in listed if c.ours] == ["int8kit", "int8kit", "int8kit-sm86", "int8kit-sm86"]
     assert {c.name for c in contestants.only(listed, ["bf16"])} == {"int8kit", "int8kit-sm86", "bf16"}
@@ -70,50 +70,50 @@ def test_contestants_are_known_by_name_and_kind():
         contestants.only(listed, ["cublas"])
 
 
-def test_another_architectures_code_is_what_was_timed_and_not_what_a_model_chose(monkeypatch):
+def test_another_architectures_code_takes_a_timed_database_before_a_modelled_one(monkeypatch):
     asked = []
     monkeypatch.setattr(contestants, "int8kit", lambda base, arch=None: asked.append((base.gpu.alias, arch)) or [])
-    contestants.ours(CARD, arch="sm86")
+    contestants.ours(H200, arch="sm86")
     assert asked == [("h200", None), ("rtx3090", "sm86")]
-    contestants.ours(CARD, gpu="rtx3060")
+    contestants.ours(H200, gpu="rtx3060")
     assert asked[2:] == [("h200", None), ("rtx3060", "sm86")]
 
 
-def test_whose_code_is_timed():
+def test_which_architectures_code_is_timed():
     def names(*args, **kwargs):
         return {c.name for c in contestants.ours(*args, **kwargs)}
 
-    assert names(CARD) == {"int8kit"}
-    assert names(CARD, gpu="rtx3090") == {"int8kit", "int8kit-sm86"}
-    assert names(CARD, path=OTHER_MODELS.parent.parent / "tuning_db" / "rtx3090.json") == {"int8kit", "int8kit-sm86"}
-    assert names(gpus.get("rtx3090"), arch="sm86") == {"int8kit"}  # its own
-    with pytest.raises(InputError, match="'sm90' does not run on NVIDIA GeForce RTX 3090; legal are sm80, sm86"):
+    assert names(H200) == {"int8kit"}
+    assert names(H200, gpu="rtx3090") == {"int8kit", "int8kit-sm86"}
+    assert names(H200, path=SHAPES.parent / "tuning_db" / "rtx3090.json") == {"int8kit", "int8kit-sm86"}
+    assert names(gpus.get("rtx3090"), arch="sm86") == {"int8kit"}  # its own code
+    with pytest.raises(InputError, match="'sm90' does not run on NVIDIA GeForce RTX 3090: expected one of sm80, sm86"):
         contestants.ours(gpus.get("rtx3090"), gpu="h200")
     with pytest.raises(UnknownName):
-        contestants.ours(CARD, gpu="rtx9")
+        contestants.ours(H200, gpu="rtx9")
     with pytest.raises(FileError):
-        contestants.ours(CARD, path=OTHER_MODELS)
+        contestants.ours(H200, path=OTHER_MODELS)
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("bench-outcome")
-def test_every_contestant_is_held_against_the_reference(outcome):
-    assert len(outcome.shapes) == 2
-    for shape in outcome.shapes:
+@pytest.mark.xdist_group("bench-result")
+def test_every_contestant_is_compared_with_the_reference(result):
+    assert len(result.shapes) == 2
+    for shape in result.shapes:
         rows = {(row["name"], row["kind"]): row for row in shape["rows"]}
         own = [row for (name, _), row in rows.items() if name.startswith("int8kit")]
         assert len(own) == 4
         assert all(row["differs"] == 0 for row in own)
-        assert rows["int_mm", "gemm"]["differs"] == 0  # the sums
+        assert rows["int_mm", "gemm"]["differs"] == 0  # int32 accumulators
         assert rows["bf16", "gemm"]["differs"] > shape["elements"] // 2
         assert rows["int8kit", "gemm"]["note"].endswith("default")
-    outcome.conclude()
+    result.conclude()
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("bench-outcome")
-def test_document(outcome):
-    document = outcome.document()
+@pytest.mark.xdist_group("bench-result")
+def test_document(result):
+    document = result.document()
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert next(iter(document)) == "format"
     assert document["complete"]
@@ -124,9 +124,9 @@ def test_document(outcome):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("bench-outcome")
-def test_tables(outcome):
-    text = tables.bench_tables(outcome.document())
+@pytest.mark.xdist_group("bench-result")
+def test_tables(result):
+    text = tables.bench_tables(result.document())
     for word in (
         "33x64x96",
         "17x32x64",
@@ -137,7 +137,7 @@ def test_tables(outcome):
         "3 rounds",
     ):
         assert word in text
-    empty = gemm.run([], outcome.contestants, CARD, SETTING).document()
+    empty = gemm.measure_shapes([], result.contestants, H200, SETTING).document()
     assert "NVIDIA H200" in tables.bench_tables(empty)
 
 
@@ -162,7 +162,7 @@ def test_ratios_and_ties():
     assert (row["faster"], row["ties"], row["slower"], row["timed_differently"]) == (1, 1, 1, 1)
 
 
-def test_who_cannot_take_part_is_listed_and_ends_nothing():
+def test_an_absent_contestant_is_listed_with_its_reason():
     listed = [
         Contestant("int8kit", "gemm", "", right, ours=True),
         Contestant("crash", "gemm", "", crash),
@@ -170,28 +170,28 @@ def test_who_cannot_take_part_is_listed_and_ends_nothing():
         Contestant("narrow", "gemm", "", lambda o: Entrant([lambda: o.truth("output")[:, 1:]])),
         Contestant("late", "gemm", "", lambda o: Entrant([partial(crash, o)])),
     ]
-    outcome = run(*listed)
-    outcome.conclude()
-    [shape] = outcome.shapes
+    result = run(*listed)
+    result.conclude()
+    [shape] = result.shapes
     assert [row["name"] for row in shape["rows"]] == ["int8kit"]
     reasons = {row["name"]: row["reason"] for row in shape["absent"]}
-    assert reasons["crash"] == reasons["late"] == "ImportError: peer.so: undefined symbol"  # and nobody's folder
+    assert reasons["crash"] == reasons["late"] == "ImportError: peer.so: undefined symbol"  # without the folder
     assert reasons["declines"] == "not today"
     assert "returned torch.bfloat16 (33, 63)" in reasons["narrow"]
-    assert "not today" in tables.bench_tables(outcome.document())
+    assert "not today" in tables.bench_tables(result.document())
 
 
-def test_a_wrong_result_fails_if_it_is_ours():
+def test_a_wrong_result_of_int8kit_fails_the_check():
     run(Contestant("int8kit", "gemm", "", right, ours=True), Contestant("peer", "gemm", "", wrong)).conclude()
-    outcome = run(Contestant("int8kit", "gemm", "", wrong, ours=True))
+    result = run(Contestant("int8kit", "gemm", "", wrong, ours=True))
     with pytest.raises(CheckFailed, match=r"int8kit \(gemm\) differs .* in 2 of 2112 elements of 33x64x96"):
-        outcome.conclude()
-    outcome = run(Contestant("int8kit", "gemm", "", crash, ours=True))
+        result.conclude()
+    result = run(Contestant("int8kit", "gemm", "", crash, ours=True))
     with pytest.raises(CheckFailed, match="did not run on 33x64x96: ImportError"):
-        outcome.conclude()
+        result.conclude()
 
 
-def test_an_interrupt_keeps_what_is_done(tmp_path):
+def test_an_interrupt_keeps_the_finished_shapes(tmp_path):
     def interrupted(calls, rounds):
         if len(heard):
             raise KeyboardInterrupt
@@ -200,44 +200,62 @@ def test_an_interrupt_keeps_what_is_done(tmp_path):
     heard = []
     keep = gemm.keeper(tmp_path / "b.json", heard.append)
     setting = dataclasses.replace(SETTING, timer=interrupted)
-    outcome = gemm.run([SHAPE, SHAPE], [Contestant("a", "gemm", "", right, ours=True)], CARD, setting, on_shape=keep)
+    result = gemm.measure_shapes(
+        [SHAPE, SHAPE], [Contestant("a", "gemm", "", right, ours=True)], H200, setting, on_shape=keep
+    )
     assert heard == ["[1/2] 33x64x96: a gemm 10.0 us; 0 absent"]
     kept = json.loads((tmp_path / "b.json").read_text())
     assert (kept["format"], kept["complete"], len(kept["shapes"])) == (gemm.FORMAT, False, 1)
     with pytest.raises(KeyboardInterrupt):
-        outcome.conclude()
+        result.conclude()
 
 
-def test_a_card_in_error_ends_the_run():
+def test_a_gpu_in_error_ends_the_run():
     def faulty(calls, rounds):
         raise RuntimeError("CUDA error: an illegal memory access")
 
     setting = dataclasses.replace(SETTING, timer=faulty)
-    outcome = gemm.run([SHAPE], [Contestant("a", "gemm", "", right)], CARD, setting)
+    result = gemm.measure_shapes([SHAPE], [Contestant("a", "gemm", "", right)], H200, setting)
     with pytest.raises(CheckFailed, match="illegal memory access"):
-        outcome.conclude()
+        result.conclude()
 
 
-def test_without_a_card(tmp_path):
+def test_without_a_gpu(tmp_path):
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("needs a machine without a GPU")
     with pytest.raises(InputError, match="no CUDA device here"):
-        gemm.session([SHAPE], [])
-    with pytest.raises(InputError, match="0 rounds: legal is 1 or more"):
-        gemm.session([SHAPE], [], gemm.Setting(rounds=0))
+        gemm.benchmark([SHAPE], [])
+    with pytest.raises(InputError, match="0 rounds: expected 1 or more"):
+        gemm.benchmark([SHAPE], [], gemm.Setting(rounds=0))
     (tmp_path / "mine.json").write_text("{}")
     with pytest.raises(FileError, match="--force"):
-        gemm.session([SHAPE], [], output=tmp_path / "mine.json")
+        gemm.benchmark([SHAPE], [], output=tmp_path / "mine.json")
     assert gpu_state.Sensors().read() is None
 
 
-def test_operands_rotate_past_twice_the_l2():
-    small = dataclasses.replace(CARD, l2_bytes=10_000)
-    operands = Operands(SHAPE, small, device="cpu")
-    assert (operands.copies - 1) * 64 * 96 >= 2 * small.l2_bytes
+def test_weight_copies_exceed_twice_the_l2():
+    """Between two launches with one copy, the others are read: at least twice the L2."""
+    weight = 64 * 96
+    assert [weight_copies(SHAPE, l2) for l2 in (weight // 2, weight // 2 + 1, weight, 10_000)] == [1, 3, 3, 5]
+    assert weight_copies(GemmShape(1, 16, 16), H200.l2_bytes) == COPIES_MAX
+    traced = [*gemm.wanted(None), *gemm.wanted(None, FEW_ROWS), *gemm.wanted(None, OTHER_MODELS)]
+    for gpu in gpus.GPUS.values():
+        assert max(weight_copies(shape, gpu.l2_bytes) for shape in traced) < COPIES_MAX
+
+
+def test_the_shared_policy_is_the_databases_without_its_own_conditions():
+    assert interleave.shared_policy() == (
+        "operands quantized from normal data; weights rotated past twice the L2; contestants interleaved round by "
+        "round in an order shuffled anew each time; CUDA events; medians with p20 and p80"
+    )
+
+
+def test_operands_have_equal_copies_and_are_reproducible():
+    small = dataclasses.replace(H200, l2_bytes=10_000)
+    operands = TimingOperands(SHAPE, small, device="cpu")
     assert len({w.data_ptr() for w in operands.weights}) == operands.copies == len(operands.weights16)
     assert all(torch.equal(w, operands.weights[0]) for w in operands.weights)
-    assert torch.equal(operands.xq, Operands(SHAPE, small, device="cpu").xq)
+    assert torch.equal(operands.xq, TimingOperands(SHAPE, small, device="cpu").xq)
 
 
 def test_differing_counts_bits():
@@ -260,14 +278,14 @@ def test_poison(dtype):
 def test_shapes_to_measure():
     assert gemm.parse_shape("1x2X3") == GemmShape(1, 2, 3)
     for text in ("1x2", "1x2x", "axbxc", "1x2x3x4", "-1x2x3", "1x2x" + "9" * 5000):
-        with pytest.raises(InputError, match="legal is MxNxK"):
+        with pytest.raises(InputError, match="expected MxNxK"):
             gemm.parse_shape(text)
     assert gemm.wanted(["4x5x6", "1x2x3"]) == [GemmShape(1, 2, 3), GemmShape(4, 5, 6)]
     every = gemm.wanted(None)
     assert len(every) == 48
     few = gemm.wanted(None, limit=8)
     assert len(few) == 8 == len(set(few))
-    assert {(s.n, s.k) for s in few} == {(s.n, s.k) for s in every}  # each layer is there
+    assert {(s.n, s.k) for s in few} == {(s.n, s.k) for s in every}  # every layer is there
     assert max(s.m for s in few) > 4 * min(s.m for s in few)
     assert gemm.wanted(None, limit=1000) == every
     with pytest.raises(InputError, match="limit 0"):
@@ -291,7 +309,7 @@ def test_shapes_of_other_models():
     ],
 )
 def test_a_graph_is_trusted_only_if_it_writes(monkeypatch, replays, refuses, by, note):
-    """CUDA's graphs replaced by one that replays the last launch, does nothing, or cannot capture."""
+    """CUDA's graphs are replaced by one that replays the last launch, replays nothing, or cannot capture."""
     out, streams = torch.zeros(4), []
 
     def launch():
@@ -299,21 +317,24 @@ def test_a_graph_is_trusted_only_if_it_writes(monkeypatch, replays, refuses, by,
             raise ValueError("legacy stream")
         return out.fill_(3)
 
-    @contextlib.contextmanager
-    def capture(graph):
-        capturing.append(graph)
-        try:
-            yield
-        finally:
+    class Graph:
+        def capture_begin(self):
+            capturing.append(self)
+
+        def capture_end(self):
             capturing.clear()
 
+        def replay(self):
+            return replays and launch()
+
     capturing = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "new")
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "mine")
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays and launch()))
-    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    call = captured.Timed(Entrant([launch] * 3, "n"), graph=True, least=4)
+    call = captured.RepeatableCall(Entrant([launch] * 3, "n"), graph=True, least=4)
     assert (call.by, call.note, call.launches) == (by, note, 6 if by == "graph" else 1)
     assert streams == (["mine"] if by == "host" else [])
     assert call.result.tolist() == [3] * 4
@@ -329,8 +350,8 @@ def test_one_line():
     assert len(captured.one_line(ValueError("x" * 999))) == 160
 
 
-def test_throttling_has_names():
-    assert gpu_state.throttling(0x1 | 0x2) == []  # idle, clocks that the user has set
+def test_throttle_bits_have_names():
+    assert gpu_state.throttling(0x1 | 0x2) == []  # idle, and clocks that the user has set
     assert gpu_state.throttling(0x4 | 0x40) == ["power cap", "hardware thermal"]
 
 
@@ -341,5 +362,5 @@ def test_the_length_of_a_sample_reaches_the_timer(monkeypatch):
     )
     gemm.Setting(rounds=5, sample_us=80000).time([])
     assert seen == [(5, 80000)]
-    with pytest.raises(InputError, match=r"samples of 0.05 ms: legal is 0.1 to 10000"):
-        gemm.session([SHAPE], [], gemm.Setting(sample_us=50))
+    with pytest.raises(InputError, match=r"samples of 0.05 ms: expected 0.1 to 10000 ms"):
+        gemm.benchmark([SHAPE], [], gemm.Setting(sample_us=50))

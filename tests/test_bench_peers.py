@@ -125,7 +125,7 @@ def test_each_adapter_calls_its_peer_as_released(tool, monkeypatch):
     monkeypatch.setattr(tool, "vllm_ops", vllm_stand_in)
     listed = ours(CARD) + tool.peers(inductor=False, timer=tool.invented)
     setting = gemm.Setting(3, device="cpu", copies=2, timer=tool.invented)
-    outcome = gemm.run([SHAPE], listed, CARD, setting)
+    outcome = gemm.measure_shapes([SHAPE], listed, CARD, setting)
     outcome.conclude()
     [shape] = outcome.shapes
     rows = {(row["name"], row["kind"]): row for row in shape["rows"]}

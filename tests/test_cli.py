@@ -103,7 +103,7 @@ def test_ctrl_c_keeps_what_is_done(walk):
     assert "interrupted; what was finished is kept" in ended.stderr
     assert "run the same command again" in ended.stderr
     assert ended.compiled > 0
-    assert f"going on where a run was ended: {ended.compiled} kernels compiled" in again.stderr
+    assert f"resuming an interrupted run: {ended.compiled} kernels compiled" in again.stderr
     shapes = trace.int8_shapes(trace.read(walk.folder / "s.json"))
     assert len(store.load(walk.folder / "t.json").entries) == len(shapes)
 
@@ -228,9 +228,9 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         ]
         done = [{**vars(shape), "elements": 64, "card": None, "rows": rows, "absent": []} for shape in shapes]
         keys = ["gpu", "health_tflops", "torch", "cuda", "driver", "triton", "rounds", "policy", "timed_by"]
-        return gemm.Outcome(dict.fromkeys(keys, "known"), listed, len(shapes), done, error)
+        return gemm.BenchResult(dict.fromkeys(keys, "known"), listed, len(shapes), done, error)
 
-    monkeypatch.setattr(gemm, "session", session)
+    monkeypatch.setattr(gemm, "benchmark", session)
     monkeypatch.setattr(os, "_exit", sys.exit)
     for args in ((), ("--json",)):
         with pytest.raises(SystemExit) as ended:

@@ -177,7 +177,7 @@ def test_carry_takes_what_compiles_as_well_here_and_says_what_does_not(tmp_path,
     store.update(path, gpus.get("rtx3090"), entries)
     command = ("db", "carry", path, "--json")
     left = json.loads(call(capfd, *command)[0])["left"]
-    assert "blocks a multiprocessor" in left["2x64x64"]
+    assert "blocks per multiprocessor" in left["2x64x64"]
     assert "has changed since" in left["3x64x64"]
     found = store.load(path).entries
     assert len(found) == 4

@@ -1,4 +1,4 @@
-"""tune/offline.py: a card that is absent: what a kernel takes there, and the model."""
+"""tune/cross_compile.py and cost_model.py: resources of kernels on an absent GPU, and their estimated times."""
 
 import contextlib
 import multiprocessing
@@ -14,10 +14,11 @@ from int8kit.database.schema import Resources
 from int8kit.errors import ConfigError
 from int8kit.spec import GROUP_M, GemmShape, Kernel, TileConfig, shared_memory_bound
 from int8kit.tune import cross_compile
+from int8kit.tune.space import compiled_kernel
 
 RTX3090 = gpus.get("rtx3090")
 SHAPE = GemmShape(4296, 4608, 4608)
-SM86 = replace(gpus.get("h200"), arch=86)  # as a proxy is estimated
+SM86 = replace(gpus.get("h200"), arch=86)  # as the tuner estimates a proxy
 FREE = Resources(registers=128, spill_bytes=0, shared_bytes=49152)
 
 SAMPLE = [
@@ -30,12 +31,12 @@ SAMPLE = [
 ]
 
 
-AMPERE = [
+MMA_SYNC = [
     TileConfig(128, 128, 128, 4, 3, kernel=Kernel.MMA_SYNC, stream_k=2),
     TileConfig(128, 256, 64, 8, 4, kernel=Kernel.MMA_SYNC),
     TileConfig(16, 64, 128, 4, 4, kernel=Kernel.MMA_SYNC, stream_k=4),
 ]
-HOPPER = [
+WGMMA = [
     TileConfig(128, 128, 128, 8, 6, kernel=Kernel.WGMMA),
     TileConfig(256, 128, 128, 8, 4, kernel=Kernel.WGMMA, stream_k=1),
     TileConfig(64, 64, 128, 8, 10, kernel=Kernel.WGMMA),
@@ -46,25 +47,25 @@ HOPPER = [
 @pytest.mark.process
 @pytest.mark.xdist_group("compilers")
 @pytest.mark.parametrize("arch", [80, 86, 89, 90])
-def test_compiles_for_absent_cards(compilers, arch):
-    jobs = [(c, even) for c in SAMPLE for even in (True, False)]
-    jobs += [(c, True) for c in (HOPPER if arch == 90 else AMPERE)]
-    outcomes = compilers.compile_all(arch, jobs)
-    assert len(outcomes) == 2 * len(SAMPLE) + 3
-    for (config, _), resources in outcomes.items():
+def test_kernels_compile_for_absent_gpus(compilers, arch):
+    kernels = [compiled_kernel(c, even) for c in SAMPLE for even in (True, False)]
+    kernels += [compiled_kernel(c, True) for c in (WGMMA if arch == 90 else MMA_SYNC)]
+    compilations = compilers.compile_all(arch, kernels)
+    assert len(compilations) == 2 * len(SAMPLE) + 3
+    for (config, _), resources in compilations.items():
         assert isinstance(resources, Resources), resources
         assert 16 <= resources.registers <= 255
         assert resources.spill_bytes == 0
-        # the filter may be too strict, never too lax
+        # the bound may be too high, never too low
         assert resources.shared_bytes <= shared_memory_bound(config, arch=arch)
 
 
 @pytest.fixture(scope="module")
 def fresh():
-    """function(*args) in a process in which Triton compiles, and has done nothing yet.
+    """Calls function(*args) in a new process in which Triton compiles and has done nothing yet.
 
-    Each is forked from one that has imported what they need, and answers a single question: a fork costs a hundredth of
-    the imports. It has one thread alone, since a fork would lose the others.
+    Each process is forked from one that has done the imports: a fork costs a hundredth of these. That one has a single
+    thread, since a fork would lose the others.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
@@ -91,7 +92,7 @@ def _state():
 def _instructions(arch, config):
     from int8kit.verify.executors import tensor_core_instructions
 
-    ptx = cross_compile.assemble(arch, config).asm["ptx"]
+    ptx = cross_compile.assemble(arch, compiled_kernel(config, True)).asm["ptx"]
     return tensor_core_instructions(ptx), "fma.rn.f32" in ptx, ".ftz" in ptx
 
 
@@ -102,25 +103,25 @@ def _instructions(arch, config):
     [
         (86, TileConfig(128, 128, 64, 8, 3), "mma.sync"),
         (90, TileConfig(128, 128, 64, 8, 3), "wgmma.mma_async"),
-        (86, AMPERE[0], "mma.sync"),
-        (90, HOPPER[1], "wgmma.mma_async"),
+        (86, MMA_SYNC[0], "mma.sync"),
+        (90, WGMMA[1], "wgmma.mma_async"),
     ],
     ids=str,
 )
-def test_runs_on_integer_tensor_cores_and_contracts_nothing(fresh, arch, config, instruction):
+def test_kernels_use_integer_tensor_cores_and_no_contraction(fresh, arch, config, instruction):
     found, fma, ftz = fresh(_instructions, arch, config)
     assert found == {instruction}
     assert not fma
     assert not ftz
 
 
-def test_interpreter_has_no_compiler():
+def test_the_interpreter_cannot_compile():
     from int8kit.kernels import gemm
 
     if not gemm.interpreted():
         pytest.skip("Triton compiles here")
     with pytest.raises(ConfigError, match="TRITON_INTERPRET"):
-        cross_compile.compile_for(86, SAMPLE[0])
+        cross_compile.compile_for(86, compiled_kernel(SAMPLE[0], True))
     assert os.environ["TRITON_INTERPRET"] == "1"
 
 
@@ -132,14 +133,14 @@ def test_occupancy():
     assert cost_model.blocks_per_sm(config, FREE.model_copy(update={"shared_bytes": 200000}), RTX3090) == 0
 
 
-def test_model_knows_its_physics():
+def test_the_model_respects_peak_rates_spills_and_rounds():
     config = TileConfig(128, 128, 64, 8, 4)
     us = cost_model.estimate(SHAPE, config, FREE, RTX3090)
-    assert us > SHAPE.ops / RTX3090.int8_tops / 1e6  # never past the card's peak
+    assert us > SHAPE.ops / RTX3090.int8_tops / 1e6  # never faster than the GPU's peak
     assert cost_model.estimate(GemmShape(2 * 4296, 4608, 4608), config, FREE, RTX3090) > 1.7 * us
     spilling = FREE.model_copy(update={"spill_bytes": 500})
     assert cost_model.estimate(SHAPE, config, spilling, RTX3090) > us
-    # one tile more than fills the card costs a whole round
+    # one tile more than the GPU computes at once costs a whole round
     full, over = GemmShape(128 * 82, 128, 4608), GemmShape(128 * 82 + 1, 128, 4608)
     rounds = [cost_model.estimate(s, config, FREE, RTX3090) for s in (full, over)]
     assert rounds[1] > 1.5 * rounds[0]
@@ -148,7 +149,7 @@ def test_model_knows_its_physics():
 
 
 def _sought(arch, config, code):
-    """Whether Triton's key of a launch on `arch`, which has no card here, is that of the offline source."""
+    """Whether Triton's key of a launch on `arch`, an absent GPU, is that of the offline source."""
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
@@ -191,18 +192,18 @@ def _sought(arch, config, code):
 @pytest.mark.parametrize(
     ("config", "code"),
     [
-        (SAMPLE[3], "sm86"), (SAMPLE[3], None), (AMPERE[0], "sm86"), (AMPERE[1], "sm86"), (HOPPER[0], None),
-        (HOPPER[1], None),
+        (SAMPLE[3], "sm86"), (SAMPLE[3], None), (MMA_SYNC[0], "sm86"), (MMA_SYNC[1], "sm86"), (WGMMA[0], None),
+        (WGMMA[1], None),
     ],
     ids=str,
 )  # fmt: skip
-def test_a_launch_finds_what_was_compiled_offline(fresh, config, code):
-    """Else kernels would be compiled twice, and the second time one after the other."""
+def test_a_launch_finds_a_kernel_that_was_compiled_offline(fresh, config, code):
+    """Otherwise kernels would be compiled twice, the second time one after the other."""
     assert fresh(_sought, 90, config, code)
 
 
 def _key(config, before):
-    """Triton's key of a kernel's offline source in a process that has used another function before."""
+    """Triton's key of a kernel's offline source, in a process that has used the function `before` already."""
     from int8kit.kernels import activations, gemm, swiglu_quantize
     from int8kit.kernels.launch import finalize_cache_keys
 
@@ -217,9 +218,9 @@ def _key(config, before):
 
 @pytest.mark.process
 @pytest.mark.xdist_group("offline-fresh")
-@pytest.mark.parametrize("config", [SAMPLE[3], AMPERE[0], HOPPER[0]], ids=str)
-def test_what_was_compiled_is_found_whatever_was_used_before(fresh, config):
-    """Triton's own key of a function depends on it: the timing process compiled again what the others had."""
+@pytest.mark.parametrize("config", [SAMPLE[3], MMA_SYNC[0], WGMMA[0]], ids=str)
+def test_the_cache_key_does_not_depend_on_functions_used_before(fresh, config):
+    """Triton's own key of a function does, so that the timing process compiled every kernel again."""
     assert len({fresh(_key, config, before) for before in ("", "silu", "swiglu_quantize")}) == 1
 
 
@@ -231,19 +232,19 @@ EXHAUSTIVE = [
 
 
 @pytest.mark.parametrize(("shape", "measured", "machine"), EXHAUSTIVE)
-def test_the_model_ranks_what_was_measured(shape, measured, machine):
-    """Of sm_86 code on the run that it was fit to; of sm_90 code on one that was made afterwards."""
+def test_the_model_ranks_exhaustive_times(shape, measured, machine):
+    """For sm_86 code these times were fit; for sm_90 code they were measured after the fit."""
     rows = [(cost_model.estimate(shape, config, r, machine), us) for config, (us, r) in measured.items()]
     best = min(us for _, us in rows)
     times = [us for _, us in sorted(rows)]
     assert len(times) > 1400
     assert times[0] <= best * 1.10
     assert min(times[:8]) <= best * 1.02
-    middle = len(times) // 2  # and it tells good from bad throughout
+    middle = len(times) // 2  # it separates fast from slow over the whole range
     assert sum(times[:middle]) < 0.5 * sum(times[middle:])
 
 
-# What tuners timed on their way, 9 to 60 of thousands a shape; the card with the older one's code, as before.
+# Times of tuner runs: 9 to 60 configurations of each shape, out of thousands.
 ROUNDS = [
     pytest.param(shape, measured, machine, id=f"{machine.arch}, {shape}")
     for name, machine in (("h200-rounds.json", gpus.get("h200")), ("h200-rounds-rtx3090.json", SM86))
@@ -252,11 +253,11 @@ ROUNDS = [
 
 
 @pytest.mark.parametrize(("shape", "measured", "machine"), ROUNDS)
-def test_the_model_ranks_what_tuners_timed(shape, measured, machine):
-    """On what it was fit to: whole kernels, in bands of one width, which no model tells apart."""
+def test_the_model_ranks_times_of_tuner_runs(shape, measured, machine):
+    """These times were fit. One L2 swizzle width is compared, since the model hardly distinguishes widths."""
     kernels = {config: value for config, value in measured.items() if config.group_m == GROUP_M}
     rows = sorted((cost_model.estimate(shape, config, r, machine), us) for config, (us, r) in kernels.items())
     best = min(us for _, us in rows)
     traced = shape.m > 1024 and shape.n > 128
     assert min(us for _, us in rows[:8]) <= best * (1.06 if machine is SM86 and traced else 1.02)
-    assert rows[0][1] <= best * (1.10 if traced else 1.28)  # with few rows it knows less
+    assert rows[0][1] <= best * (1.10 if traced else 1.28)  # with few rows the model is less accurate

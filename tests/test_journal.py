@@ -1,4 +1,4 @@
-"""tune/journal.py and tune/session.py: what a killed run has done, and how the next one goes on."""
+"""tune/journal.py and tune/session.py: the finished steps of a killed run, and how the next run resumes."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 
@@ -17,7 +18,8 @@ from int8kit.errors import FileError
 from int8kit.spec import GemmShape, Kernel, Source, TileConfig
 from int8kit.timing.interleave import Times
 from int8kit.tune.journal import Journal
-from int8kit.tune.search import Trail
+from int8kit.tune.search import ShapeHistory
+from int8kit.tune.space import CompiledKernel
 
 RTX3090 = gpus.get("rtx3090")
 RUN = {"gpu": "rtx3090", "policy": 3}
@@ -46,8 +48,8 @@ def database(tmp_path):
 def write(database, run=RUN):
     """The journal of a run that was killed."""
     with Journal(database, run) as journal:
-        journal.add_compiled((A, True), FREE)
-        journal.add_compiled((B, False), "crash: the compiler ended its process")
+        journal.add_compiled(CompiledKernel(A, True), FREE)
+        journal.add_compiled(CompiledKernel(B), "crash: the compiler ended its process")
         journal.add_wrong(SHAPE, A, "wrong: is not bit-equal")
         journal.add_timed(SHAPE, 0, {B: Times(1.5, 2.0, 2.5), A: Times(3, 4, 5)})
         journal.add_timed(SHAPE, None, {B: Times(1.5, 2.0, 2.5)})
@@ -56,14 +58,14 @@ def write(database, run=RUN):
 
 
 def held(journal):
-    return journal.compiled, journal.wrong, journal.trails, journal.chosen
+    return journal.compiled, journal.wrong, journal.histories, journal.chosen
 
 
 ALL = (
-    {(A, True): FREE, (B, False): "crash: the compiler ended its process"},
+    {(A, True): FREE, (B, None): "crash: the compiler ended its process"},
     {(SHAPE, A): "wrong: is not bit-equal"},
     {
-        SHAPE: Trail(
+        SHAPE: ShapeHistory(
             SHAPE,
             [{B: Times(1.5, 2.0, 2.5), A: Times(3, 4, 5)}],
             {B: Times(1.5, 2.0, 2.5)},
@@ -75,11 +77,11 @@ ALL = (
 
 
 def lines_of(journal):
-    rounds = sum(len(t.rounds) + (t.hot is not None) for t in journal.trails.values())
+    rounds = sum(len(h.rounds) + (h.sustained is not None) for h in journal.histories.values())
     return len(journal.compiled) + len(journal.wrong) + len(journal.chosen) + rounds
 
 
-def test_what_was_done_is_there_again(database):
+def test_a_journal_replays_every_step(database):
     write(database)
     with Journal(database, RUN) as journal:
         assert held(journal) == ALL
@@ -90,7 +92,7 @@ def test_what_was_done_is_there_again(database):
 
 
 @pytest.mark.parametrize("run", [{**RUN, "policy": 4}, {**RUN, "gpu": "h200"}, {}])
-def test_another_run_begins_anew(database, run):
+def test_the_journal_of_another_run_is_replaced(database, run):
     write(database)
     with Journal(database, run) as journal:
         assert held(journal) == ({}, {}, {}, {})
@@ -98,7 +100,7 @@ def test_another_run_begins_anew(database, run):
         assert held(journal) == ({}, {}, {}, {})
 
 
-def test_cut_off_anywhere_it_loses_at_most_the_last_line(database):
+def test_a_truncated_journal_loses_at_most_the_last_line(database):
     path = write(database)
     whole = path.read_bytes()
     lines = whole.count(b"\n")
@@ -107,7 +109,7 @@ def test_cut_off_anywhere_it_loses_at_most_the_last_line(database):
         with Journal(database, RUN) as journal:
             done = lines_of(journal)
             assert done == max(whole[:size].count(b"\n") - 1, 0)
-            journal.add_compiled((A, False), FREE)  # what is appended does not grow into the broken line
+            journal.add_compiled(CompiledKernel(A, False), FREE)  # a new line, not the rest of the incomplete one
         with Journal(database, RUN) as journal:
             assert lines_of(journal) == done + 1
     assert lines == 7
@@ -125,15 +127,30 @@ def test_cut_off_anywhere_it_loses_at_most_the_last_line(database):
         b'{"timed": {"m": 1, "n": 1, "k": 1, "round": 3, "times": []}}',
     ],
 )
-def test_damage_in_the_middle_is_one_clear_line(database, line):
+def test_damage_in_the_middle_is_one_clear_error(database, line):
     path = write(database)
     lines = path.read_bytes().split(b"\n")
     lines[2] = line
     path.write_bytes(b"\n".join(lines))
-    with pytest.raises(FileError, match="is damaged in line 3; delete it to begin the run anew, the database stays"):
+    with pytest.raises(FileError, match="is damaged in line 3; delete it to start the run again, the database stays"):
         Journal(database, RUN)
     path.unlink()
-    Journal(database, RUN).__exit__(None, None, None)  # the refused one does not keep its lock
+    Journal(database, RUN).__exit__(None, None, None)  # the refused journal has released its lock
+
+
+def test_a_journal_of_an_earlier_version_resumes(database):
+    """Earlier versions wrote "even_k" for every kernel, and so compiled a Gluon kernel twice."""
+    rows = [
+        {"format": "int8kit.journal/2", "run": RUN},
+        *(
+            {"compiled": {"config": asdict(c), "even_k": even, "resources": FREE.model_dump()}}
+            for c in (A, B) for even in (True, False)
+        ),
+    ]  # fmt: skip
+    path = database.with_name("t.json.journal")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with Journal(database, RUN) as journal:
+        assert journal.compiled == {(A, True): FREE, (A, False): FREE, (B, None): FREE}
 
 
 def test_a_second_tuner_is_refused_while_the_first_lives(database):
@@ -166,13 +183,13 @@ class Pool:
                 batch.on_result(call, Resources(registers=128, spill_bytes=0, shared_bytes=49152))
 
 shapes = [GemmShape(m, 4608, 4608) for m in range(64, 1600, 64)]
-(outcome,) = session.run(shapes, session.plan([gpus.get("rtx3090")], [], Path(sys.argv[1])), Pool(), note=print)
-print("done", len(outcome.entries))
+(result,) = session.tune(shapes, session.targets_of([gpus.get("rtx3090")], [], Path(sys.argv[1])), Pool(), note=print)
+print("done", len(result.entries))
 """
 
 
 @pytest.mark.process
-def test_killed_at_random_moments_it_ends_as_if_it_never_was(tmp_path):
+def test_resume_after_random_kills_gives_the_same_database(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
 
     def start(name):
@@ -189,7 +206,9 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(tmp_path):
         journal = tmp_path / "killed.json.journal"
         size = journal.stat().st_size if journal.exists() else 0
         deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:  # let it do something, then kill it anywhere
+        while (
+            process.poll() is None and time.monotonic() < deadline
+        ):  # wait for progress, then kill it at a random moment
             time.sleep(times.uniform(0.05, 0.25))
             if journal.exists() and journal.stat().st_size > size:
                 process.send_signal(signal.SIGKILL)
@@ -198,9 +217,9 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(tmp_path):
             break
         kills += 1
         if (tmp_path / "killed.json").exists():
-            store.load(tmp_path / "killed.json")  # whole at every moment
+            store.load(tmp_path / "killed.json")  # complete at every moment
     assert 2 <= kills < 40
-    assert "going on where a run was ended" in out
+    assert "resuming an interrupted run" in out
     assert (tmp_path / "killed.json").read_text() == (tmp_path / "straight.json").read_text()
     assert not journal.exists()
     assert json.loads((tmp_path / "killed.json").read_text())["format"] == "int8kit.tuning/2"

@@ -10,8 +10,9 @@ from int8kit.database.schema import Resources
 from int8kit.errors import CheckFailed
 from int8kit.spec import GemmShape, Kernel, Source, TileConfig, default_config
 from int8kit.timing.interleave import Times
-from int8kit.tune import search, space, workers
-from int8kit.tune.tasks import Timed
+from int8kit.tune import search, space
+from int8kit.tune.space import kernel_of
+from int8kit.tune.tasks import RoundTimes
 
 RTX3090, H200 = gpus.get("rtx3090"), gpus.get("h200")
 SHAPE = GemmShape(4296, 4608, 4608)
@@ -20,11 +21,11 @@ A, B, C = (TileConfig(128, 128, 128, 4, stages, kernel=Kernel.MMA_SYNC) for stag
 DEFAULT = default_config(SHAPE)
 
 
-def compiled(configs=(), **over):
-    found = search.Space(RTX3090)
+def compiled(configs=(), resources=None):
+    found = search.CompiledKernels(RTX3090)
     for config in (*space.candidates(SHAPE, RTX3090), *configs):
-        found.add(workers.job(config, SHAPE), FREE)
-    found.resources.update({workers.job(config, SHAPE): value for config, value in over.get("resources", {}).items()})
+        found.add(kernel_of(config, SHAPE), FREE)
+    found.resources.update({kernel_of(config, SHAPE): value for config, value in (resources or {}).items()})
     return found
 
 
@@ -32,91 +33,98 @@ def exactly(us, spread=0.001):
     return Times(us * (1 - spread), us, us * (1 + spread))
 
 
-def test_how_by_the_cards_that_are_here():
+def test_source_depends_on_the_present_gpus():
     a100, rtx5090 = gpus.get("a100"), gpus.get("rtx5090")
-    assert search.how(RTX3090, []) == (Source.MODELLED, None)
-    assert search.how(RTX3090, [H200, RTX3090]) == (Source.MEASURED, RTX3090)
-    assert search.how(RTX3090, [H200, rtx5090]) == (Source.PROXY, H200)
-    assert search.how(rtx5090, [H200]) == (Source.MODELLED, None)  # sm_120 code does not run on sm_90
-    assert search.how(RTX3090, [a100]) == (Source.MODELLED, None)  # sm_86 code on sm_80
+    assert search.source_of(RTX3090, []) == (Source.MODELLED, None)
+    assert search.source_of(RTX3090, [H200, RTX3090]) == (Source.MEASURED, RTX3090)
+    assert search.source_of(RTX3090, [H200, rtx5090]) == (Source.PROXY, H200)
+    assert search.source_of(rtx5090, [H200]) == (Source.MODELLED, None)  # sm_120 code does not run on sm_90
+    assert search.source_of(RTX3090, [a100]) == (Source.MODELLED, None)  # sm_86 code on sm_80
 
 
-def test_modelled_is_the_models_first_without_spills():
+def test_modelled_entry_is_the_models_first_without_spills():
     best = search.rank(space.candidates(SHAPE, RTX3090), SHAPE, compiled())[0][1]
-    entry = search.modelled(SHAPE, RTX3090, compiled())
+    entry = search.modelled_entry(SHAPE, RTX3090, compiled())
     assert (entry.config, entry.source) == (best, Source.MODELLED)
     assert entry.time_us is None
     spilled = FREE.model_copy(update={"spill_bytes": 8})
-    assert search.modelled(SHAPE, RTX3090, compiled(resources={best: spilled})).config != best
+    assert search.modelled_entry(SHAPE, RTX3090, compiled(resources={best: spilled})).config != best
 
 
 def test_nothing_compiled_is_one_clear_error():
-    found = search.Space(RTX3090, failed={workers.job(space.candidates(SHAPE, RTX3090)[0], SHAPE): "compile: boom"})
+    found = search.CompiledKernels(
+        RTX3090, failed={kernel_of(space.candidates(SHAPE, RTX3090)[0], SHAPE): "compile: boom"}
+    )
     with pytest.raises(CheckFailed, match=r"no configuration for 4296x4608x4608 on rtx3090: compile: boom"):
-        search.modelled(SHAPE, RTX3090, found)
+        search.modelled_entry(SHAPE, RTX3090, found)
 
 
-def test_odd_k_is_compiled_apart_and_bands_together():
+def test_missing_kernels_are_distinct_and_sorted():
     odd = GemmShape(4296, 4608, 4600)
-    assert workers.job(A, SHAPE) == workers.job(replace(A, group_m=16), SHAPE) == (A, True)
-    assert workers.job(A, odd) == (A, False)
-    assert search.Space(RTX3090).lacks([workers.job(A, s) for s in (SHAPE, odd, SHAPE)]) == [(A, False), (A, True)]
+    kernels = [kernel_of(c, s) for s in (SHAPE, odd, SHAPE) for c in (DEFAULT, A, replace(A, group_m=16))]
+    missing = search.CompiledKernels(RTX3090).missing(kernels)
+    assert missing == sorted({(DEFAULT, False), (DEFAULT, True), (A, None)})
+    assert compiled().missing(kernels) == [(DEFAULT, False)]
 
 
-def test_the_first_round_has_the_default_the_models_and_what_is_known_of_near_shapes():
+def test_round_0_has_the_default_the_models_choices_and_those_of_near_shapes():
     known = Database(RTX3090)
     far = GemmShape(64, 128, 4608)
     unusual = replace(C, stream_k=3, group_m=12)
-    entry = search.modelled(SHAPE, RTX3090, compiled()).model_copy(update={"config": unusual})
+    entry = search.modelled_entry(SHAPE, RTX3090, compiled()).model_copy(update={"config": unusual})
     known = Database(RTX3090, (entry, entry.model_copy(update={"m": far.m, "n": far.n, "config": A})))
-    configs = search.first(GemmShape(4096, 4608, 4608), RTX3090, compiled([unusual]), known)
+    configs = search.initial_candidates(GemmShape(4096, 4608, 4608), RTX3090, compiled([unusual]), known)
     assert configs[0] == DEFAULT
     assert unusual in configs
     assert len(configs) == len(set(configs))
-    plain = [c for c in configs if c.kernel is Kernel.TRITON]
-    assert len(plain) <= search.CONTESTANTS + 1
-    assert unusual not in search.first(far, RTX3090, compiled([unusual]), known)
+    triton = [c for c in configs if c.kernel is Kernel.TRITON]
+    assert len(triton) <= search.TRITON_FIRST + 1
+    assert unusual not in search.initial_candidates(far, RTX3090, compiled([unusual]), known)
 
 
-def test_what_is_ahead_is_untried_and_near():
-    trail = search.Trail(SHAPE, [{DEFAULT: exactly(200), A: exactly(100), B: exactly(110), C: exactly(120)}])
-    trail.wrong[replace(A, num_warps=8)] = "wrong: no"
+def test_next_candidates_are_untried_and_near():
+    history = search.ShapeHistory(SHAPE, [{DEFAULT: exactly(200), A: exactly(100), B: exactly(110), C: exactly(120)}])
+    history.wrong[replace(A, num_warps=8)] = "wrong: no"
     unusual = TileConfig(64, 256, 128, 8, 2, kernel=Kernel.MMA_SYNC, stream_k=3)
-    other = search.Trail(GemmShape(4096, 4608, 4608), [{unusual: exactly(90)}])
-    found = search.ahead(trail, RTX3090, [trail, other])
+    other = search.ShapeHistory(GemmShape(4096, 4608, 4608), [{unusual: exactly(90)}])
+    found = search.next_candidates(history, RTX3090, [history, other])
     assert unusual in found
     assert replace(A, group_m=4) in found
-    assert not set(found) & trail.tried
+    assert not set(found) & history.tried
     compiled_all = compiled(found)
-    timed = search.worthwhile(trail, found, compiled_all)
+    timed = search.prune_by_model(history, found, compiled_all)
     assert timed[:3] == [A, B, C]
     assert set(timed) <= {*found, A, B, C}
-    assert len(search.worthwhile(trail, space.legal(RTX3090), compiled(space.legal(RTX3090)))) <= 3 + search.FRESH
+    assert (
+        len(search.prune_by_model(history, space.legal(RTX3090), compiled(space.legal(RTX3090)))) <= 3 + search.NEW_MAX
+    )
     spilling = {c: FREE.model_copy(update={"spill_bytes": 4}) for c in found}
-    assert search.worthwhile(trail, found, compiled(resources=spilling)) == []
+    assert search.prune_by_model(history, found, compiled(resources=spilling)) == []
 
 
 def test_a_shape_is_settled_when_a_round_gains_less_than_the_noise():
     one = {A: exactly(100), DEFAULT: exactly(200)}
-    assert not search.Trail(SHAPE, [one]).settled
-    assert search.Trail(SHAPE, [one, {A: exactly(100), B: exactly(99.8)}]).settled
-    assert not search.Trail(SHAPE, [one, {A: exactly(100), B: exactly(97)}]).settled
+    assert not search.ShapeHistory(SHAPE, [one]).settled
+    assert search.ShapeHistory(SHAPE, [one, {A: exactly(100), B: exactly(99.8)}]).settled
+    assert not search.ShapeHistory(SHAPE, [one, {A: exactly(100), B: exactly(97)}]).settled
     noisy = exactly(100, spread=0.05)
-    assert search.Trail(SHAPE, [one, {A: noisy, B: exactly(97)}]).settled
-    assert search.Trail(SHAPE, [one, {A: exactly(100), B: exactly(90)}, {B: exactly(90), C: exactly(80)}]).settled
-    assert search.ahead(search.Trail(SHAPE), RTX3090, []) == []
+    assert search.ShapeHistory(SHAPE, [one, {A: noisy, B: exactly(97)}]).settled
+    assert search.ShapeHistory(
+        SHAPE, [one, {A: exactly(100), B: exactly(90)}, {B: exactly(90), C: exactly(80)}]
+    ).settled
+    assert search.next_candidates(search.ShapeHistory(SHAPE), RTX3090, []) == []
 
 
 def final(times, wrong=None, bf16=None):
-    return Timed(times, wrong or {}, bf16)
+    return RoundTimes(times, wrong or {}, bf16)
 
 
-def test_the_default_keeps_its_place_within_the_margin():
-    trail = search.Trail(SHAPE, [{A: exactly(1), DEFAULT: exactly(1)}])
+def test_the_default_wins_a_tie():
+    history = search.ShapeHistory(SHAPE, [{A: exactly(1), DEFAULT: exactly(1)}])
 
     def entry(default_us):
         times = {A: exactly(100), B: exactly(103), DEFAULT: exactly(default_us)}
-        return search.entry(trail, final(times, bf16=exactly(180)), compiled(), Source.PROXY, H200)
+        return search.entry(history, final(times, bf16=exactly(180)), compiled(), Source.PROXY, H200)
 
     tie, slower = entry(100.9), entry(101.1)
     assert (tie.config, slower.config) == (DEFAULT, A)
@@ -125,15 +133,17 @@ def test_the_default_keeps_its_place_within_the_margin():
     assert (slower.source, slower.measured_on, slower.tried) == (Source.PROXY, "NVIDIA H200", 2)
 
 
-def test_a_default_that_is_not_exact_ends_the_shape():
-    with pytest.raises(CheckFailed, match="the default is out: wrong: bits"):
+def test_a_shape_whose_default_is_not_exact_has_no_entry():
+    with pytest.raises(CheckFailed, match="the default configuration failed: wrong: bits"):
         search.entry(
-            search.Trail(SHAPE), final({A: exactly(1)}, {DEFAULT: "wrong: bits"}), compiled(), Source.PROXY,
+            search.ShapeHistory(SHAPE), final({A: exactly(1)}, {DEFAULT: "wrong: bits"}), compiled(), Source.PROXY,
             H200,
         )  # fmt: skip
 
 
-def test_bands_are_timed_hot_but_equal_programs_once():
-    tall, low = ([search.Trail(GemmShape(m, 4608, 4608), [{A: exactly(100), B: exactly(110)}])] for m in (4296, 700))
-    assert {config.group_m for config in search.hot(*tall)} == set(space.BANDS)
-    assert search.hot(*low) == [A, B, replace(A, group_m=4), replace(B, group_m=4)]  # six tile rows
+def test_the_sustained_round_tries_every_swizzle_width_but_equal_programs_once():
+    tall, low = (
+        [search.ShapeHistory(GemmShape(m, 4608, 4608), [{A: exactly(100), B: exactly(110)}])] for m in (4296, 700)
+    )
+    assert {config.group_m for config in search.sustained_candidates(*tall)} == set(space.SWIZZLE_WIDTHS)
+    assert search.sustained_candidates(*low) == [A, B, replace(A, group_m=4), replace(B, group_m=4)]  # six tile rows

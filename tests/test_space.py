@@ -1,4 +1,4 @@
-"""tune/space.py: legal, unique, and what legality leaves out would not have run."""
+"""tune/space.py: its configurations are legal and distinct; the illegal ones would not run."""
 
 import random
 from dataclasses import replace
@@ -9,6 +9,7 @@ import pytest
 from int8kit import gpus
 from int8kit.spec import (
     DOMAINS,
+    GROUP_M,
     GemmShape,
     Kernel,
     TileConfig,
@@ -21,7 +22,7 @@ from int8kit.tune import space
 
 
 @pytest.mark.parametrize("gpu", gpus.GPUS.values(), ids=lambda g: g.alias)
-def test_space_is_legal_unique_and_holds_the_default(gpu):
+def test_the_space_is_legal_distinct_and_contains_the_default(gpu):
     configs = space.legal(gpu)
     assert len(configs) == len(set(configs)) > 1000
     assert set(space.seeds(gpu)) <= set(configs)
@@ -31,12 +32,12 @@ def test_space_is_legal_unique_and_holds_the_default(gpu):
 
 
 def _pruned(gpu):
-    """What legality leaves out of the kernels' domains, by reason."""
+    """Illegal configurations of the kernels' domains, by reason."""
     found = {"shared memory": [], "accumulators": [], "warps": []}
     for kernel in kernels_of(gpu.arch):
         d = DOMAINS[kernel]
         for *tile, stream_k in product(d.block_m, d.block_n, d.block_k, d.num_warps, d.num_stages, d.stream_k):
-            config = TileConfig(*tile, 8, kernel, stream_k)
+            config = TileConfig(*tile, GROUP_M, kernel, stream_k)
             reason = why_illegal(config, arch=gpu.arch, shared_memory=gpu.shared_memory)
             if reason is None:
                 continue
@@ -52,15 +53,15 @@ def _pruned(gpu):
 @pytest.mark.process
 @pytest.mark.xdist_group("compilers")
 @pytest.mark.parametrize("alias", ["rtx3090", "a100", "h200"])
-def test_what_legality_leaves_out_would_not_run(compilers, alias):
-    """Compiled all the same: it takes more shared memory than there is, or spills; or has warps without a part.
+def test_illegal_configurations_would_not_run(compilers, alias):
+    """Compiled nevertheless, they take more shared memory than the GPU has, or spill, or have warps without work.
 
-    Of what should spill, the kernels with the shortest steps: these need the fewest registers beside the accumulators,
-    and are compiled the fastest.
+    Of the configurations that should spill, those with the shortest steps are compiled. They need the fewest registers
+    beside the accumulators, and compile the fastest.
     """
     gpu = gpus.get(alias)
     pruned = _pruned(gpu)
-    tight = sorted(  # of those that are equally near, what compiles fast: few accumulators a thread
+    tight = sorted(  # nearest to the limit first; among equals the fastest to compile: few accumulators per thread
         pruned["shared memory"],
         key=lambda c: (shared_memory_bound(c, arch=gpu.arch), c.block_m * c.block_n / c.num_warps),
     )
@@ -71,13 +72,13 @@ def test_what_legality_leaves_out_would_not_run(compilers, alias):
         of = [c for c in many if c.kernel is kernel and c.block_k == min(DOMAINS[kernel].block_k)]
         spilling += random.Random(0).sample(of, min(2 if kernel is Kernel.TRITON else 1, len(of)))
     assert len(over) == 6
-    assert len(spilling) == (3 if gpu.arch < 90 else 2)  # of wgmma's there are none
-    outcomes = compilers.compile_all(gpu.arch, [(c, True) for c in {*over, *spilling}])
+    assert len(spilling) == (3 if gpu.arch < 90 else 2)  # the wgmma kernel has none
+    compilations = compilers.compile_all(gpu.arch, [space.compiled_kernel(c, True) for c in {*over, *spilling}])
     for config in over:
-        assert outcomes[config, True].shared_bytes > gpu.shared_memory, config
+        assert compilations[space.compiled_kernel(config, True)].shared_bytes > gpu.shared_memory, config
     for config in spilling:
-        assert outcomes[config, True].spill_bytes > 0, config
-    for config in pruned["warps"]:  # a warp makes at least 16 x 8, of the mma_sync kernel 16 x 16
+        assert compilations[space.compiled_kernel(config, True)].spill_bytes > 0, config
+    for config in pruned["warps"]:  # a warp computes at least 16 x 8, in the mma_sync kernel 16 x 16
         width = 8 if config.kernel is Kernel.TRITON else 16
         assert config.block_m * config.block_n < 16 * width * config.num_warps or config.block_n < width * 8, config
 
@@ -87,7 +88,7 @@ def test_neighbours_are_legal_and_reach_everything(alias):
     gpu = gpus.get(alias)
     for config in random.Random(0).sample(space.legal(gpu), 50):
         for other in space.neighbours(config, gpu):
-            assert replace(other, group_m=8) in space.legal(gpu)
+            assert replace(other, group_m=GROUP_M) in space.legal(gpu)
             assert other != config
             assert config in space.neighbours(other, gpu)
     for kernel in kernels_of(gpu.arch):
@@ -95,11 +96,20 @@ def test_neighbours_are_legal_and_reach_everything(alias):
         reached, edge = set(), {min(inside)}
         while edge:
             reached |= edge
-            edge = {replace(n, group_m=8) for c in edge for n in space.neighbours(c, gpu)} - reached
+            edge = {replace(n, group_m=GROUP_M) for c in edge for n in space.neighbours(c, gpu)} - reached
         assert reached == inside
 
 
-def test_a_tile_for_few_rows_or_an_odd_k():
+def test_candidates_for_few_rows_and_for_an_odd_k():
     gpu = gpus.get("rtx3090")
     assert max(c.block_m for c in space.candidates(GemmShape(1, 4608, 4608), gpu)) == 64
     assert {c.kernel for c in space.candidates(GemmShape(64, 4608, 4600), gpu)} == {Kernel.TRITON}
+
+
+def test_a_kernel_is_shared_by_configurations_and_shapes():
+    """Only the Triton kernel is compiled differently where K is not a multiple of block_k."""
+    triton, mma_sync = TileConfig(128, 128, 64, 8, 4), TileConfig(128, 128, 64, 4, 3, kernel=Kernel.MMA_SYNC)
+    even, odd = GemmShape(64, 64, 4608), GemmShape(64, 64, 4624)
+    assert space.kernel_of(triton, even) == space.kernel_of(replace(triton, group_m=16), even) == (triton, True)
+    assert space.kernel_of(triton, odd) == (triton, False)
+    assert space.kernel_of(mma_sync, even) == space.kernel_of(mma_sync, odd) == (mma_sync, None)

@@ -1,4 +1,4 @@
-"""The scripts in tools/ that can prove themselves without a card."""
+"""The scripts in tools/ that run without a GPU."""
 
 import importlib.util
 import json
@@ -13,9 +13,9 @@ pytestmark = pytest.mark.process
 ROOT = Path(__file__).parent.parent
 
 
-def test_bench_prologues_runs_dry(tmp_path):
-    out = tmp_path / "out" / "prologues.json"
-    command = [sys.executable, ROOT / "tools" / "bench_prologues.py", "--dry-run", "--out", out]
+def test_bench_fused_dry_run(tmp_path):
+    out = tmp_path / "out" / "fused.json"
+    command = [sys.executable, ROOT / "tools" / "bench_fused.py", "--dry-run", "--out", out]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     runs = json.loads(out.read_text())["runs"]
@@ -26,12 +26,12 @@ def test_bench_prologues_runs_dry(tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["dry_run"]
 
 
-def test_launches_and_what_sanitizes_them(tmp_path):
+def test_launches_dry_run_and_sanitize_without_the_toolkit(tmp_path):
     command = [sys.executable, ROOT / "tools" / "launches.py"]
     done = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "2 configurations at 2 shapes, 5 kernels over rows: launched" in done.stdout
-    environment = {"PATH": "/usr/bin:/bin"}  # where no CUDA toolkit is
+    environment = {"PATH": "/usr/bin:/bin"}  # without the CUDA toolkit
     script = ["sh", ROOT / "tools" / "sanitize.sh", tmp_path / "s.txt"]
     done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
@@ -60,7 +60,7 @@ RACE = """\
     ],
 )  # fmt: skip
 def test_a_race_is_ours_unless_triton_starts_warps_there(tmp_path, other, cut, code, said):
-    """As racecheck prints it: the lines of today's kernel, one of them changed, or the report incomplete."""
+    """Reports of racecheck with the present kernel's lines, with another line, and incomplete ones."""
     lines = (ROOT / "int8kit" / "kernels" / "gemm_wgmma.py").read_text().splitlines()
     start, end = (next(i for i, line in enumerate(lines, 1) if text in line) for text in ("def _gemm_wgmma(", other))
     report = tmp_path / "s.txt.racecheck"
@@ -71,8 +71,8 @@ def test_a_race_is_ours_unless_triton_starts_warps_there(tmp_path, other, cut, c
     assert said in done.stdout
 
 
-def test_sanitize_asks_every_tool_and_judges_what_it_found(tmp_path):
-    """With stand-ins for the sanitizer, which finds a race of Triton's and nothing else, and for the launches."""
+def test_sanitize_runs_every_tool_and_sorts_the_findings(tmp_path):
+    """With replacements of the launches and of the sanitizer, which finds only a race in Triton's dispatch."""
     lines = (ROOT / "int8kit" / "kernels" / "gemm_wgmma.py").read_text().splitlines()
     start, end = (
         next(i for i, t in enumerate(lines, 1) if s in t) for s in ("def _gemm_wgmma(", "gl.warp_specialize(")
@@ -102,7 +102,7 @@ def test_sanitize_asks_every_tool_and_judges_what_it_found(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("workshop")  # where its kernels have been compiled
-def test_exhaustive_runs_dry(tmp_path):
+def test_exhaustive_dry_run(tmp_path):
     out = tmp_path / "exhaustive.json"
     shape = ("--gpu", "rtx3090", "--shape", "4096x256x1024", "--seeds")
     command = [sys.executable, ROOT / "tools" / "exhaustive.py", "--dry-run", *shape, "--out", out]
@@ -119,7 +119,7 @@ def test_exhaustive_runs_dry(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("workshop")  # where its kernels have been compiled
-def test_resources_of_the_shipped_kernels_and_beside_another_version(tmp_path, monkeypatch, capsys):
+def test_resources_of_the_shipped_kernels_beside_another_version(tmp_path, monkeypatch, capsys):
     out = tmp_path / "r.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, ROOT / "tools" / "resources.py", "--gpu", "rtx3090"]
@@ -135,7 +135,7 @@ def test_resources_of_the_shipped_kernels_and_beside_another_version(tmp_path, m
     spec = importlib.util.spec_from_file_location("resources", command[1])
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    monkeypatch.setattr(tool, "compiled", lambda alias: document)  # as it has just been, and would be again
+    monkeypatch.setattr(tool, "compiled", lambda alias: document)  # the same as a second compilation would give
     monkeypatch.setattr(sys, "argv", [*command[1:], "--beside", str(out)])
     tool.main()
     head, _, *rows = capsys.readouterr().out.splitlines()

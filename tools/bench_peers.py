@@ -2,7 +2,7 @@
 """`int8kit bench gemm` with other projects' INT8 kernels among the contestants, each where it can be imported.
 
     python tools/bench_peers.py --peers DIR --limit 12 --arch sm86 --out out/peers.json
-    python tools/bench_peers.py --shapes tools/other_models.json --only vllm --only bf16
+    python tools/bench_peers.py --shapes shapes/other_models.json --only vllm --only bf16
     python tools/bench_peers.py --dry-run        # no GPU: every path that a CPU can take, with invented times
 
 --peers DIR: a folder that goes first on sys.path; `vllm_C_sm90.so` in it is loaded as vLLM's operators. Nothing of the
@@ -28,7 +28,7 @@ from int8kit.cli import tables
 from int8kit.errors import Int8kitError, UnknownName
 from int8kit.timing import interleave
 from int8kit.timing.captured import Entrant
-from int8kit.timing.operands import Operands
+from int8kit.timing.operands import TimingOperands as Operands
 
 BF16 = torch.bfloat16
 COMFY_CONFIGS = range(14)
@@ -269,7 +269,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def bench(args: argparse.Namespace) -> gemm.Outcome:
+def bench(args: argparse.Namespace) -> gemm.BenchResult:
     """What the arguments ask for."""
     card = gpus.present() or gpus.get("h200")
     listed = contestants.ours(card, gpu=args.gpu, path=args.db, arch=args.arch)
@@ -282,10 +282,10 @@ def bench(args: argparse.Namespace) -> gemm.Outcome:
     if args.dry_run:
         setting = gemm.Setting(args.rounds, device="cpu", copies=2, timer=timer)
         todo = gemm.wanted(args.shape or (None if args.shapes else DRY_SHAPES), args.shapes, args.limit)
-        return gemm.run(todo, listed, card, setting, on_shape=gemm.keeper(args.out, note))
+        return gemm.measure_shapes(todo, listed, card, setting, on_shape=gemm.keeper(args.out, note))
     todo = gemm.wanted(args.shape, args.shapes, args.limit)
     setting = gemm.Setting(args.rounds, args.graph, sample_us=round(args.sample_ms * 1000))
-    return gemm.session(todo, listed, setting, output=args.out, force=args.force, note=note)
+    return gemm.benchmark(todo, listed, setting, output=args.out, force=args.force, note=note)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The one gate, the same here and in CI: format, lint, types, tests. Runs in the environment whose python is on PATH.
-# Arguments are pytest's; later ones win: `tools/check.sh -n 0` runs the tests one after the other.
+# The gate, the same for developers and CI: format, lint, types, tests. Uses the environment whose python is on PATH.
+# Arguments go to pytest, and later ones override: `tools/check.sh -n 0` runs the tests one after the other.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ruff format --check .

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way in four verbs, for a machine without a GPU as well: trace, tune for an RTX 3090, verify, paint.
+# The whole pipeline in four verbs, on a machine with or without a GPU: trace, tune for an RTX 3090, verify, run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-out}

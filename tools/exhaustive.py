@@ -1,13 +1,16 @@
-"""Every legal configuration of a few shapes, timed: what the tuner's model and its search are worth.
+"""Time every legal configuration of a few shapes, to judge the tuner's cost model and its search.
 
     python tools/exhaustive.py --gpu rtx3090 --shape 4296x4608x12288 --shape 4096x12288x3072 --out exhaustive.json
     python tools/exhaustive.py --gpu rtx3090 --seeds --dry-run       # on a CPU; the times are the model's with noise
 
-For each shape: all configurations in short samples; then the fastest of them, the model's first ones and what
-`int8kit tune` chooses for it, with their bands, again in samples that the power limit shapes. Of the latter come the
-best one and by how much the others miss it; of the former the rank correlation (Spearman) with the model. The tuner
-starts without a database, and sees only the shapes named. A configuration is a list of the values of "config_fields".
-The last line is one JSON object.
+Each shape is timed twice. First all configurations in short samples, which give the rank correlation (Spearman) with
+the model. Then some of them in samples so long that the GPU's power limit acts. These are the fastest of the first
+pass with every L2 swizzle width, the model's first ones, and the choice of `int8kit tune`. This pass gives the best
+configuration, and the regret of the others: the share by which they are slower.
+
+The tuner starts without a database, and sees only the named shapes. In the document a configuration is a list of the
+values of "config_fields". "card" is the GPU that was timed, and "hot" has the times of the second pass; both keys kept
+their names from earlier documents. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -35,35 +38,35 @@ from int8kit.timing import interleave
 from int8kit.timing.interleave import Times
 from int8kit.tune import measure, search, session, space, tasks, workers
 
-ROUNDS, HOT_ROUNDS = 3, 9
+ROUNDS, SUSTAINED_ROUNDS = 3, 9
 FIELDS = [field.name for field in fields(TileConfig)]
-FIRST = 8  # of the model's order
-FASTEST = 12  # of the short samples, timed again
-CHUNK, CHUNK_S = 200, 120.0  # configurations in one set of rounds, and how long it may take
+FIRST = 8  # configurations by the model's order
+FASTEST = 12  # configurations of the first pass that are timed again
+CHUNK, CHUNK_S = 200, 120.0  # configurations in one set of rounds, and its limit in seconds
 SHAPES = ("4296x4608x4608", "4296x12288x4608", "4296x4608x12288", "4096x9728x2432", "4608x3072x15360")
 
 Timer = Callable[[GemmShape, list[TileConfig], int, int], dict[TileConfig, Times]]
 
 
 def timer(pool: workers.Workers, target: session.Target) -> Timer:
-    """Times of those configurations that are exact on the target's card, in interleaved rounds of CHUNK."""
-    assert target.card is not None
-    card, arch = target.card.alias, target.arch
+    """Function that times the configurations that are exact on the present GPU, CHUNK at a time."""
+    assert target.timed_on is not None
+    gpu, arch = target.timed_on.alias, target.arch
 
     def program(shape: GemmShape, configs: list[TileConfig], rounds: int, sample_us: int) -> Any:
         chunks = [tuple(configs[i : i + CHUNK]) for i in range(0, len(configs), CHUNK)]
         calls = [(shape, arch, chunk, rounds, sample_us, False) for chunk in chunks]
-        results = yield workers.Batch(tasks.time_configs, calls, card=card, limit_s=CHUNK_S, once=True)
+        results = yield workers.Batch(tasks.time_configs, calls, gpu=gpu, limit_s=CHUNK_S, once=True)
         times = {}
         for call, result in results.items():
-            if isinstance(result, workers.Ended):  # leave out those that end their process
-                fates = yield workers.Batch(tasks.launch, [(shape, arch, c) for c in call[2]], card=card, once=True)
-                ended = {c: str(fate) for (_, _, c), fate in fates.items() if isinstance(fate, workers.Ended)}
-                note(f"{shape}: {result}; alone {', '.join(f'{c}: {why}' for c, why in ended.items()) or 'all live'}")
-                left = (shape, arch, tuple(c for c in call[2] if c not in ended), rounds, sample_us, False)
-                again = yield workers.Batch(tasks.time_configs, [left], card=card, limit_s=CHUNK_S, once=True)
-                result = again[left]
-            times |= {} if isinstance(result, workers.Ended) else result.times
+            if isinstance(result, workers.ProcessEnded):  # time the chunk again without the guilty configurations
+                alone = yield workers.Batch(tasks.try_alone, [(shape, arch, c) for c in call[2]], gpu=gpu, once=True)
+                guilty = {c: str(end) for (_, _, c), end in alone.items() if isinstance(end, workers.ProcessEnded)}
+                note(f"{shape}: {result}; alone {', '.join(f'{c}: {why}' for c, why in guilty.items()) or 'none does'}")
+                rest = (shape, arch, tuple(c for c in call[2] if c not in guilty), rounds, sample_us, False)
+                again = yield workers.Batch(tasks.time_configs, [rest], gpu=gpu, limit_s=CHUNK_S, once=True)
+                result = again[rest]
+            times |= {} if isinstance(result, workers.ProcessEnded) else result.times
         return times
 
     def once(shape: GemmShape, configs: list[TileConfig], rounds: int, sample_us: int) -> Any:
@@ -72,12 +75,12 @@ def timer(pool: workers.Workers, target: session.Target) -> Timer:
     return once
 
 
-def invented(found: search.Space) -> Timer:
-    """The dry run's stand-in for `timer`."""
+def invented(kernels: search.CompiledKernels) -> Timer:
+    """Replacement of `timer` for the dry run: the model's estimates with noise."""
 
     def once(shape: GemmShape, configs: list[TileConfig], rounds: int, sample_us: int) -> dict[TileConfig, Times]:
         times = {}
-        for us, config, _ in search.rank(configs, shape, found):
+        for us, config, _ in search.rank(configs, shape, kernels):
             us *= random.Random(f"{shape} {config}").uniform(0.9, 1.2)
             times[config] = Times(us, us, us)
         return times
@@ -85,61 +88,63 @@ def invented(found: search.Space) -> Timer:
     return once
 
 
-def compiled(pool: workers.Workers, target: session.Target, jobs: list[workers.Job]) -> search.Space:
-    """Every job, for the model and, where there is a card, for its launches."""
-    found = search.Space(target.machine)
-    code = tasks.Code(target.card.arch, target.arch) if target.card else None
+def compiled(
+    pool: workers.Workers, target: session.Target, wanted_kernels: list[space.CompiledKernel]
+) -> search.CompiledKernels:
+    """Compile each kernel for the model, and for launches if a present GPU runs it."""
+    kernels = search.CompiledKernels(target.machine)
 
     def keep(call: tuple[Any, ...], result: Any) -> None:
-        found.add(call[1:3], workers.outcome(result))  # type: ignore[arg-type]
+        kernels.add(call[1], workers.compilation(result))
 
     def program() -> Any:
-        yield workers.Batch(tasks.compile_kernel, [(target.gpu.arch, *job, code) for job in jobs], keep)
+        calls = [(target.gpu.arch, kernel, target.launch_code) for kernel in wanted_kernels]
+        yield workers.Batch(tasks.compile_kernel, calls, keep)
 
     pool.drive([program()])
-    return found
+    return kernels
 
 
 def spearman(a: list[float], b: list[float]) -> float:
-    """Rank correlation; ties get different ranks, which times do not have."""
+    """Rank correlation (Spearman 1904). Equal values get different ranks; times are hardly ever equal."""
     ranks = [{i: r for r, i in enumerate(sorted(range(len(v)), key=v.__getitem__))} for v in (a, b)]
     n = len(a)
     return 1 - 6 * sum((ranks[0][i] - ranks[1][i]) ** 2 for i in range(n)) / (n * (n * n - 1)) if n > 1 else 1.0
 
 
 def values(config: TileConfig) -> list[Any]:
-    """A configuration as the document holds it: the values of FIELDS."""
+    """A configuration as in the document: the values of FIELDS."""
     return [getattr(config, name) for name in FIELDS]
 
 
 def judge(
-    shape: GemmShape, gpu: gpus.Gpu, configs: list[TileConfig], found: search.Space, once: Timer, tuned: Any
+    shape: GemmShape, gpu: gpus.Gpu, configs: list[TileConfig], kernels: search.CompiledKernels, once: Timer, tuned: Any
 ) -> dict[str, Any]:
-    """One shape's row."""
-    order = search.rank([c for c in configs if space.suits(c, shape)], shape, found)
+    """One row of the document: a shape. tuned: the entry that the tuner chose, or None."""
+    order = search.rank([c for c in configs if space.suits(c, shape)], shape, kernels)
     short = once(shape, [config for _, config, _ in order], ROUNDS, interleave.SAMPLE_US)
     seeds = [c for _, c, _ in order if c in space.candidates(shape, gpu) and c in short][:FIRST]
     fastest = sorted(short, key=lambda c: short[c].p50)[:FASTEST]
-    banded = [replace(c, group_m=width) for c in fastest[: FASTEST // 2] for width in space.BANDS]
-    again = [*fastest, *banded, *seeds, default_config(shape), *([tuned.config] if tuned else [])]
-    hot = once(shape, list(dict.fromkeys(again)), HOT_ROUNDS, measure.HOT_US)
-    best = min(hot, key=lambda c: hot[c].p50)
+    swizzled = [replace(c, group_m=width) for c in fastest[: FASTEST // 2] for width in space.SWIZZLE_WIDTHS]
+    again = [*fastest, *swizzled, *seeds, default_config(shape), *([tuned.config] if tuned else [])]
+    sustained = once(shape, list(dict.fromkeys(again)), SUSTAINED_ROUNDS, measure.SUSTAINED_US)
+    best = min(sustained, key=lambda c: sustained[c].p50)
     kept = [(us, config, resources) for us, config, resources in order if config in short]
 
     def regret(config: TileConfig) -> float:
-        return round(hot[config].p50 / hot[best].p50 - 1, 4)
+        return round(sustained[config].p50 / sustained[best].p50 - 1, 4)
 
     row = {
         "m": shape.m, "n": shape.n, "k": shape.k, "configurations": len(kept), "wrong": len(order) - len(kept),
-        "best": values(best), "best_us": round(hot[best].p50, 2), "default_regret": regret(default_config(shape)),
+        "best": values(best), "best_us": round(sustained[best].p50, 2), "default_regret": regret(default_config(shape)),
         "spearman": round(spearman([us for us, *_ in kept], [short[c].p50 for _, c, _ in kept]), 3),
         "first": values(seeds[0]), "first_regret": regret(seeds[0]), "eight_regret": min(map(regret, seeds)),
     }  # fmt: skip
     if tuned:
-        evaluations = len(kept) * len(space.BANDS)
+        evaluations = len(kept) * len(space.SWIZZLE_WIDTHS)
         row |= {"tuned": values(tuned.config), "tuned_regret": regret(tuned.config), "tuned_tried": tuned.tried,
                 "tuned_share": round(tuned.tried / evaluations, 4)}  # fmt: skip
-    row["hot"] = [[values(c), round(t.p20, 2), round(t.p50, 2), round(t.p80, 2)] for c, t in hot.items()]
+    row["hot"] = [[values(c), round(t.p20, 2), round(t.p50, 2), round(t.p80, 2)] for c, t in sustained.items()]
     row["times"] = [
         [values(c), round(us, 2), round(short[c].p50, 2), r.registers, r.shared_bytes] for us, c, r in kept
     ]  # fmt: skip
@@ -151,30 +156,32 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     shapes = wanted(args.shape or (None if args.shapes else SHAPES), args.shapes, args.limit)
     rows: list[dict[str, Any]] = []
     with workers.Workers() as pool, tempfile.TemporaryDirectory() as folder:
-        cards = pool.cards()
-        gpu = gpus.get(args.gpu) if args.gpu else (cards or [gpus.get("rtx3090")])[0]
-        (target,) = session.plan([gpu], cards, Path(folder) / "t.json")
-        if target.card is None and not args.dry_run:
-            raise InputError(f"no card here that runs {gpu.alias}'s code; see --dry-run")
+        present = pool.gpus()
+        gpu = gpus.get(args.gpu) if args.gpu else (present or [gpus.get("rtx3090")])[0]
+        (target,) = session.targets_of([gpu], present, Path(folder) / "t.json")
+        if target.timed_on is None and not args.dry_run:
+            raise InputError(f"no present GPU runs the code of {gpu.alias}; --dry-run invents times")
         configs = list(space.seeds(gpu) if args.seeds else space.legal(gpu))
         start = time.monotonic()
-        jobs = sorted({workers.job(c, s) for s in shapes for c in (*configs, default_config(s)) if space.suits(c, s)})
-        found = compiled(pool, target, jobs)
-        note(f"{len(jobs)} kernels compiled in {time.monotonic() - start:.0f} s, {len(found.failed)} failed")
+        suiting = ((c, s) for s in shapes for c in (*configs, default_config(s)) if space.suits(c, s))
+        needed = sorted({space.kernel_of(config, shape) for config, shape in suiting})
+        kernels = compiled(pool, target, needed)
+        note(f"{len(needed)} kernels compiled in {time.monotonic() - start:.0f} s, {len(kernels.failed)} failed")
         entries = {}
         if not args.no_tune and not args.dry_run:
-            store.merged_view = lambda gpu, toolchain: (Database(gpu), ())  # type: ignore[assignment]  # what is known would be known
+            # a stored entry of a shape would give the tuner its result
+            store.merged_view = lambda gpu, toolchain: (Database(gpu), ())  # type: ignore[assignment]
             start = time.monotonic()
-            (outcome,) = session.run(shapes, [target], pool, note=note)
-            entries = {entry.shape: entry for entry in outcome.entries}
-            note(f"tuned {len(shapes)} shapes in {time.monotonic() - start:.0f} s, kernels being compiled")
-        once = invented(found) if args.dry_run else timer(pool, target)
+            (result,) = session.tune(shapes, [target], pool, note=note)
+            entries = {entry.shape: entry for entry in result.entries}
+            note(f"tuned {len(shapes)} shapes in {time.monotonic() - start:.0f} s, with all kernels compiled before")
+        once = invented(kernels) if args.dry_run else timer(pool, target)
         for shape in shapes:
             start = time.monotonic()
-            rows.append(judge(shape, gpu, [*configs, default_config(shape)], found, once, entries.get(shape)))
+            rows.append(judge(shape, gpu, [*configs, default_config(shape)], kernels, once, entries.get(shape)))
             note(f"{shape}: {rows[-1]['best']} in {time.monotonic() - start:.0f} s")
             document = {"format": "int8kit.exhaustive/2", "gpu": gpu.alias, "source": target.source.value,
-                        "card": target.card and target.card.name, "triton": tasks.toolchain().split()[-1],
+                        "card": target.timed_on and target.timed_on.name, "triton": tasks.toolchain().split()[-1],
                         "invented": args.dry_run, "config_fields": FIELDS, "shapes": rows}  # fmt: skip
             if args.out:
                 files.write_text(args.out, files.dump_rows(document, "shapes"))
@@ -187,13 +194,15 @@ def note(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", help="default: the card that is here")
+    parser.add_argument("--gpu", help="default: the present GPU")
     parser.add_argument("--shape", action="append", metavar="MxNxK", help="repeatable")
     parser.add_argument("--shapes", type=Path, help="a shapes file")
-    parser.add_argument("--limit", type=int, help="so many of the file's shapes")
-    parser.add_argument("--seeds", action="store_true", help="only what every run of the tuner compiles")
-    parser.add_argument("--no-tune", action="store_true", help="leave out what `int8kit tune` chooses")
-    parser.add_argument("--out", type=Path, help="the JSON document, kept after each shape")
+    parser.add_argument("--limit", type=int, help="number of the file's shapes")
+    parser.add_argument(
+        "--seeds", action="store_true", help="only the configurations that every run of the tuner compiles"
+    )
+    parser.add_argument("--no-tune", action="store_true", help="leave out the choice of `int8kit tune`")
+    parser.add_argument("--out", type=Path, help="file for the JSON document, written after each shape")
     parser.add_argument("--dry-run", action="store_true")
     try:
         document = run(parser.parse_args())

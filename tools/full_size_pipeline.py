@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Write an Ideogram 4 pipeline of full size and random weights: what `int8kit run --model DIR` takes, without weights.
+"""Write an Ideogram 4 pipeline of full size with random weights, for `int8kit run --model DIR`.
 
     python tools/full_size_pipeline.py DIR        # 40 GB; int8kit run --model DIR --size 1024x1024 --steps 4
 
 Both transformers and the VAE are the real classes with their default configurations, in bf16. The text encoder has the
-real width and depth, which decide the shape of the text features, and thin feed-forwards. A GPU builds it faster.
---layers makes the transformers shallower, for a try on a small machine.
+real width and depth, which decide the shape of the text features, and narrow feed-forward layers. A GPU builds it
+faster. --layers makes the transformers shallower, for a test on a small machine.
 """
 
 import argparse

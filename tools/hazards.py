@@ -1,12 +1,12 @@
-"""What racecheck found, sorted: is it in a kernel of ours, or in the way that Triton starts groups of warps?
+"""Sort the findings of racecheck: those in an int8kit kernel, and those in Triton's start of warp groups.
 
-    python tools/hazards.py out/sanitize.txt.racecheck      a line a finding; exit status 1 if any is ours
+    python tools/hazards.py out/sanitize.txt.racecheck      one line per finding; exit status 1 if any is ours
 
-The function that Triton compiles for `gl.warp_specialize` keeps its other warps waiting: each reads from shared memory
-which group it is to be, and the first warps write that there, between barriers of the whole block. racecheck reports
-that read and those writes, which no line of ours makes, once for every launch; their source lines are the kernel's
-`def` and its `gl.warp_specialize`. Whatever has an end on any other line is ours: rings, staging, slots and vectors are
-touched on lines of their own.
+The code that Triton compiles for `gl.warp_specialize` makes the other warps wait. Each of them reads its group from
+shared memory. The first warps write it there, between barriers of the whole block. racecheck reports this read and
+these writes once for every launch, although no line of int8kit makes them. Their source lines are the kernel's `def`
+and its `gl.warp_specialize`. A finding with an access on any other line is ours: the kernel accesses its own shared
+memory on other lines.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ UNREAD: End = ("An", "a kernel", "of no known line", 0)
 
 
 def hazards(report: str) -> list[frozenset[End]]:
-    """The ends of each hazard in racecheck's report."""
+    """The accesses of each hazard in racecheck's report."""
     found = []
     for block in report.split("Race reported between ")[1:]:
         ends = (_END.search(line) for line in block.splitlines() if " access at " in line)
@@ -34,14 +34,14 @@ def hazards(report: str) -> list[frozenset[End]]:
 
 
 def dispatch_lines(kernel: str, file: str) -> set[int]:
-    """Lines of `file` that stand for Triton's dispatch of warps: `def kernel(` and `gl.warp_specialize(`."""
+    """Lines of `file` to which racecheck attributes Triton's dispatch: `def kernel(` and `gl.warp_specialize(`."""
     path = KERNELS / file
     lines = path.read_text().splitlines() if path.is_file() else []
     return {i for i, line in enumerate(lines, 1) if f"def {kernel}(" in line or line.strip() == "gl.warp_specialize("}
 
 
 def is_dispatch(ends: frozenset[End]) -> bool:
-    """Whether every end of a hazard is Triton's dispatch of warps."""
+    """Whether every access of a hazard belongs to Triton's dispatch of warps."""
     return bool(ends) and all(line in dispatch_lines(kernel, file) for _, kernel, file, line in ends)
 
 
@@ -50,8 +50,8 @@ def main(path: Path) -> int:
     summary = _SUMMARY.search(report)
     found = hazards(report)
     if summary is None or int(summary[1]) != len(found) or ": launched" not in report:
-        said = "no summary" if summary is None else f"{summary[1]} hazards"
-        print(f"not every kernel was launched, or the report cannot be read: {said}, {len(found)} read")
+        listed = "no summary" if summary is None else f"{summary[1]} hazards"
+        print(f"not every kernel was launched, or the report cannot be read: {listed}, {len(found)} read")
         return 1
     ours = 0
     for ends, count in Counter(found).most_common():

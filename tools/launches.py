@@ -1,7 +1,9 @@
-"""A launch of every kernel at small sizes with tails, for tools/sanitize.sh: what reads or writes amiss shows there.
+"""Launch every kernel at small sizes with tails, for tools/sanitize.sh, which finds invalid accesses.
 
-python tools/launches.py             # on a card
-python tools/launches.py --dry-run   # in Triton's interpreter: the plain kernels alone
+    python tools/launches.py             # on a GPU
+    python tools/launches.py --dry-run   # in Triton's interpreter: only the kernels that are not in Gluon
+
+The last line counts the launches; tools/hazards.py expects it.
 """
 
 from __future__ import annotations
@@ -26,15 +28,15 @@ from int8kit.kernels.swiglu_quantize import swiglu_quantize  # noqa: E402
 from int8kit.spec import Kernel, TileConfig  # noqa: E402
 
 DEVICE = "cpu" if DRY else "cuda"
-SHAPES = ((1, 128, 256), (300, 400, 1040))  # M, N, K: a row, and tails in all three
-POINTER = (TileConfig(16, 64, 128, 4, 4), TileConfig(128, 128, 64, 8, 4))
-AMPERE = tuple(
+SHAPES = ((1, 128, 256), (300, 400, 1040))  # M, N, K: a single row, and tails in all three
+TRITON = (TileConfig(16, 64, 128, 4, 4), TileConfig(128, 128, 64, 8, 4))
+MMA_SYNC = tuple(
     TileConfig(*tile, 8, Kernel.MMA_SYNC, stream_k)
     for *tile, stream_k in (
         (128, 128, 128, 4, 3, 0), (128, 128, 128, 4, 3, 2), (256, 128, 64, 8, 4, 1), (16, 64, 128, 4, 4, 4),
     )
 )  # fmt: skip
-HOPPER = tuple(
+WGMMA = tuple(
     TileConfig(m, n, 128, 8, stages, 8, Kernel.WGMMA, stream_k)
     for m, n, stages, stream_k in ((128, 128, 6, 0), (256, 128, 4, 0), (256, 128, 4, 1), (64, 128, 8, 1))
 )
@@ -45,7 +47,7 @@ def normal(*size: int) -> torch.Tensor:
 
 
 def products(config: TileConfig) -> None:
-    """Sums, output and SwiGLU of one configuration at each shape."""
+    """Launch one configuration at each shape: accumulators, output and SwiGLU."""
     arch = "sm86" if config.kernel is Kernel.MMA_SYNC else None
     for m, n, k in SHAPES:
         x, w = (torch.randint(-128, 128, (rows, k), dtype=torch.int8, device=DEVICE) for rows in (m, n))
@@ -56,7 +58,7 @@ def products(config: TileConfig) -> None:
 
 
 def over_rows(m: int) -> None:
-    """The kernels over rows, at Ideogram 4's widths; the longest row goes twice through memory."""
+    """Launch the row kernels at Ideogram 4's widths; the longest row is read from memory twice."""
     for k in (100, 4608) if DRY else (100, 4608, 53248):
         quantize(normal(m, k))
     one = normal(4608), normal(1, 4608)
@@ -67,10 +69,10 @@ def over_rows(m: int) -> None:
 
 
 def main() -> None:
-    card = gpus.present()
-    if card is None and not DRY:
-        sys.exit("launches: no CUDA device here; see --dry-run")
-    configs = [*POINTER, *(() if DRY else AMPERE), *(HOPPER if card and card.arch == 90 else ())]
+    gpu = gpus.present()
+    if gpu is None and not DRY:
+        sys.exit("launches: no CUDA device; --dry-run uses Triton's interpreter")
+    configs = [*TRITON, *(() if DRY else MMA_SYNC), *(WGMMA if gpu and gpu.arch == 90 else ())]
     with np.errstate(all="ignore"):
         for config in configs:
             products(config)

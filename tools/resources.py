@@ -1,10 +1,10 @@
-"""What the kernels of a database take under the Triton that is here, and beside other versions.
+"""Table of the resources that a database's kernels take under the installed Triton, and under other versions.
 
     python tools/resources.py --gpu rtx3090 --out 3.7.json
     python tools/resources.py --gpu rtx3090 --beside 3.7.json         # in an environment with another Triton
 
-Registers a thread, bytes of spills a thread and KiB of shared memory a block, of each distinct kernel that an entry or
-a default names; compiled for the card, which need not be here. The table is Markdown.
+Each distinct kernel of an entry or a default gets one row: registers and bytes of spills per thread, and KiB of shared
+memory per block. The kernels are compiled for the GPU, which need not be present. The table is Markdown.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +25,31 @@ from int8kit.errors import Int8kitError
 from int8kit.spec import GemmShape, default_config
 from int8kit.toolchain import ANY_TOOLCHAIN
 from int8kit.tune import workers
+from int8kit.tune.space import compiled_kernel
 
 FORMAT = "int8kit.resources/1"
 
 
 def compiled(alias: str) -> dict[str, Any]:
-    """Each distinct kernel of the card's database and defaults -> registers, spills, shared memory, or why not."""
+    """The document: for each distinct kernel of the GPU's database and defaults its resources, or an error."""
     gpu = gpus.get(alias)
     base, _ = store.merged_view(gpu, ANY_TOOLCHAIN)
     configs = {default_config(GemmShape(m, 4608, 4608)) for m in (16, 64, 4096)} | {e.config for e in base.entries}
-    jobs = sorted({(replace(config, group_m=8), True) for config in configs})
+    kernels = sorted({compiled_kernel(config, True) for config in configs})
     with workers.Workers() as pool:
-        found = pool.compile_all(gpu.arch, jobs)
-    rows = {str(config): _row(found[config, even_k]) for config, even_k in jobs}
+        compilations = pool.compile_all(gpu.arch, kernels)
+    rows = {str(kernel.config): _row(compilations[kernel]) for kernel in kernels}
     return {"format": FORMAT, "gpu": alias, "arch": gpu.arch, "triton": triton.__version__, "kernels": rows}
 
 
-def _row(outcome: workers.Outcome) -> list[int] | str:
-    if isinstance(outcome, Resources):
-        return [outcome.registers, outcome.spill_bytes, outcome.shared_bytes // 1024]
-    return outcome[:80]
+def _row(compilation: workers.Compilation) -> list[int] | str:
+    if isinstance(compilation, Resources):
+        return [compilation.registers, compilation.spill_bytes, compilation.shared_bytes // 1024]
+    return compilation[:80]
 
 
 def table(documents: list[dict[str, Any]]) -> str:
-    """A row a kernel, a column a version: registers/spills/KiB."""
+    """Markdown table with a row per kernel and a column per Triton version: registers/spills/KiB."""
     names = list(dict.fromkeys(name for document in documents for name in document["kernels"]))
 
     def cell(document: dict[str, Any], name: str) -> str:
@@ -64,8 +64,10 @@ def table(documents: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", default="rtx3090", help="default: rtx3090")
-    parser.add_argument("--beside", type=Path, action="append", default=[], help="an earlier --out; repeatable")
-    parser.add_argument("--out", type=Path, help="the JSON document")
+    parser.add_argument(
+        "--beside", type=Path, action="append", default=[], help="a document of an earlier run; repeatable"
+    )
+    parser.add_argument("--out", type=Path, help="file for the JSON document")
     args = parser.parse_args()
     try:
         others = [files.read_json(path, FORMAT, remedy="make one with --out") for path in args.beside]

@@ -1,2 +1,9 @@
-"""Benchmarks beside other kernels: one shape's tensors (`operands`), who takes part (`contestants`), one call to repeat
-(`timing`), and the run from shapes to one JSON document (`gemm`)."""
+"""Benchmarks on the present GPU.
+
+    gemm           one linear of each shape, int8kit beside other kernels, as one JSON document
+    contestants    the kernels that take part in `gemm`
+    fused          the fused kernels under each of their tiles, beside a copy of as many bytes
+    model          one forward of the whole transformer, bf16 and INT8
+
+Each benchmark module is a function that returns a JSON document; `cli` parses and prints.
+"""

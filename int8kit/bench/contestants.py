@@ -1,17 +1,17 @@
-"""Who takes part: int8kit, and what plain torch offers for the same linear.
+"""Contestants of `bench gemm`: int8kit, and the operations of plain torch for the same linear.
 
-    name          gemm: operands as they are multiplied              linear: bf16 in, so quantization and GEMM
+    name          gemm: operands already quantized                   linear: bf16 in, so quantization and GEMM
     int8kit       fused epilogue, configuration of the database      `int8_linear`, as a model calls it
-    int8kit-sm86  the code of an Ampere card, on this card           likewise
+    int8kit-sm86  code of an Ampere GPU, on this GPU                 likewise
     bf16          torch.mm                                           torch.addmm with bias, nothing to quantize
-    fp8-row       torch._scaled_mm, a scale a row and column         rows quantized by eager torch
-    fp8-tensor    torch._scaled_mm, two scales                       -
-    int_mm        torch._int_mm: int32 sums, no epilogue             -
+    fp8-row       torch._scaled_mm, scales per row and column        rows quantized by eager torch
+    fp8-tensor    torch._scaled_mm, one scale per matrix             -
+    int_mm        torch._int_mm: int32 accumulators, no epilogue     -
     int_mm-eager  torch._int_mm, scales and bias by eager torch      rows quantized by eager torch
-    inductor      the same through torch.compile, max-autotune       likewise; compiles for minutes, so only if asked
+    inductor      the same through torch.compile, max-autotune       likewise; compiles for minutes, so on request only
 
-A contestant is prepared once for a shape and gives one launch for each copy of the weight, or the reason why it cannot
-take part; raising does that too. Other projects' kernels are unknown here: `tools/bench_peers.py` adds them.
+A contestant is prepared once for each shape. It gives one launch for each copy of the weight, or the reason why it
+cannot take part; an exception counts as the reason too. `tools/bench_peers.py` adds other projects' kernels.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from int8kit.gpus import Gpu
 from int8kit.kernels import gemm, quantize
 from int8kit.spec import Source
 from int8kit.timing.captured import Entrant, Launch
-from int8kit.timing.operands import Operands, Result
+from int8kit.timing.operands import Result, TimingOperands
+from int8kit.toolchain import runnable_archs
 
 Kind = Literal["gemm", "linear"]
-OLDER = (80, 86, 89)  # mma.sync code of these runs on every newer card
 FP8_MAX = 448.0
 
 
@@ -45,15 +45,18 @@ class Contestant:
 
     name: str
     kind: Kind
-    what: str  # one line for people
-    prepare: Callable[[Operands], Entrant | str]  # a string is the reason why not
-    arithmetic: Literal["int8", "fp8", "bf16"] = "int8"  # only int8 can be held against the reference
+    what: str  # description in one line
+    prepare: Callable[[TimingOperands], Entrant | str]  # a string is the reason why it cannot take part
+    arithmetic: Literal["int8", "fp8", "bf16"] = "int8"  # only int8 results can equal the reference
     result: Result = "output"
-    ours: bool = False  # must equal the reference
+    ours: bool = False  # its result must equal the reference
 
 
 def only(contestants: Sequence[Contestant], names: Iterable[str]) -> list[Contestant]:
-    """Those of `names`, and int8kit, which every ratio is of; all if there are none. Raises UnknownName."""
+    """The contestants of `names`, and int8kit, which every ratio compares with; all without names.
+
+    Raises UnknownName.
+    """
     wanted = set(names)
     known = {c.name for c in contestants}
     for name in sorted(wanted - known):
@@ -61,44 +64,48 @@ def only(contestants: Sequence[Contestant], names: Iterable[str]) -> list[Contes
     return [c for c in contestants if not wanted or c.ours or c.name in wanted]
 
 
-def ours(card: Gpu, *, gpu: str | None = None, path: Path | None = None, arch: str | None = None) -> list[Contestant]:
-    """int8kit with `card`'s own code, and with another architecture's where that is asked for.
+def ours(
+    present: Gpu, *, gpu: str | None = None, path: Path | None = None, arch: str | None = None
+) -> list[Contestant]:
+    """int8kit with the own code of the `present` GPU, and with another architecture's code if requested.
 
-    gpu: whose database; path: a database file; arch: "sm86" for the code of that architecture beside the card's own.
-    A database of an older card is of that card's code, as in `tune`. Raises InputError for code that `card` cannot run.
+    gpu: alias of the GPU whose database serves. path: a database file. arch: "sm86" for the code of that architecture
+    beside the own one. The database of an older GPU implies that GPU's code, as in `tune`. Raises InputError for code
+    that `present` cannot run.
     """
     given = None if path is None else store.load(path, gpu)
-    named = given.gpu if given else gpus.get(gpu) if gpu else card
-    if arch is None and named.arch != card.arch:
-        arch = f"sm{named.arch}"
-    legal = [f"sm{a}" for a in OLDER if a <= card.arch]
-    if arch not in (None, f"sm{card.arch}", *legal):
-        raise InputError(f"code of {arch!r} does not run on {card.name}; legal are {', '.join(legal)}")
+    target = given.gpu if given else gpus.get(gpu) if gpu else present
+    own_arch = f"sm{present.arch}"
+    if arch is None and target.arch != present.arch:
+        arch = f"sm{target.arch}"
+    runnable = [f"sm{code}" for code in runnable_archs(present.arch)]
+    if arch not in (None, own_arch, *runnable):
+        raise InputError(f"code of {arch!r} does not run on {present.name}: expected one of {', '.join(runnable)}")
 
     def database(of: Gpu) -> Database:
         if given and given.gpu.arch == of.arch:
             return given
         return store.merged_view(of, gemm.toolchain())[0]
 
-    contestants = int8kit(database(named if named.arch == card.arch else card))
-    if arch not in (None, f"sm{card.arch}"):
+    contestants = int8kit(database(target if target.arch == present.arch else present))
+    if arch not in (None, own_arch):
         of_arch = [database(g) for g in gpus.GPUS.values() if f"sm{g.arch}" == arch]
-        contestants += int8kit(database(named) if f"sm{named.arch}" == arch else max(of_arch, key=_timed), arch)
+        contestants += int8kit(database(target) if f"sm{target.arch}" == arch else max(of_arch, key=_timed), arch)
     return contestants
 
 
 def _timed(database: Database) -> int:
-    """How many of its entries were timed and not only modelled."""
+    """Number of its entries that were timed and not only modelled."""
     return sum(entry.source is not Source.MODELLED for entry in database.entries)
 
 
 def standard(inductor: bool = False) -> list[Contestant]:
-    """What torch offers. inductor: also through torch.compile."""
+    """Contestants of plain torch. inductor: add those through torch.compile."""
     found = [
         Contestant("bf16", "gemm", "torch.mm in bf16, no bias", _bf16, "bf16"),
-        Contestant("fp8-row", "gemm", "torch._scaled_mm, a scale a row and column", _fp8_row, "fp8"),
-        Contestant("fp8-tensor", "gemm", "torch._scaled_mm, one scale a matrix", _fp8_tensor, "fp8"),
-        Contestant("int_mm", "gemm", "torch._int_mm: int32 sums, no epilogue", _int_mm, result="sums"),
+        Contestant("fp8-row", "gemm", "torch._scaled_mm, scales per row and column", _fp8_row, "fp8"),
+        Contestant("fp8-tensor", "gemm", "torch._scaled_mm, one scale per matrix", _fp8_tensor, "fp8"),
+        Contestant("int_mm", "gemm", "torch._int_mm: int32 accumulators, no epilogue", _int_mm, result="sums"),
         Contestant("int_mm-eager", "gemm", "torch._int_mm, then eager scales and bias", _int_mm_eager),
         Contestant("bf16", "linear", "torch.addmm in bf16", _bf16_linear, "bf16"),
         Contestant("fp8-row", "linear", "eager row quantization, then torch._scaled_mm", _fp8_linear, "fp8"),
@@ -113,14 +120,14 @@ def standard(inductor: bool = False) -> list[Contestant]:
 
 
 def int8kit(database: Database, arch: str | None = None) -> list[Contestant]:
-    """int8kit with the configurations of `database`; arch: the code of that architecture instead of the card's."""
+    """int8kit with the configurations of `database`; arch: code of that architecture instead of the present GPU's."""
     name = f"int8kit-{arch}" if arch else "int8kit"
-    code = f"{arch} code" if arch else "this card's code"
+    code = f"{arch} code" if arch else "this GPU's code"
 
-    def choice(o: Operands) -> Choice:
+    def choice(o: TimingOperands) -> Choice:
         return database.resolve(o.shape, gemm.toolchain())
 
-    def product(o: Operands) -> Entrant:
+    def product(o: TimingOperands) -> Entrant:
         chosen, out = choice(o), o.output()
         return Entrant(
             [
@@ -130,14 +137,14 @@ def int8kit(database: Database, arch: str | None = None) -> list[Contestant]:
             f"{chosen.config}, {chosen.level}",
         )
 
-    def linear(o: Operands) -> Entrant:
+    def linear(o: TimingOperands) -> Entrant:
         chosen, shape = choice(o), o.shape
         if arch is None:
             plan = database.plan(shape.n, shape.k, gemm.toolchain())
             launches: list[Launch] = [partial(ops.int8_linear, o.x, w, o.sw, o.bias, plan=plan) for w in o.weights]
         else:
             out = o.output()
-            launches = [partial(_foreign_linear, o, w, chosen.config, out, arch) for w in o.weights]
+            launches = [partial(_cross_arch_linear, o, w, chosen.config, out, arch) for w in o.weights]
         return Entrant(launches, f"{chosen.config}, {chosen.level}")
 
     return [
@@ -146,17 +153,17 @@ def int8kit(database: Database, arch: str | None = None) -> list[Contestant]:
     ]
 
 
-def _foreign_linear(o: Operands, w: torch.Tensor, config: Any, out: torch.Tensor, arch: str) -> torch.Tensor:
+def _cross_arch_linear(o: TimingOperands, w: torch.Tensor, config: Any, out: torch.Tensor, arch: str) -> torch.Tensor:
     xq, sx = quantize.quantize(o.x)
     return gemm.scaled_mm(xq, w, sx, o.sw, o.bias, config=config, out=out, arch=arch)
 
 
-def _bf16(o: Operands) -> Entrant:
+def _bf16(o: TimingOperands) -> Entrant:
     out = o.output()
     return Entrant([partial(torch.mm, o.x, w.t(), out=out) for w in o.weights16])
 
 
-def _bf16_linear(o: Operands) -> Entrant:
+def _bf16_linear(o: TimingOperands) -> Entrant:
     out = o.output()
     return Entrant([partial(torch.addmm, o.bias, o.x, w.t(), out=out) for w in o.weights16])
 
@@ -170,21 +177,21 @@ def to_fp8(x: torch.Tensor, *, rows: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _scaled_mm(
     x: torch.Tensor, sx: torch.Tensor, w: torch.Tensor, sw: torch.Tensor, bias: torch.Tensor
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     return torch._scaled_mm(x, w.t(), scale_a=sx, scale_b=sw, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def _fp8_row(o: Operands) -> Entrant:
+def _fp8_row(o: TimingOperands) -> Entrant:
     (x, sx), (w, sw) = to_fp8(o.x, rows=True), to_fp8(o.w, rows=True)
     return Entrant([partial(_scaled_mm, x, sx, w, sw.t(), o.bias) for w in o.copied(w)])
 
 
-def _fp8_tensor(o: Operands) -> Entrant:
+def _fp8_tensor(o: TimingOperands) -> Entrant:
     (x, sx), (w, sw) = to_fp8(o.x, rows=False), to_fp8(o.w, rows=False)
     return Entrant([partial(_scaled_mm, x, sx, w, sw, o.bias) for w in o.copied(w)])
 
 
-def _fp8_linear(o: Operands) -> Entrant:
+def _fp8_linear(o: TimingOperands) -> Entrant:
     w, sw = to_fp8(o.w, rows=True)
 
     def launch(w: torch.Tensor) -> torch.Tensor:
@@ -193,14 +200,12 @@ def _fp8_linear(o: Operands) -> Entrant:
     return Entrant([partial(launch, w) for w in o.copied(w)])
 
 
-def _int_mm(o: Operands) -> Entrant:
+def _int_mm(o: TimingOperands) -> Entrant:
     out = o.output(torch.int32)
     return Entrant([partial(torch._int_mm, o.xq, w.t(), out=out) for w in o.weights])
 
 
-def _product(
-    xq: torch.Tensor, w: torch.Tensor, sx: torch.Tensor, sw: torch.Tensor, bias: torch.Tensor
-) -> torch.Tensor:  # fmt: skip
+def _product(xq: torch.Tensor, w: torch.Tensor, sx: torch.Tensor, sw: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return reference.dequantize(torch._int_mm(xq, w.t()), sx, sw, bias, torch.bfloat16)
 
 
@@ -210,11 +215,11 @@ def _linear(x: torch.Tensor, w: torch.Tensor, sw: torch.Tensor, bias: torch.Tens
     return _product(xq, w, sx, sw, bias)
 
 
-def _int_mm_eager(o: Operands) -> Entrant:
+def _int_mm_eager(o: TimingOperands) -> Entrant:
     return Entrant([partial(_product, o.xq, w, o.sx, o.sw, o.bias) for w in o.weights])
 
 
-def _int_mm_linear(o: Operands) -> Entrant:
+def _int_mm_linear(o: TimingOperands) -> Entrant:
     return Entrant([partial(_linear, o.x, w, o.sw, o.bias) for w in o.weights])
 
 
@@ -226,16 +231,16 @@ def compiled(function: Callable[..., torch.Tensor], *first: torch.Tensor) -> Cal
     quick = torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)
     fuse = torch._inductor.config.patch(force_fuse_int_mm_with_mul=True)
     every_shape = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
-    with fuse, every_shape:  # each shape is another compilation of one function; past the limit torch would refuse
+    with fuse, every_shape:  # each shape compiles the function again; past its usual limit torch would refuse
         quick(*first)
     return quick
 
 
-def _inductor(o: Operands) -> Entrant:
+def _inductor(o: TimingOperands) -> Entrant:
     call = compiled(_product, o.xq, o.weights[0], o.sx, o.sw, o.bias)
     return Entrant([partial(call, o.xq, w, o.sx, o.sw, o.bias) for w in o.weights])
 
 
-def _inductor_linear(o: Operands) -> Entrant:
+def _inductor_linear(o: TimingOperands) -> Entrant:
     call = compiled(_linear, o.x, o.weights[0], o.sw, o.bias)
     return Entrant([partial(call, o.x, w, o.sw, o.bias) for w in o.weights])

@@ -1,4 +1,4 @@
-"""`int8kit bench gemm`: every contestant on every shape, in interleaved rounds -> one JSON document.
+"""`int8kit bench gemm`: times every contestant on every shape in interleaved rounds and writes one JSON document.
 
     {"format": "int8kit.bench/1", "complete": true,
      "conditions": {"gpu": "NVIDIA H200", "int8_tops": 1979, "torch": "2.11.0", "rounds": 21, "card_before": {}, ...},
@@ -9,9 +9,15 @@
                  "absent": [{"name": "vllm", "kind": "gemm", "reason": "..."}]}],
      "summary": [{"of": "int8kit", "over": "bf16", "kind": "gemm", "shapes": 48, "geomean": 1.9, "min": ..., ...}]}
 
-tops counts the product's operations only, in `linear` too; peak_share is of the card's dense int8 rate, for every
-arithmetic; differs counts elements that are not the reference's bits; a ratio is the other's median over int8kit's, so
-above 1 int8kit is faster; where p20 to p80 overlap, it is a tie. Compiling and tuning count in prepare_s alone.
+Meaning of the fields:
+
+    tops            operations of the matrix product per second in 10^12; the work of quantization is not counted
+    peak_share      tops over the GPU's dense int8 rate, for every arithmetic
+    differs         number of elements that are not bit-equal to the reference
+    prepare_s       seconds until the first result; compiling and self-tuning count here and nowhere else
+    card            state of the GPU under load; the key kept its name from earlier documents
+    geomean ...     ratios: the other's median time over int8kit's, so above 1 int8kit is faster
+    ties            shapes in which the ranges p20 to p80 of the two overlap
 """
 
 from __future__ import annotations
@@ -38,35 +44,33 @@ from int8kit.gpus import Gpu, present
 from int8kit.kernels import gemm
 from int8kit.spec import GemmShape
 from int8kit.timing import interleave
-from int8kit.timing.captured import Timed, one_line
+from int8kit.timing.captured import RepeatableCall, one_line
 from int8kit.timing.gpu_state import Sensors
 from int8kit.timing.health import check_health
-from int8kit.timing.operands import Operands, differing
+from int8kit.timing.operands import TimingOperands, differing
 
 FORMAT = "int8kit.bench/1"
-POLICY = (
-    "operands quantized from normal data; weights rotated past twice the L2; contestants interleaved round by round in "
-    "an order shuffled anew each time; CUDA events; medians with p20 and p80"
-)
 ROUNDS = 21
-GRAPH_US = 1000  # a graph is about so long or longer, unless it has so many launches:
-MOST_IN_GRAPH = 16
+GRAPH_US = 1000  # a graph takes about this long or longer, unless that needs more launches than:
+LAUNCHES_MAX = 16
 
 Timer = Callable[[Sequence[Callable[[], Any]], int], list[interleave.Times]]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How to measure. timer and device are for tests, which have no card.
+    """How to measure.
 
-    sample_us: how long a contestant runs in each round. In a few milliseconds a card keeps a clock that its power limit
-    takes away in some 20: the two can rank kernels differently.
+    sample_us: how long a contestant runs in each round. In a few milliseconds a GPU keeps a clock that its power limit
+    lowers after about 20. So the length can change the ranking of kernels.
+
+    timer, device and copies: for tests without a GPU.
     """
 
     rounds: int = ROUNDS
     graph: bool = True
     device: str = "cuda"
-    copies: int | None = None  # of each weight; default: past twice the L2
+    copies: int | None = None  # of each weight; default: `timing.operands.weight_copies`
     sample_us: int = interleave.SAMPLE_US
     timer: Timer | None = None
 
@@ -76,17 +80,17 @@ class Setting:
 
 
 @dataclass
-class Outcome:
-    """What has been measured so far, and what ended the run before its end."""
+class BenchResult:
+    """The measured shapes so far, and the error that ended the run early, if any."""
 
     conditions: dict[str, Any]
     contestants: Sequence[Contestant]
-    wanted: int  # shapes
+    wanted: int  # number of shapes
     shapes: list[dict[str, Any]] = field(default_factory=list)
     error: KeyboardInterrupt | CheckFailed | None = None
 
     def document(self) -> dict[str, Any]:
-        """The JSON document; complete says whether every shape is in it."""
+        """The JSON document. "complete" says whether every shape is in it."""
         listed = [{k: v for k, v in vars(c).items() if k != "prepare"} for c in self.contestants]
         return {
             "format": FORMAT,
@@ -98,7 +102,7 @@ class Outcome:
         }
 
     def conclude(self) -> None:
-        """Raise what ended the run, or CheckFailed if int8kit differs from the reference or did not run."""
+        """Raise the error that ended the run, or CheckFailed if int8kit differs from the reference or did not run."""
         if self.error is not None:
             raise self.error
         own = {(c.name, c.kind) for c in self.contestants if c.ours}
@@ -119,18 +123,18 @@ def parse_shape(text: str) -> GemmShape:
     """MxNxK -> GemmShape. Raises InputError."""
     parts = text.lower().split("x")
     if len(parts) != 3 or not all(part.isdecimal() and len(part) < 11 for part in parts):
-        raise InputError(f"shape {text!r}: legal is MxNxK, such as 4352x12288x4608")
+        raise InputError(f"shape {text!r}: expected MxNxK, such as 4352x12288x4608")
     return GemmShape(*map(int, parts))
 
 
 def wanted(texts: Iterable[str] | None, path: Path | None = None, limit: int | None = None) -> list[GemmShape]:
-    """The shapes given as MxNxK, else the int8 ones of a shapes file, `limit` of them. Raises InputError.
+    """The shapes given as MxNxK, else the int8 shapes of a shapes file; `limit` of them. Raises InputError.
 
-    path: the shapes file; default: the shipped one of Ideogram 4.
+    path: the shapes file; default: Ideogram 4's, which int8kit ships.
     """
     path = path or files.shipped("shapes") / "ideogram4.json"
     if limit is not None and limit < 1:
-        raise InputError(f"limit {limit}: legal is 1 or more shapes")
+        raise InputError(f"limit {limit}: expected 1 or more shapes")
     given = [parse_shape(text) for text in texts or ()]
     weights = dict.fromkeys(given, 1) or trace.int8_shapes(trace.read(path))
     if not weights:
@@ -139,21 +143,24 @@ def wanted(texts: Iterable[str] | None, path: Path | None = None, limit: int | N
 
 
 def representative(weights: dict[GemmShape, int], limit: int) -> list[GemmShape]:
-    """`limit` of the shapes, sorted: layers in turn by their FLOPs, and of each the m furthest from those taken."""
+    """`limit` of the shapes, sorted. Takes the layers in turn, the one with most FLOPs first.
+
+    weights: FLOPs by shape. Of each layer it takes the shape whose m is the furthest from the m already taken.
+    """
     layers: dict[tuple[int, int], list[GemmShape]] = {}
     for shape in sorted(weights, key=lambda s: (-weights[s], s)):
         layers.setdefault((shape.n, shape.k), []).append(shape)
     taken: list[GemmShape] = []
     while len(taken) < min(limit, len(weights)):
-        for (n, k), left in layers.items():
-            if left and len(taken) < limit:
+        for (n, k), remaining in layers.items():
+            if remaining and len(taken) < limit:
                 same = [s.m for s in taken if (s.n, s.k) == (n, k)]
-                far = [min((abs(math.log(s.m / m)) for m in same), default=0.0) for s in left]
-                taken.append(left.pop(far.index(max(far))))
+                far = [min((abs(math.log(s.m / m)) for m in same), default=0.0) for s in remaining]
+                taken.append(remaining.pop(far.index(max(far))))
     return sorted(taken)
 
 
-def session(
+def benchmark(
     shapes: Sequence[GemmShape],
     contestants: Sequence[Contestant],
     setting: Setting = Setting(),
@@ -161,75 +168,75 @@ def session(
     output: Path | None = None,
     force: bool = False,
     note: Callable[[str], None] = lambda _: None,
-) -> Outcome:
-    """All that lies between reading a call and printing: the card and its health, the run, the file after each shape.
+) -> BenchResult:
+    """Check the settings and the GPU's health, measure every shape, and write `output` after each.
 
-    note: takes lines for people. Raises InputError without a CUDA device, FileError for `output`, and CheckFailed if
-    the card is not healthy; what ends the run later is in the outcome.
+    note: receives progress lines. Raises InputError without a CUDA device, FileError for `output`, and CheckFailed if
+    the GPU is not healthy. A later error is in the result.
     """
     if setting.rounds < 1:
-        raise InputError(f"{setting.rounds} rounds: legal is 1 or more")
+        raise InputError(f"{setting.rounds} rounds: expected 1 or more")
     if not 100 <= setting.sample_us <= 10_000_000:
-        raise InputError(f"samples of {setting.sample_us / 1000:g} ms: legal is 0.1 to 10000")
+        raise InputError(f"samples of {setting.sample_us / 1000:g} ms: expected 0.1 to 10000 ms")
     if output is not None:
         files.check_target(output, ours=lambda p: files.is_ours(p, FORMAT), force=force)
-    card = present()
-    if card is None:
-        raise InputError("no CUDA device here, and bench times kernels on one; `int8kit tune --gpu` works without")
-    health = check_health(card)
-    note(f"{card.name}: {health:.0f} bf16 TFLOP/s, healthy; {len(shapes)} shapes, {len(contestants)} contestants")
+    gpu = present()
+    if gpu is None:
+        raise InputError("no CUDA device here: bench times kernels on one; `int8kit tune --gpu NAME` works without")
+    health = check_health(gpu)
+    note(f"{gpu.name}: {health:.0f} bf16 TFLOP/s, healthy; {len(shapes)} shapes, {len(contestants)} contestants")
     with contextlib.redirect_stdout(sys.stderr):  # other projects' code prints; stdout is for the result
-        return run(shapes, contestants, card, setting, health=health, on_shape=keeper(output, note))
+        return measure_shapes(shapes, contestants, gpu, setting, health=health, on_shape=keeper(output, note))
 
 
-def keeper(output: Path | None, note: Callable[[str], None]) -> Callable[[Outcome], None]:
-    """What to do after each shape: say how it went, and write what there is, so that a lost run keeps it."""
+def keeper(output: Path | None, note: Callable[[str], None]) -> Callable[[BenchResult], None]:
+    """The function to call after each shape: reports its times, and writes the document so far."""
 
-    def keep(outcome: Outcome) -> None:
-        last = outcome.shapes[-1]
-        own = {c.name for c in outcome.contestants if c.ours}
-        said = [f"{r['name']} {r['kind']} {r['p50_us']:.1f} us" for r in last["rows"] if r["name"] in own]
+    def keep(result: BenchResult) -> None:
+        last = result.shapes[-1]
+        own = {c.name for c in result.contestants if c.ours}
+        times = [f"{r['name']} {r['kind']} {r['p50_us']:.1f} us" for r in last["rows"] if r["name"] in own]
         where = f"{last['m']}x{last['n']}x{last['k']}"
-        note(f"[{len(outcome.shapes)}/{outcome.wanted}] {where}: {', '.join(said)}; {len(last['absent'])} absent")
+        note(f"[{len(result.shapes)}/{result.wanted}] {where}: {', '.join(times)}; {len(last['absent'])} absent")
         if output is not None:
-            files.write_text(output, json.dumps(outcome.document()) + "\n")
+            files.write_text(output, json.dumps(result.document()) + "\n")
 
     return keep
 
 
-def run(
+def measure_shapes(
     shapes: Sequence[GemmShape],
     contestants: Sequence[Contestant],
-    card: Gpu,
+    gpu: Gpu,
     setting: Setting = Setting(),
     *,
     health: float | None = None,
-    on_shape: Callable[[Outcome], None] = lambda _: None,
-) -> Outcome:
-    """Measure every shape; `on_shape` is called after each. An interrupt or a card in error ends it with what is done.
+    on_shape: Callable[[BenchResult], None] = lambda _: None,
+) -> BenchResult:
+    """Measure every shape and call `on_shape` after each. An interrupt or a GPU in error ends it; the result says so.
 
-    health: what `measure.check_health` gave, TFLOP/s, for the record.
+    health: rate that `check_health` measured, in TFLOP/s, for the document.
     """
     sensors = Sensors() if setting.device == "cuda" else None
-    conditions = _conditions(card, setting, sensors, health)
-    outcome = Outcome(conditions, contestants, len(shapes))
+    conditions = _conditions(gpu, setting, sensors, health)
+    result = BenchResult(conditions, contestants, len(shapes))
     try:
         for shape in shapes:
-            with torch.no_grad():  # throughout: compiled code is bound to the mode that it was compiled in
-                outcome.shapes.append(measure_shape(shape, contestants, card, setting, sensors))
+            with torch.no_grad():  # for all contestants: compiled code is bound to the mode in which it was compiled
+                result.shapes.append(measure_shape(shape, contestants, gpu, setting, sensors))
             conditions["card_after"] = sensors.read() if sensors else None
-            on_shape(outcome)
+            on_shape(result)
     except (KeyboardInterrupt, CheckFailed) as error:
-        outcome.error = error
-    return outcome
+        result.error = error
+    return result
 
 
 def measure_shape(
-    shape: GemmShape, contestants: Sequence[Contestant], card: Gpu, setting: Setting, sensors: Sensors | None = None
+    shape: GemmShape, contestants: Sequence[Contestant], gpu: Gpu, setting: Setting, sensors: Sensors | None = None
 ) -> dict[str, Any]:
-    """One entry of the document's "shapes". Raises CheckFailed if the card is in error or the operands do not fit."""
+    """One entry of the document's "shapes". Raises CheckFailed if the GPU is in error or the operands do not fit."""
     try:
-        operands = Operands(shape, card, device=setting.device, copies=setting.copies)
+        operands = TimingOperands(shape, gpu, device=setting.device, copies=setting.copies)
         rows: list[dict[str, Any]] = []
         absent, calls = [], []
         for c in contestants:
@@ -249,26 +256,26 @@ def measure_shape(
             p20, p50, p80 = (us / call.launches for us in (t.p20, t.p50, t.p80))
             tops = shape.ops / p50 / 1e6
             row.update(p20_us=round(p20, 3), p50_us=round(p50, 3), p80_us=round(p80, 3), tops=round(tops, 1),
-                       peak_share=round(tops / card.int8_tops, 4),
+                       peak_share=round(tops / gpu.int8_tops, 4),
                        differs=max(row["differs"], differing(call.result, operands.truth(c.result))))  # fmt: skip
     except torch.OutOfMemoryError as error:
-        raise CheckFailed(f"{shape} does not fit {card.name}: {one_line(error)}; leave the shape out") from error
-    except RuntimeError as error:  # after a kernel has faulted, every call of this process does
-        raise CheckFailed(f"{shape} on {card.name}: {one_line(error)}; leave the last contestant out") from error
+        raise CheckFailed(f"{shape} does not fit {gpu.name}: {one_line(error)}; leave the shape out") from error
+    except RuntimeError as error:  # after a kernel has faulted, every later call of this process fails
+        raise CheckFailed(f"{shape} on {gpu.name}: {one_line(error)}; leave the last contestant out") from error
     return {**asdict(shape), "elements": shape.m * shape.n, "card": state, "rows": rows, "absent": absent}
 
 
-def _enter(contestant: Contestant, operands: Operands, setting: Setting) -> tuple[Timed, int] | str:
-    """The call to time and how many elements of its result differ, or why there is none."""
+def _enter(contestant: Contestant, operands: TimingOperands, setting: Setting) -> tuple[RepeatableCall, int] | str:
+    """The call to time and the number of differing elements of its result, or why the contestant cannot take part."""
     try:
         entrant = contestant.prepare(operands)
         if isinstance(entrant, str):
             return entrant
-        at_peak = operands.shape.ops / operands.card.int8_tops / 1e6
-        least = min(max(math.ceil(GRAPH_US / at_peak), 1), MOST_IN_GRAPH)
-        call = Timed(entrant, graph=setting.graph and setting.device == "cuda", least=least)
+        at_peak = operands.shape.ops / operands.gpu.int8_tops / 1e6
+        least = min(max(math.ceil(GRAPH_US / at_peak), 1), LAUNCHES_MAX)
+        call = RepeatableCall(entrant, graph=setting.graph and setting.device == "cuda", least=least)
         return call, differing(call.result, operands.truth(contestant.result))
-    except Exception as error:  # whatever another project's code raises is its reason, and ends nobody else's turn
+    except Exception as error:  # an error of another project's code is the reason why that contestant is absent
         reason = one_line(error)
     finally:
         gc.collect()
@@ -276,7 +283,7 @@ def _enter(contestant: Contestant, operands: Operands, setting: Setting) -> tupl
         _synchronize(setting)
     except RuntimeError as lost:
         raise CheckFailed(
-            f"{contestant.name} ({contestant.kind}) on {operands.shape} left the card in error ({reason}); "
+            f"{contestant.name} ({contestant.kind}) on {operands.shape} left the GPU in error ({reason}); "
             "run again without it, with --only"
         ) from lost
     return reason
@@ -288,12 +295,12 @@ def _synchronize(setting: Setting) -> None:
         torch.cuda.empty_cache()
 
 
-def _conditions(card: Gpu, setting: Setting, sensors: Sensors | None, health: float | None) -> dict[str, Any]:
+def _conditions(gpu: Gpu, setting: Setting, sensors: Sensors | None, health: float | None) -> dict[str, Any]:
     import triton
 
     return {
-        "gpu": card.name,
-        "int8_tops": card.int8_tops,
+        "gpu": gpu.name,
+        "int8_tops": gpu.int8_tops,
         "device": setting.device,
         "driver": sensors.driver if sensors else None,
         "torch": torch.__version__,
@@ -301,7 +308,7 @@ def _conditions(card: Gpu, setting: Setting, sensors: Sensors | None, health: fl
         "triton": triton.__version__,
         "int8kit": __version__,
         "kernels": gemm.toolchain().kernels,
-        "policy": POLICY,
+        "policy": interleave.shared_policy(),
         "timed_by": "CUDA graphs where a contestant can be captured, else launches from the host, as each row says",
         "rounds": setting.rounds,
         "sample_us": setting.sample_us,
@@ -312,7 +319,7 @@ def _conditions(card: Gpu, setting: Setting, sensors: Sensors | None, health: fl
 
 
 def summary(shapes: Iterable[dict[str, Any]], contestants: Sequence[Contestant]) -> list[dict[str, Any]]:
-    """How much faster each of int8kit's contestants is than each other of its kind, over the shapes both ran."""
+    """Speed of each int8kit contestant relative to each other one of its kind, over the shapes that both ran."""
     shapes = list(shapes)
     rows = []
     for own in (c for c in contestants if c.ours):

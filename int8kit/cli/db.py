@@ -177,13 +177,13 @@ def carry(
 
     from int8kit.database import store
     from int8kit.toolchain import generation
-    from int8kit.tune import migrate, workers
+    from int8kit.tune import migrate, space, workers
 
     base = store.load(path)
     here = generation(triton.__version__)
     known = {entry.shape: entry for entry in base.entries if generation(entry.triton) == here}
     theirs = [e for e in base.entries if generation(e.triton) != here and migrate.supersedes(e, known.get(e.shape))]
-    jobs = {entry.key: workers.job(entry.config, entry.shape) for entry in theirs}
+    jobs = {entry.key: space.kernel_of(entry.config, entry.shape) for entry in theirs}
     with workers.Workers() as pool:
         found = pool.compile_all(base.gpu.arch, sorted(set(jobs.values())))
     carried = [(entry, migrate.migrated(entry, found[jobs[entry.key]], base.gpu)) for entry in theirs]

@@ -166,20 +166,20 @@ def tune(
         if path.exists() and store.is_ours(path):
             store.load(path, one.alias)
     with workers.Workers(scheduler) as pool:
-        cards = pool.cards()
+        cards = pool.gpus()
         listed = named or list(dict.fromkeys(cards))
         if not listed:
             raise InputError(f"no card here to tune for; name one with --gpu: {', '.join(sorted(gpus.GPUS))}")
         if output and len(listed) > 1:
             raise InputError(f"--output {output} and {len(listed)} cards: each feeds its own file; leave it out")
-        targets = session.plan(listed, cards, output)
+        targets = session.targets_of(listed, cards, output)
         for target in targets:
             note(_how(target.source, target.gpu.alias))
-        if any(target.card for target in targets):
+        if any(target.timed_on for target in targets):
             session.check_health(pool, note)
         try:
             with stages() as stage:
-                outcomes = session.run(wanted, targets, pool, force=force, stage=stage, note=note)
+                outcomes = session.tune(wanted, targets, pool, force=force, stage=stage, note=note)
         except KeyboardInterrupt:
             note("run the same command again to go on from here")
             raise
@@ -339,7 +339,7 @@ def bench_gemm(
     listed = contestants.only(listed + contestants.standard(inductor), only or ())
     todo = gemm.wanted(shape, shapes, limit)
     setting = gemm.Setting(rounds, graph, sample_us=round(sample_ms * 1000))
-    outcome = gemm.session(todo, listed, setting, output=output, force=force, note=note)
+    outcome = gemm.benchmark(todo, listed, setting, output=output, force=force, note=note)
     print(tables.bench_tables(outcome.document()), file=sys.stderr if as_json else sys.stdout)
     print(json.dumps(outcome.document()))
     outcome.conclude()

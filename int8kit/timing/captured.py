@@ -1,18 +1,19 @@
-"""One contestant's launches as one call that can be repeated: a CUDA graph where that works, else from the host.
+"""Launches of one contestant as one call that can be repeated: a CUDA graph if capture works, else host launches.
 
-A launch from Python takes longer than a small GEMM does, so timed from the host small shapes would compare wrappers. A
-graph holds the launches of every copy of the weight and replays them without the host. What cannot be captured is
-launched from the host and marked: it is at no disadvantage where the card is slower than the host, and is elsewhere.
+A launch from Python takes longer than a small GEMM, so launches from the host would compare Python wrappers. A graph
+holds the launches of all copies of the weight and replays them without the host. A contestant that cannot be captured
+is launched from the host and marked so. That costs it nothing where the GPU takes longer than the host.
 """
 
 from __future__ import annotations
 
+import gc
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import cycle
-from typing import Literal
+from itertools import cycle, islice
+from typing import Any, Literal
 
 import torch
 
@@ -25,20 +26,40 @@ Launch = Callable[[], torch.Tensor]
 class Entrant:
     """A contestant prepared for one shape."""
 
-    launches: Sequence[Launch]  # one a copy of the weight, each returns its result
+    launches: Sequence[Launch]  # one for each copy of the weight; each returns its result
     note: str = ""
 
 
 TimedBy = Literal["graph", "host"]
 
 
-class Timed:
-    """A call that makes `launches` launches, each on the next copy of the weight; `result` is the last one's."""
+def capture(
+    launches: Iterable[Callable[[], Any]], stream: torch.cuda.Stream | None = None
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """CUDA graph of `launches`, captured on `stream` (default: a new one), and the result of the last launch.
+
+    Each launch must have run before, so that it compiles nothing now. `torch.cuda.graph` is not used: it empties the
+    allocator's cache first, and may collect garbage, which takes longer than a whole round of the tuner.
+    """
+    graph, result = torch.cuda.CUDAGraph(), None
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream or torch.cuda.Stream()):
+        graph.capture_begin()
+        try:
+            for launch in launches:
+                result = launch()
+        finally:
+            graph.capture_end()
+    return graph, result
+
+
+class RepeatableCall:
+    """A call that makes `launches` launches, each with the next copy of the weight. `result` is the last one's."""
 
     def __init__(self, entrant: Entrant, *, graph: bool, least: int = 16) -> None:
-        """least: launches in a graph, rounded up to whole turns of the copies; they share the gap between replays."""
-        self.entrant = entrant  # a graph keeps addresses, not tensors: its inputs must live as long
-        for launch in entrant.launches:  # whatever compiles or tunes itself does so now
+        """least: launches in a graph, rounded up so that each copy has equally many; they share the replay's gap."""
+        self.entrant = entrant  # a graph keeps addresses and not tensors: its inputs must live as long
+        for launch in entrant.launches:  # a library compiles or tunes itself now
             self.result = launch()
         self.note = entrant.note
         self.by: TimedBy = "host"
@@ -51,13 +72,13 @@ class Timed:
                 self._call, self.launches, self.by = self._capture(entrant, count), count, "graph"
                 return
             except Exception as error:  # a library may refuse capture in any way
-                torch.cuda.set_stream(stream)  # where ending a failed capture fails too, torch stays on its stream
-                _capture_anything()
+                torch.cuda.set_stream(stream)  # if ending the failed capture fails too, torch stays on its stream
+                _reset_after_failed_capture()
                 reason = one_line(error.__context__ or error)
                 self.note = f"{self.note}; from the host: {reason}".removeprefix("; ")
         turn = cycle(entrant.launches)
         self._call = lambda: self._launch(next(turn))
-        self()  # an attempt to capture may have left its result poisoned
+        self()  # a failed capture may have left the result poisoned
 
     def __call__(self) -> None:
         self._call()
@@ -66,28 +87,26 @@ class Timed:
         self.result = launch()
 
     def _capture(self, entrant: Entrant, count: int) -> Callable[[], None]:
-        """A graph's replay. Raises RuntimeError if a replay does not write the result."""
-        graph = torch.cuda.CUDAGraph()
-        turn = cycle(entrant.launches)
-        with torch.cuda.graph(graph):
-            for _ in range(count):
-                result = next(turn)()
+        """Replay of a graph of `count` launches. Raises RuntimeError if a replay does not write the result."""
+        gc.collect()  # a graph allocates from a pool of its own: return cached memory first
+        torch.cuda.empty_cache()
+        graph, result = capture(islice(cycle(entrant.launches), count))
         poison(result)
         graph.replay()
         torch.cuda.synchronize()
-        if poisoned(result):  # launched on a stream of its own: the graph is empty, and very fast
+        if poisoned(result):  # launched on another stream: the graph is empty, and would look very fast
             raise RuntimeError("a captured graph does not write the result")
         self.result = result
         return graph.replay
 
 
-def _capture_anything() -> None:
-    """End what a capture that failed leaves open: the default generator would refuse every draw from now on."""
+def _reset_after_failed_capture() -> None:
+    """Capture an unrelated kernel: otherwise the default random generator refuses every later draw."""
     with suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")
 
 
 def one_line(error: BaseException) -> str:
-    """Class and words of an error, at most 160 characters, without folders: they would end up in a published file."""
+    """Class and message of an error in at most 160 characters, without folders: the text goes into published files."""
     text = re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", " ".join(str(error).split()))
     return f"{type(error).__name__}: {text}"[:160].removesuffix(": ")

@@ -1,6 +1,6 @@
-"""What the card says of itself while it works: clock, power, temperature, and why it is not faster.
+"""State of the GPU while it works: clock, power, temperature, and the reasons for a lowered clock.
 
-Read through NVML where its Python binding is installed (`pip install 'int8kit[tune]'`); without it everything is None.
+Read through NVML if its Python binding is installed (`pip install 'int8kit[tune]'`). Without it every value is None.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ THROTTLE = {
 
 
 class Sensors:
-    """The current CUDA device as NVML sees it. Never raises: a figure that cannot be had is None."""
+    """The current CUDA device as NVML sees it. Never raises: a value that NVML does not give is None."""
 
     def __init__(self) -> None:
         self.driver: str | None = None
@@ -29,11 +29,11 @@ class Sensors:
 
             pynvml.nvmlInit()
             self.driver = _text(pynvml.nvmlSystemGetDriverVersion())
-            # NVML counts every card of the machine, torch only those that are visible: go by the card's own id
+            # NVML counts every GPU of the machine, torch only the visible ones: identify the GPU by its UUID
             uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
             self._nvml = pynvml
-        except Exception:  # no binding, no library, no permission: a benchmark does not need any of it
+        except Exception:  # no binding, no library, no permission: a benchmark needs none of them
             return
 
     def read(self) -> dict[str, Any] | None:
@@ -54,12 +54,12 @@ class Sensors:
     def _get(self, ask: Any) -> Any:
         try:
             return ask()
-        except Exception:  # this card or driver does not tell
+        except Exception:  # not supported by this GPU or driver
             return None
 
 
 def throttling(reasons: int) -> list[str]:
-    """NVML's bits by name; idling and clocks that the user has set are no throttling."""
+    """Names of NVML's throttle bits. An idle GPU and clocks that the user has set are not throttling."""
     return [name for bit, name in THROTTLE.items() if reasons & bit]
 
 

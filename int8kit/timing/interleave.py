@@ -1,4 +1,4 @@
-"""Interleaved timing: each call once a round, in an order that is shuffled each round."""
+"""Interleaved timing: every call is timed once per round, in an order that is shuffled in each round."""
 
 from __future__ import annotations
 
@@ -10,11 +10,21 @@ from typing import Any
 
 import torch
 
+from int8kit.spec import POLICIES, POLICY
 from int8kit.timing.gpu_state import Sensors
 
-SAMPLE_US = 4000  # launches are repeated to fill about this long, so that events' resolution does not matter
+SAMPLE_US = 4000  # a sample repeats its call for about this long, so that the resolution of events does not matter
 
-LOAD_US = 30000  # so much work is queued before the card is asked for its clock: idle cards clock down at once
+LOAD_US = 30000  # length of the work that is queued before the clock is read: an idle GPU lowers its clock at once
+
+
+def shared_policy() -> str:
+    """The part of the measurement policy that the tuner and the benchmark share.
+
+    `spec.POLICIES` adds the tuner's operation (first clause), its sample length and its capture (last clause).
+    """
+    _, *shared, _ = POLICIES[POLICY].split("; ")
+    return "; ".join(clause.partition(", in samples of")[0] for clause in shared)
 
 
 @dataclass(frozen=True)
@@ -29,27 +39,28 @@ class Times:
 def interleave(
     calls: Sequence[Callable[[], Any]], rounds: int, sample_us: int = SAMPLE_US, *, launches: int = 1
 ) -> list[Times]:
-    """Time each of `calls` once a round, for about sample_us, in an order shuffled anew (but always alike) each round.
+    """Times of each of `calls`: one sample of about sample_us per round, in a new but reproducible order each round.
 
-    launches: how many one call makes; times are of one.
+    launches: number of launches in one call; the times are of one launch.
 
-    Shuffled, because a contestant inherits the clock of the one before it: at the power limit some per cent.
+    The order is shuffled because a call inherits the GPU's clock from the one before it. At the power limit that
+    changes a time by some per cent.
     """
     repeats = []
     for call in calls:
-        us = _sample(call, 1)
-        # what takes long is timed well by one launch; what is short may have waited for the host
-        repeats.append(max(1, round(sample_us / (us if us > sample_us else _sample(call, 1)))))
+        us = sample(call, 1)
+        # one launch is enough for a long call; a short one may have waited for the host, so it is timed again
+        repeats.append(max(1, round(sample_us / (us if us > sample_us else sample(call, 1)))))
     samples: list[list[float]] = [[] for _ in calls]
     order = random.Random(0)
     for _ in range(rounds):
         for i in order.sample(range(len(calls)), len(calls)):
-            samples[i].append(_sample(calls[i], repeats[i]) / launches)
+            samples[i].append(sample(calls[i], repeats[i]) / launches)
     return [_quantiles(times) for times in samples]
 
 
 def under_load(call: Callable[[], Any], us: float) -> dict[str, Any] | None:
-    """The card's state (`sensors`) while `call`, of `us` microseconds, is running."""
+    """State of the GPU (`Sensors.read`) while `call`, which takes `us` microseconds, is running."""
     for _ in range(max(1, round(LOAD_US / us))):
         call()
     state = Sensors().read()
@@ -57,15 +68,8 @@ def under_load(call: Callable[[], Any], us: float) -> dict[str, Any] | None:
     return state
 
 
-def _quantiles(times: list[float]) -> Times:
-    if len(times) < 2:
-        return Times(times[0], times[0], times[0])
-    cuts = statistics.quantiles(times, n=10, method="inclusive")
-    return Times(cuts[1], statistics.median(times), cuts[7])
-
-
-def _sample(call: Callable[[], Any], repeats: int) -> float:
-    """Microseconds a call, mean over `repeats` launches between two events."""
+def sample(call: Callable[[], Any], repeats: int) -> float:
+    """Microseconds per call: the mean of `repeats` calls between two CUDA events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(repeats):
@@ -73,3 +77,10 @@ def _sample(call: Callable[[], Any], repeats: int) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) * 1e3 / repeats
+
+
+def _quantiles(times: list[float]) -> Times:
+    if len(times) < 2:
+        return Times(times[0], times[0], times[0])
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    return Times(cuts[1], statistics.median(times), cuts[7])

@@ -1,70 +1,67 @@
-"""The fewest kernels that serve all shapes well: what a run compiles, and a person reviews.
+"""Fewer distinct kernels for the shapes of a run, which are then compiled and reviewed.
 
-Two shapes' winners are often two tiles within the noise of each other. Each entry of a run holds its finalists
-(`Entry.runners_up`); an entry may give its shape to any of them that takes at most 1 + SLACK times the best one's time.
-`reduce` picks few kernels such that every shape has one it may take: greedily the kernel that most of the shapes left
-may take, of equals the one that costs them least. That is at most ln(shapes) + 1 times the fewest (Chvatal 1979); the
-exact minimum was not worth a solver, since a dozen tiles are the most that was seen.
+The winners of two shapes are often two tiles within the noise of each other. Each entry of a run holds its finalists
+(`Entry.runners_up`). An entry may give its shape to any of them that takes at most 1 + SLACK times the best one's time.
 
-Two configurations that differ in group_m are one kernel: it is an argument at run time.
+`reduce` covers all shapes with few kernels. It is greedy: it takes the kernel that serves most of the remaining shapes,
+and among equals the one that costs these shapes least. The result is at most ln(shapes) + 1 times the minimum (Chvatal
+1979). An exact solver was not worth it, since no run needed more than a dozen tiles.
+
+Two configurations that differ in group_m only share a kernel: group_m is an argument at run time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from int8kit.database.schema import Entry, RunnerUp
 from int8kit.spec import TIE, TileConfig
+from int8kit.tune.space import without_swizzle
 
 SLACK = TIE
 
 
-def kernel(config: TileConfig) -> TileConfig:
-    """What is compiled: `config` without what it takes at run time."""
-    return replace(config, group_m=1)
-
-
 def kernels(entries: Sequence[Entry]) -> set[TileConfig]:
     """The distinct kernels that `entries` need."""
-    return {kernel(entry.config) for entry in entries}
+    return {without_swizzle(entry.config) for entry in entries}
 
 
 def reduce(entries: Sequence[Entry], slack: float = SLACK) -> list[Entry]:
-    """`entries` in their order, each under a configuration of the portfolio; untimed ones stay as they are."""
+    """`entries` in their order, with configurations of fewer kernels. Entries without a time do not change."""
     options = [_options(entry, slack) for entry in entries]
-    left = {i for i, found in enumerate(options) if found}
+    pending = {i for i, by_kernel in enumerate(options) if by_kernel}
     chosen: set[TileConfig] = set()
 
-    def merit(name: TileConfig) -> tuple[int, float, TileConfig]:
-        served = [i for i in left if name in options[i]]
-        return -len(served), sum(options[i][name].time_us / _best(options[i]) for i in served), name
+    def cost(kernel: TileConfig) -> tuple[int, float, TileConfig]:
+        served = [i for i in pending if kernel in options[i]]
+        return -len(served), sum(options[i][kernel].time_us / _best(options[i]) for i in served), kernel
 
-    while left:
-        best = min({name for i in left for name in options[i]}, key=merit)
+    while pending:
+        best = min({kernel for i in pending for kernel in options[i]}, key=cost)
         chosen.add(best)
-        left = {i for i in left if best not in options[i]}
-    if len(chosen) >= len(kernels([entry for entry, found in zip(entries, options, strict=True) if found])):
+        pending = {i for i in pending if best not in options[i]}
+    timed = [entry for entry, by_kernel in zip(entries, options, strict=True) if by_kernel]
+    if len(chosen) >= len(kernels(timed)):
         return list(entries)
     reduced = []
-    for entry, found in zip(entries, options, strict=True):
-        legal = [option for name, option in found.items() if name in chosen]
-        reduced.append(_under(entry, min(legal, key=lambda o: o.time_us)) if legal else entry)
+    for entry, by_kernel in zip(entries, options, strict=True):
+        allowed = [option for kernel, option in by_kernel.items() if kernel in chosen]
+        reduced.append(_with_option(entry, min(allowed, key=lambda o: o.time_us)) if allowed else entry)
     return reduced
 
 
 def _options(entry: Entry, slack: float) -> dict[TileConfig, RunnerUp]:
-    """By kernel, the fastest configuration that the entry's shape may take."""
+    """For each kernel, the fastest configuration that the entry's shape may take."""
     if entry.time_us is None:
         return {}
-    all_ = [_winner(entry, entry.time_us), *(entry.runners_up or ())]
-    bound = min(option.time_us for option in all_) * (1 + slack)
-    found: dict[TileConfig, RunnerUp] = {}
-    for option in sorted(all_, key=lambda option: option.time_us):
-        # the winner may be a default that is kept within a margin
+    finalists = [_winner(entry, entry.time_us), *(entry.runners_up or ())]
+    bound = min(option.time_us for option in finalists) * (1 + slack)
+    by_kernel: dict[TileConfig, RunnerUp] = {}
+    for option in sorted(finalists, key=lambda option: option.time_us):
+        # the winner may be a default that won a tie, and so may lie beyond the bound
         if option.time_us <= bound or option.config == entry.config:
-            found.setdefault(kernel(option.config), option)
-    return found
+            by_kernel.setdefault(without_swizzle(option.config), option)
+    return by_kernel
 
 
 def _best(options: dict[TileConfig, RunnerUp]) -> float:
@@ -78,8 +75,8 @@ def _winner(entry: Entry, time_us: float) -> RunnerUp:
     )  # fmt: skip
 
 
-def _under(entry: Entry, option: RunnerUp) -> Entry:
-    """`entry` with `option` for its configuration, which takes its place among the others."""
+def _with_option(entry: Entry, option: RunnerUp) -> Entry:
+    """`entry` with the configuration of `option`; the previous winner becomes a runner-up."""
     if option.config == entry.config:
         return entry
     assert entry.time_us is not None

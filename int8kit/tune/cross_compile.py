@@ -1,11 +1,10 @@
-"""A card that is not here: compile for it, read what the kernel takes, and estimate its time.
+"""Compiling for a GPU that is not in this machine, and the resources that the kernel takes there.
 
-    compile_for(86, config)  ->  Resources(registers=124, spill_bytes=0, shared_bytes=49152)
-    estimate(shape, config, resources, gpu)  ->  microseconds
+    compile_for(86, kernel)  ->  Resources(registers=124, spill_bytes=0, shared_bytes=49152)
 
 Triton compiles for any NVIDIA architecture without a driver. Registers and spills come from `cuobjdump -res-usage` on
-the cubin, shared memory from the compiler's metadata: both exact. The time is a model, stated in `estimate`; it ranks
-configurations and is not a promise. Run through `workers`, since a compiler can abort its process.
+the cubin, shared memory from the compiler's metadata: both are exact. `cost_model` estimates the time from them. Call
+this in the processes of `workers`, since a compiler can abort its process.
 """
 
 from __future__ import annotations
@@ -18,21 +17,22 @@ from typing import Any
 
 from int8kit.database.schema import Resources
 from int8kit.errors import ConfigError
-from int8kit.spec import TileConfig
+from int8kit.tune.space import CompiledKernel
 
 
-def compile_for(arch: int, config: TileConfig, *, even_k: bool = True) -> Resources:
-    """What the bf16 GEMM with bias takes on `arch` (86 for sm_86). Raises ConfigError as `assemble` does."""
-    compiled = assemble(arch, config, even_k=even_k)
+def compile_for(arch: int, kernel: CompiledKernel) -> Resources:
+    """Resources of the bf16 GEMM with bias on `arch` (86 for sm_86). Raises ConfigError as `assemble` does."""
+    compiled = assemble(arch, kernel)
     registers, spill = _usage(compiled.asm["cubin"])
     return Resources(registers=registers, spill_bytes=spill, shared_bytes=int(compiled.metadata.shared))
 
 
-def assemble(arch: int, config: TileConfig, *, even_k: bool = True, code: str | None = None) -> Any:
+def assemble(arch: int, kernel: CompiledKernel, *, code: str | None = None) -> Any:
     """Triton's compiled kernel for `arch`, with `asm` ("ptx", "cubin", ...) and `metadata`.
 
-    even_k: K is a multiple of block_k. code: an older card's, such as "sm86", to run on `arch`. Raises ConfigError with
-    the compiler's words if it does not compile, or under Triton's interpreter, which hides the compiler.
+    code: an older architecture's code, such as "sm86", assembled to run on `arch`. Raises ConfigError with the
+    compiler's message if the kernel does not compile. Raises it under Triton's interpreter too, which hides the
+    compiler.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -42,18 +42,20 @@ def assemble(arch: int, config: TileConfig, *, even_k: bool = True, code: str | 
 
     if gemm.interpreted():
         raise ConfigError("TRITON_INTERPRET is set: compile in a process without it")
-    source, options = gemm.module(config.kernel).source(config, even_k=even_k)
+    config, even_k = kernel
+    variant = {} if even_k is None else {"even_k": even_k}
+    source, options = gemm.module(config.kernel).source(config, **variant)
     finalize_cache_keys(source.fn)
     if code is not None:
         options["arch"] = code
     try:
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    except Exception as error:  # whatever the compiler raises is this configuration's fault, and recorded as such
+    except Exception as error:  # any error of the compiler is recorded as this configuration's failure
         raise ConfigError(f"{config} does not compile for sm_{arch}: {error}") from None
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and local memory bytes of a thread. STACK counts spills; LOCAL is 0 in cubins of the new ABI."""
+    """Registers and local memory bytes per thread. STACK counts spills; LOCAL is 0 in cubins of the new ABI."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -7,16 +7,22 @@ from int8kit.database.schema import Entry, Resources
 from int8kit.gpus import Gpu
 
 
-def supersedes(entry: Entry, copy: Entry | None) -> bool:
-    """Whether `entry` is to be carried where `copy` is what serves its shape: a copy of what it was before, or none."""
-    if copy is None:
+def supersedes(entry: Entry, serving: Entry | None) -> bool:
+    """Whether `entry` is to be migrated over `serving`, the entry that serves its shape under the present Triton.
+
+    True if there is none, or if it is a migrated copy of an earlier state of `entry`.
+    """
+    if serving is None:
         return True
-    same = (copy.config, copy.kernel, copy.time_us) == (entry.config, entry.kernel, entry.time_us)
-    return copy.timed_with is not None and not same
+    same = (serving.config, serving.kernel, serving.time_us) == (entry.config, entry.kernel, entry.time_us)
+    return serving.timed_with is not None and not same
 
 
 def migrated(entry: Entry, here: Resources | str, gpu: Gpu) -> Entry | str:
-    """`entry` for the Triton that is here, or why its time would be another with what its kernel takes `here`."""
+    """`entry` for the present Triton, or why its time would not hold.
+
+    here: resources of its kernel under the present Triton, or why it does not compile.
+    """
     import triton
 
     from int8kit.kernels import gemm
@@ -29,7 +35,7 @@ def migrated(entry: Entry, here: Resources | str, gpu: Gpu) -> Entry | str:
         return f"{here.spill_bytes} bytes of spills, {entry.resources.spill_bytes} under Triton {entry.triton}"
     blocks, then = (blocks_per_sm(entry.config, r, gpu) for r in (here, entry.resources))
     if blocks < then:
-        return f"{blocks} blocks a multiprocessor, {then} under Triton {entry.triton}"
+        return f"{blocks} blocks per multiprocessor, {then} under Triton {entry.triton}"
     timed_with = entry.timed_with or entry.triton
     new = {"triton": triton.__version__, "timed_with": timed_with, "resources": here, "verified": None,
            "runners_up": None}  # fmt: skip

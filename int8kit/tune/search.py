@@ -1,22 +1,25 @@
-"""The choice: which configurations of a shape are timed next, and which one its entry takes. Decides; runs nothing.
+"""The search: which configurations of a shape are timed next, and which one wins. Decides only; runs nothing.
 
-    how(gpu, cards)                  what can be known of that card here: measured, proxy or modelled
-    modelled(shape, gpu, found)      the model's choice, where no card can time the code
+    source_of(gpu, present)                  how a target GPU can be tuned here: measured, proxy or modelled
+    modelled_entry(shape, gpu, compiled)     the cost model's choice, if no present GPU can time the code
 
-On a card, a shape goes through rounds (`Trail`), and `session` through the shapes of a round side by side:
+On a GPU each shape goes through rounds (`ShapeHistory`). `session` runs a round for all shapes side by side.
 
-    0      `first`: the default, what the database has for near shapes, the model's first ones of the Triton kernel and
-           all seeds of the others that the model does not rule out
-    1, 2   `ahead`, `worthwhile`: the fastest so far, with their untried neighbours in the space of all legal
-           configurations and the fastest of near shapes; a shape is `settled` once a round has found nothing faster
-           by more than the noise
-    hot    `hot`: the fastest, in samples so long that the card's power limit counts
-    final  the best few of these and the default again, in more rounds: `entry`
+    round       function               configurations that are timed
+    0           initial_candidates     the default, the database's for near shapes, the model's first ones of the Triton
+                                       kernel, and every seed of the other kernels that the model keeps
+    1, 2        next_candidates,       the fastest so far, their untried neighbours among all legal configurations, and
+                prune_by_model         the fastest of near shapes
+    sustained   sustained_candidates   the fastest, in samples so long that the GPU's power limit acts
+    final       finalists              the best few of these and the default, in more samples; `entry` takes the winner
 
-What spills is left out. Configurations of one round are timed interleaved, so that their times compare; those of
-different rounds are not compared. Another than the default needs to win by more than MARGIN. Two runs need not agree
-where times are nearly equal: breaking ties by the model's order was given up. It says little among the fastest, and
-cost up to a per cent.
+Rounds 1 and 2 end early for a shape that is `settled`: its last round found nothing faster by more than the noise.
+
+Kernels that spill are left out. Configurations of one round are timed interleaved, so their times compare; times of
+different rounds are not compared. A configuration must beat the default by more than MARGIN.
+
+Two runs may choose differently where times are nearly equal. Rejected: to break such ties by the cost model's order. It
+says little among the fastest, and cost up to 1 %.
 """
 
 from __future__ import annotations
@@ -33,72 +36,76 @@ from int8kit.errors import CheckFailed
 from int8kit.gpus import Gpu
 from int8kit.spec import POLICY, TIE, GemmShape, Kernel, Source, TileConfig, default_config, is_near, kernels_of
 from int8kit.timing.interleave import Times
-from int8kit.tune import space, workers
-from int8kit.tune.tasks import Timed
+from int8kit.toolchain import runnable_archs
+from int8kit.tune import space
+from int8kit.tune.space import CompiledKernel, kernel_of
+from int8kit.tune.tasks import RoundTimes
+from int8kit.tune.workers import Compilation
 
-CONTESTANTS = 4  # of each shape and the Triton kernel, by the model; of 69 shapes on two cards only its default won
-RULED_OUT = 1.4  # times the model's best: seeds beyond it are not timed
-WORTHWHILE = 1.2  # times the leader, by the model: neighbours beyond it are not timed
-FRESH = 24  # neighbours in a round: where reading the weight is all, the model rules out next to none
-NEAR = 3  # shapes whose fastest are tried too
-ROUNDS_MAX = 3  # with the first
-LEADERS = 3  # whose neighbours are tried
-NOISE = 0.005  # a round that gains less, or less than its own spread, is the last
-HOTTEST = 6  # that are timed hot
-BANDED = 2  # of these in bands of every width, which no model tells apart
-FINALISTS = 4  # of those, timed again
+TRITON_FIRST = 4  # configurations of the Triton kernel in round 0, by the model; on 69 shapes and two GPUs only its
+# default ever won
+SEED_BOUND = 1.4  # a seed with more than this many times the model's best estimate is not timed in round 0
+NEIGHBOUR_BOUND = 1.2  # likewise for a neighbour, against the estimate of the leaders
+NEW_MAX = 24  # neighbours in a round: for memory-bound shapes the model prunes almost nothing
+NEAR_SHAPES = 3  # shapes whose fastest configurations are tried too
+ROUNDS_MAX = 3  # with round 0
+LEADERS = 3  # the fastest configurations, whose neighbours are tried
+NOISE = 0.005  # a round that gains less than this, or less than its own spread, is the last
+SUSTAINED = 6  # configurations in the sustained round
+SUSTAINED_SWIZZLED = 2  # the fastest of them get every L2 swizzle width, which no model distinguishes
+FINALISTS = 4  # configurations of the sustained round that are timed again
 RUNNERS_UP = 3  # finalists that an entry keeps beside the winner
-MARGIN = TIE  # a tie keeps the default
-SIFTING_SAMPLES, FINAL_SAMPLES = 3, 9
+MARGIN = TIE  # the default wins a tie
+ROUND_SAMPLES, FINAL_SAMPLES = 3, 9
 
 
 @dataclass
-class Space:
-    """What each compiled kernel takes, and why the others do not compile. machine: what the model reckons with."""
+class CompiledKernels:
+    """Resources of each compiled kernel, and why the others do not compile."""
 
-    machine: Gpu
-    resources: dict[workers.Job, Resources] = field(default_factory=dict)
-    failed: dict[workers.Job, str] = field(default_factory=dict)
-    banned: set[workers.Job] = field(default_factory=set)  # ended a process that launched them, at whatever shape
+    machine: Gpu  # the GPU whose rates the cost model takes
+    resources: dict[CompiledKernel, Resources] = field(default_factory=dict)
+    failed: dict[CompiledKernel, str] = field(default_factory=dict)
+    banned: set[CompiledKernel] = field(default_factory=set)  # ended a process that launched them, at any shape
 
-    def add(self, job: workers.Job, outcome: workers.Outcome) -> None:
-        """Sort one outcome in."""
-        if isinstance(outcome, Resources):
-            self.resources[job] = outcome
+    def add(self, kernel: CompiledKernel, compilation: Compilation) -> None:
+        """Store the result of a compilation."""
+        if isinstance(compilation, Resources):
+            self.resources[kernel] = compilation
         else:
-            self.failed[job] = outcome
+            self.failed[kernel] = compilation
 
-    def lacks(self, jobs: Iterable[workers.Job]) -> list[workers.Job]:
-        """Those of `jobs` that are yet to be compiled, sorted, each once."""
-        return sorted({job for job in jobs if job not in self.resources and job not in self.failed})
+    def missing(self, kernels: Iterable[CompiledKernel]) -> list[CompiledKernel]:
+        """The `kernels` that are not compiled yet, sorted and distinct."""
+        return sorted({one for one in kernels if one not in self.resources and one not in self.failed})
 
     def of(self, config: TileConfig, shape: GemmShape) -> Resources | None:
-        """What the kernel that `config` needs for `shape` takes; None if it did not compile."""
-        return self.resources.get(workers.job(config, shape))
+        """Resources of the kernel that `config` needs for `shape`; None if it did not compile."""
+        return self.resources.get(kernel_of(config, shape))
 
 
 @dataclass
-class Trail:
-    """What is known of one shape."""
+class ShapeHistory:
+    """The timings of one shape so far."""
 
     shape: GemmShape
     rounds: list[dict[TileConfig, Times]] = field(default_factory=list)
-    hot: dict[TileConfig, Times] | None = None
-    wrong: dict[TileConfig, str] = field(default_factory=dict)  # out, and why, opening with the class
+    sustained: dict[TileConfig, Times] | None = None
+    wrong: dict[TileConfig, str] = field(default_factory=dict)  # rejected; the reason begins with its class
 
     @property
     def tried(self) -> set[TileConfig]:
         """Every configuration that was launched."""
-        return set(self.wrong).union(*self.rounds, self.hot or ())
+        return set(self.wrong).union(*self.rounds, self.sustained or ())
 
     def fastest(self, count: int, before: int = ROUNDS_MAX) -> list[TileConfig]:
-        """Of the last round, or of the last of the first `before`; the first first."""
+        """The `count` fastest of the last round, or of the last among the first `before` rounds; fastest first."""
         last = self.rounds[:before][-1] if self.rounds else {}
         return sorted(last, key=lambda config: (last[config].p50, config))[:count]
 
     @property
     def settled(self) -> bool:
-        """True if another round of neighbours is not worth it."""
+        """Whether another round of neighbours is not worth its time."""
         if len(self.rounds) < 2:
             return False
         *before, last = self.rounds
@@ -111,56 +118,66 @@ class Trail:
         return min(new) > best.p50 * (1 - noise)
 
 
-def how(gpu: Gpu, cards: Iterable[Gpu]) -> tuple[Source, Gpu | None]:
-    """What can be said of `gpu` where there are `cards`, and which of them times it.
+def source_of(gpu: Gpu, present: Iterable[Gpu]) -> tuple[Source, Gpu | None]:
+    """How the target `gpu` can be tuned with the `present` GPUs, and which of these times it.
 
-    Measured on itself, proxy on the newer card that is next to it, else modelled.
+    Measured if `gpu` is present. Proxy if a present GPU runs its code: the one with the nearest architecture. Else
+    modelled, and no GPU.
     """
-    cards = list(cards)
-    for card in cards:
-        if card.alias == gpu.alias:
-            return Source.MEASURED, card
-    # mma.sync code of sm_80 to sm_89 assembles for and runs on every newer card; wgmma code does not
-    newer = [card for card in cards if gpu.arch in (80, 86, 89) and card.arch >= gpu.arch]
-    if newer:
-        return Source.PROXY, min(newer, key=lambda card: (card.arch, card.alias))
+    present = list(present)
+    for one in present:
+        if one.alias == gpu.alias:
+            return Source.MEASURED, one
+    able = [one for one in present if gpu.arch in runnable_archs(one.arch)]
+    if able:
+        return Source.PROXY, min(able, key=lambda one: (one.arch, one.alias))
     return Source.MODELLED, None
 
 
-def hot(trail: Trail) -> list[TileConfig]:
-    """What the hot round times: the fastest, and the first of them in bands of every width; equal programs once."""
-    bands = [replace(config, group_m=width) for config in trail.fastest(BANDED) for width in space.BANDS]
+def sustained_candidates(history: ShapeHistory) -> list[TileConfig]:
+    """Configurations of the sustained round: the fastest, and the first of them with every L2 swizzle width.
+
+    Configurations that launch the same program are listed once.
+    """
+    leaders = history.fastest(SUSTAINED_SWIZZLED)
+    swizzled = [replace(config, group_m=width) for config in leaders for width in space.SWIZZLE_WIDTHS]
     programs: dict[TileConfig, TileConfig] = {}
-    for config in [*trail.fastest(HOTTEST), *bands]:
-        tile_rows = math.ceil(trail.shape.m / config.block_m)  # of which a wider band has no more
+    for config in [*history.fastest(SUSTAINED), *swizzled]:
+        tile_rows = math.ceil(history.shape.m / config.block_m)  # a width beyond this has no effect
         programs.setdefault(replace(config, group_m=min(config.group_m, tile_rows)), config)
     return list(programs.values())
 
 
-def rank(configs: Iterable[TileConfig], shape: GemmShape, found: Space) -> list[tuple[float, TileConfig, Resources]]:
-    """(estimated microseconds, configuration, resources), best first, of those that compile without spills and run."""
+def rank(
+    configs: Iterable[TileConfig], shape: GemmShape, compiled: CompiledKernels
+) -> list[tuple[float, TileConfig, Resources]]:
+    """(estimated microseconds, configuration, resources), fastest first.
+
+    Leaves out configurations whose kernel does not compile, spills, or is banned.
+    """
     rows = []
     for config in configs:
-        resources = found.of(config, shape)
-        if resources is not None and resources.spill_bytes == 0 and workers.job(config, shape) not in found.banned:
-            rows.append((cost_model.estimate(shape, config, resources, found.machine), config, resources))
+        resources = compiled.of(config, shape)
+        if resources is not None and resources.spill_bytes == 0 and kernel_of(config, shape) not in compiled.banned:
+            rows.append((cost_model.estimate(shape, config, resources, compiled.machine), config, resources))
     return sorted(rows, key=lambda row: row[:2])
 
 
-def modelled(shape: GemmShape, gpu: Gpu, found: Space) -> Entry:
-    """The model's first choice of the seeds. Raises CheckFailed if none of them compiled.
+def modelled_entry(shape: GemmShape, gpu: Gpu, compiled: CompiledKernels) -> Entry:
+    """The entry of the seed that the cost model ranks first. Raises CheckFailed if no seed compiled without spills.
 
-    Of the seeds alone: over a thousand more, the choice would be the one that the model flatters most.
+    Only the seeds, about a hundred, are ranked. Among thousands of configurations the minimum is dominated by the
+    model's errors.
     """
     import triton
 
     from int8kit.kernels import gemm
 
     candidates = space.candidates(shape, gpu)
-    ranked = rank(candidates, shape, found)
+    ranked = rank(candidates, shape, compiled)
     if not ranked:
-        jobs = [workers.job(config, shape) for config in candidates]
-        reason = next((found.failed[job] for job in jobs if job in found.failed), "all spill")
+        kernels = [kernel_of(config, shape) for config in candidates]
+        reason = next((compiled.failed[kernel] for kernel in kernels if kernel in compiled.failed), "all spill")
         raise CheckFailed(f"no configuration for {shape} on {gpu.alias}: {reason}")
     us, config, resources = ranked[0]
     return Entry(
@@ -169,85 +186,88 @@ def modelled(shape: GemmShape, gpu: Gpu, found: Space) -> Entry:
     )  # fmt: skip
 
 
-def first(shape: GemmShape, gpu: Gpu, found: Space, known: Database) -> list[TileConfig]:
-    """What round 0 times. known: entries whose configurations for near shapes are tried too."""
-    ranked = rank(space.candidates(shape, gpu), shape, found)
-    bound = ranked[0][0] * RULED_OUT if ranked else 0.0
-    plain = [config for _, config, _ in ranked if config.kernel is Kernel.TRITON][:CONTESTANTS]
-    # the seeds of wgmma code are few
-    fitted = [config for us, config, _ in ranked if config.kernel is Kernel.MMA_SYNC and us <= bound]
-    others = [*fitted, *(config for _, config, _ in ranked if config.kernel is Kernel.WGMMA)]
-    theirs = [config for _, config, _ in rank(of_near(shape, gpu, known), shape, found)]
-    return list(dict.fromkeys([default_config(shape), *plain, *others, *theirs]))
+def initial_candidates(shape: GemmShape, gpu: Gpu, compiled: CompiledKernels, known: Database) -> list[TileConfig]:
+    """Configurations of round 0. known: entries whose configurations for near shapes are tried too."""
+    ranked = rank(space.candidates(shape, gpu), shape, compiled)
+    bound = ranked[0][0] * SEED_BOUND if ranked else 0.0
+    triton_first = [config for _, config, _ in ranked if config.kernel is Kernel.TRITON][:TRITON_FIRST]
+    mma_sync = [config for us, config, _ in ranked if config.kernel is Kernel.MMA_SYNC and us <= bound]
+    wgmma = [config for _, config, _ in ranked if config.kernel is Kernel.WGMMA]  # so few that none is pruned
+    near = [config for _, config, _ in rank(configs_of_near_shapes(shape, gpu, known), shape, compiled)]
+    return list(dict.fromkeys([default_config(shape), *triton_first, *mma_sync, *wgmma, *near]))
 
 
-def of_near(shape: GemmShape, gpu: Gpu, known: Database) -> list[TileConfig]:
-    """What the database has for the nearest shapes."""
-    entries = sorted(known.entries, key=lambda entry: (_far(entry.shape, shape), entry.key))[:NEAR]
+def configs_of_near_shapes(shape: GemmShape, gpu: Gpu, known: Database) -> list[TileConfig]:
+    """Configurations that the database `known` has for the nearest shapes."""
+    entries = sorted(known.entries, key=lambda entry: (_distance(entry.shape, shape), entry.key))[:NEAR_SHAPES]
     near = [entry.config for entry in entries if all(map(is_near, _extents(entry.shape), _extents(shape)))]
     return [config for config in near if space.suits(config, shape) and config.kernel in kernels_of(gpu.arch)]
 
 
-def ahead(trail: Trail, gpu: Gpu, trails: Iterable[Trail]) -> list[TileConfig]:
-    """What is yet to be tried: the neighbours of the fastest, and the fastest of the nearest shapes.
+def next_candidates(history: ShapeHistory, gpu: Gpu, histories: Iterable[ShapeHistory]) -> list[TileConfig]:
+    """Untried configurations for the next round: the neighbours of the fastest, and the fastest of the nearest shapes.
 
-    Of those as they were before this round: a run that goes on where another was ended decides alike.
+    Of the other shapes only the rounds before this one count, so a resumed run decides as an uninterrupted one.
     """
-    if trail.settled or not trail.rounds:
+    if history.settled or not history.rounds:
         return []
-    near = sorted((t for t in trails if t is not trail and t.rounds), key=lambda t: _far(t.shape, trail.shape))[:NEAR]
-    found = {config for t in near for config in t.fastest(2, len(trail.rounds))}
-    found |= {other for config in trail.fastest(LEADERS) for other in space.neighbours(config, gpu)}
-    return sorted(config for config in found - trail.tried if space.suits(config, trail.shape))
+    others = (one for one in histories if one is not history and one.rounds)
+    near = sorted(others, key=lambda one: _distance(one.shape, history.shape))[:NEAR_SHAPES]
+    candidates = {config for one in near for config in one.fastest(2, len(history.rounds))}
+    candidates |= {other for config in history.fastest(LEADERS) for other in space.neighbours(config, gpu)}
+    return sorted(config for config in candidates - history.tried if space.suits(config, history.shape))
 
 
-def worthwhile(trail: Trail, configs: Iterable[TileConfig], found: Space) -> list[TileConfig]:
-    """What the next round times: of `configs` those that the model does not rule out, with the fastest so far."""
-    leaders = trail.fastest(LEADERS)
-    bound = min((us for us, *_ in rank(leaders, trail.shape, found)), default=math.inf) * WORTHWHILE
-    new = [config for us, config, _ in rank(configs, trail.shape, found) if us <= bound][:FRESH]
+def prune_by_model(history: ShapeHistory, configs: Iterable[TileConfig], compiled: CompiledKernels) -> list[TileConfig]:
+    """Configurations of the next round: the fastest so far, and the `configs` that the cost model keeps.
+
+    Empty if the model keeps none.
+    """
+    leaders = history.fastest(LEADERS)
+    bound = min((us for us, *_ in rank(leaders, history.shape, compiled)), default=math.inf) * NEIGHBOUR_BOUND
+    new = [config for us, config, _ in rank(configs, history.shape, compiled) if us <= bound][:NEW_MAX]
     return [*leaders, *new] if new else []
 
 
-def finalists(trail: Trail) -> list[TileConfig]:
-    """The best of the hot round, and the default."""
-    hot = trail.hot or {}
-    best = sorted(hot, key=lambda config: (hot[config].p50, config))[:FINALISTS]
-    return list(dict.fromkeys([*best, default_config(trail.shape)]))
+def finalists(history: ShapeHistory) -> list[TileConfig]:
+    """The best configurations of the sustained round, and the default."""
+    sustained = history.sustained or {}
+    best = sorted(sustained, key=lambda config: (sustained[config].p50, config))[:FINALISTS]
+    return list(dict.fromkeys([*best, default_config(history.shape)]))
 
 
-def entry(trail: Trail, timed: Timed, found: Space, source: Source, card: Gpu) -> Entry:
-    """The entry of a shape whose finalists were timed. Raises CheckFailed if the default is not exact on the card."""
+def entry(history: ShapeHistory, final: RoundTimes, compiled: CompiledKernels, source: Source, timed_on: Gpu) -> Entry:
+    """The entry of a shape whose finalists were timed. Raises CheckFailed if the default was not timed."""
     import triton
 
     from int8kit.kernels import gemm
 
-    shape, default, final = trail.shape, default_config(trail.shape), timed.times
-    if default not in final:
-        reason = timed.wrong.get(default) or trail.wrong.get(default) or "it was not timed"
-        raise CheckFailed(f"{shape} on {card.name}: the default is out: {reason}")
-    winner = min(final, key=lambda config: (final[config].p50, config))
-    if final[default].p50 <= final[winner].p50 * (1 + MARGIN):
+    shape, default, times = history.shape, default_config(history.shape), final.times
+    if default not in times:
+        reason = final.wrong.get(default) or history.wrong.get(default) or "it was not timed"
+        raise CheckFailed(f"{shape} on {timed_on.name}: the default configuration failed: {reason}")
+    winner = min(times, key=lambda config: (times[config].p50, config))
+    if times[default].p50 <= times[winner].p50 * (1 + MARGIN):
         winner = default
 
     def result(config: TileConfig) -> dict[str, Any]:
-        resources = found.of(config, shape)
-        assert resources is not None  # else it would not have been timed
+        resources = compiled.of(config, shape)
+        assert resources is not None  # a configuration is timed only if it compiled
         return {
             "config": config,
             "kernel": gemm.kernel_hash(config.kernel),
             "resources": resources,
-            "model_us": round(cost_model.estimate(shape, config, resources, found.machine), 2),
-            "time_us": round(final[config].p50, 2),
-            "p20_us": round(final[config].p20, 2),
-            "p80_us": round(final[config].p80, 2),
+            "model_us": round(cost_model.estimate(shape, config, resources, compiled.machine), 2),
+            "time_us": round(times[config].p50, 2),
+            "p20_us": round(times[config].p20, 2),
+            "p80_us": round(times[config].p80, 2),
         }
 
-    others = sorted((config for config in final if config != winner), key=lambda config: final[config].p50)
+    others = sorted((config for config in times if config != winner), key=lambda config: times[config].p50)
     return Entry(
-        m=shape.m, n=shape.n, k=shape.k, source=source, triton=triton.__version__, tried=len(trail.tried),
-        default_us=round(final[default].p50, 2), bf16_us=round(timed.bf16.p50, 2) if timed.bf16 else None,
-        measured_on=card.name, gpu_state=timed.state, policy=POLICY,
+        m=shape.m, n=shape.n, k=shape.k, source=source, triton=triton.__version__, tried=len(history.tried),
+        default_us=round(times[default].p50, 2), bf16_us=round(final.bf16.p50, 2) if final.bf16 else None,
+        measured_on=timed_on.name, gpu_state=final.state, policy=POLICY,
         runners_up=tuple(RunnerUp(**result(config)) for config in others[:RUNNERS_UP]), **result(winner),
     )  # fmt: skip
 
@@ -256,6 +276,6 @@ def _extents(shape: GemmShape) -> Sequence[int]:
     return shape.m, shape.n, shape.k
 
 
-def _far(a: GemmShape, b: GemmShape) -> float:
-    """How far two shapes are from each other: log distances of m, n and k."""
+def _distance(a: GemmShape, b: GemmShape) -> float:
+    """Distance of two shapes: the sum of the log ratios of M, N and K."""
     return sum(abs(math.log(x / y)) for x, y in zip(_extents(a), _extents(b), strict=True))

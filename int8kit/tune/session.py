@@ -1,17 +1,18 @@
-"""A run of the tuner over a set of shapes, for one card or several: compile, time, choose, and write what is found.
+"""A run of the tuner over a set of shapes, for one GPU or several: compile, time, choose, write.
 
-    targets = plan(["rtx3090"], cards, path=None)       [Target(gpu, path, source, card)]
-    run(shapes, targets, pool)                          [Outcome(entries=[Entry, ...], kept=2, rejected={...}, ...)]
+    targets = targets_of(["rtx3090"], present, path=None)      [Target(gpu, path, source, timed_on)]
+    tune(shapes, targets, pool)                                [TuningResult(entries=[Entry, ...], rejected={...}, ...)]
 
-Each target is a program of `workers`, so that cards of several kinds are busy at once, and each feeds its own file;
-this process is the only one that writes. A program goes in rounds over all its shapes, as `search` says: what a round
-needs is compiled on every core, then timed, a shape at a time on each card. Every kernel, every shape's round and every
-entry is in the journal (`journal`) before the next one begins: a run that is killed goes on by the same command. At the
-end shapes share kernels where that costs next to nothing (`portfolio`).
+Each target is a program of `workers`, so that GPUs of several kinds are busy at once, and each has its own file. Only
+this process writes. A program goes in rounds over all its shapes (see `search`). In each round the missing kernels are
+compiled on every core; then each GPU times one shape at a time.
 
-A configuration that ends its process or hangs while it is timed takes its shape's round with it. Then the round halts,
-all of that shape's are launched one by one, in processes that may end, and the round goes on, for every shape without
-the kernels that did: what hangs at one shape does so at the next, for a minute each.
+Every compiled kernel, every shape's round and every entry is in the `journal` before the next step begins: a killed run
+is resumed by the same command. At the end shapes share kernels where that costs at most 1 % (`consolidate`).
+
+If a configuration crashes or hangs while being timed, the round of its shape is lost. The tuner then launches that
+shape's configurations one at a time in disposable processes, bans the guilty kernels for all shapes, and repeats the
+round. A kernel that hangs at one shape hangs at the next, and would cost a minute each time.
 """
 
 from __future__ import annotations
@@ -33,44 +34,56 @@ from int8kit.spec import POLICY, GemmShape, Source, TileConfig, default_config
 from int8kit.timing import interleave
 from int8kit.tune import consolidate, measure, search, space, tasks, workers
 from int8kit.tune.journal import Journal
-from int8kit.tune.workers import Batch, Ended, Program, Workers
+from int8kit.tune.space import CompiledKernel, kernel_of
+from int8kit.tune.workers import Batch, ProcessEnded, Program, Workers
 
-ROUND_S = 120.0  # of one shape's round, which takes seconds; longer where another host has compiled its kernels
-LAUNCH_S = 30.0  # of one launch, with the operands made and checked
+ROUND_S = 120.0  # limit for one shape's round, which takes seconds; longer if another host has compiled its kernels
+LAUNCH_S = 30.0  # limit for one launch, including making and checking the operands
 
-ENDED = ("crash:", "timeout:")  # what `workers.Ended` opens with
+PROCESS_ENDED = ("crash:", "timeout:")
+"""Classes of the reasons that `workers.ProcessEnded` gives."""
 
 Stage = Callable[[str, int], Callable[[], None]]
-"""What shows progress: told a description and a total, it gives what is called after each step."""
+"""Starts a progress display: takes a description and a total, returns the function to call after each step."""
+
+Candidates = dict[GemmShape, list[TileConfig]]
+"""The configurations to time in one round, by shape."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A card to tune for, the file that it feeds, and the card that times it, if any."""
+    """A GPU to tune for, its database file, and the present GPU that times its code, if any."""
 
     gpu: Gpu
     path: Path
     source: Source
-    card: Gpu | None
+    timed_on: Gpu | None
 
     @property
     def arch(self) -> str | None:
-        """The older card's code that is timed, if so: "sm86"."""
+        """Architecture of the older code that is timed, such as "sm86"; None for the present GPU's own code."""
         return f"sm{self.gpu.arch}" if self.source is Source.PROXY else None
 
     @property
     def machine(self) -> Gpu:
-        """What the model reckons with: what is timed, of a proxy the newer card with the older one's code."""
-        return replace(self.card, arch=self.gpu.arch) if self.card and self.source is Source.PROXY else self.gpu
+        """GPU whose rates the cost model takes: the one that is timed, with the target's architecture as a proxy."""
+        if self.timed_on and self.source is Source.PROXY:
+            return replace(self.timed_on, arch=self.gpu.arch)
+        return self.gpu
+
+    @property
+    def launch_code(self) -> tasks.LaunchCode | None:
+        """The code that launches need; None if nothing is launched."""
+        return tasks.LaunchCode(self.timed_on.arch, self.arch) if self.timed_on else None
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes results of two runs comparable, as plain JSON."""
+        """Everything that makes the results of two runs comparable, as plain JSON."""
         chain = gemm.toolchain()
         return {
             "gpu": self.gpu.alias,
             "source": self.source.value,
-            "card": self.card and self.card.name,
+            "card": self.timed_on and self.timed_on.name,  # the key of earlier journals, which must resume
             "triton": chain.triton,
             "kernels": {kernel.value: digest for kernel, digest in chain.kernels.items()},
             "policy": POLICY,
@@ -78,43 +91,46 @@ class Target:
 
 
 @dataclass
-class Outcome:
-    """What a target came to."""
+class TuningResult:
+    """The result of tuning one target."""
 
     target: Target
-    entries: list[Entry] = field(default_factory=list)  # one a shape, sorted
-    kept: int = 0  # of them gave way to a stronger one that the database had
-    rejected: dict[str, int] = field(default_factory=dict)  # configurations out, by class
-    failed: dict[GemmShape, str] = field(default_factory=dict)  # shapes without an entry, and why
-    resumed: int = 0  # shapes that an earlier, killed run had done
-    kernels: tuple[int, int] = (0, 0)  # distinct ones, before and after `portfolio.reduce`
+    entries: list[Entry] = field(default_factory=list)  # one for each shape, sorted
+    kept: int = 0  # entries that the database did not take, since it had a stronger one
+    rejected: dict[str, int] = field(default_factory=dict)  # number of rejected configurations, by class
+    failed: dict[GemmShape, str] = field(default_factory=dict)  # shapes without an entry, with the reason
+    resumed: int = 0  # shapes that an earlier, killed run had finished
+    kernels: tuple[int, int] = (0, 0)  # distinct ones, before and after `consolidate.reduce`
 
 
-def plan(gpus: Iterable[Gpu], cards: Sequence[Gpu], path: Path | None = None) -> list[Target]:
-    """A target for each of `gpus`, where there are `cards`. path: the file of one; None: ./tuning_db/<alias>.json."""
+def targets_of(gpus: Iterable[Gpu], present: Sequence[Gpu], path: Path | None = None) -> list[Target]:
+    """A target for each of `gpus`, timed on one of the `present` GPUs where that is possible.
+
+    path: the database file, for a single GPU; None: ./tuning_db/<alias>.json.
+    """
     targets = []
     for gpu in gpus:
-        source, card = search.how(gpu, cards)
-        targets.append(Target(gpu, path or Path("tuning_db") / f"{gpu.alias}.json", source, card))
+        source, timed_on = search.source_of(gpu, present)
+        targets.append(Target(gpu, path or Path("tuning_db") / f"{gpu.alias}.json", source, timed_on))
     return targets
 
 
 def check_health(pool: Workers, note: Callable[[str], None] = lambda _: None) -> None:
-    """Raises CheckFailed if a card of the pool is in no state to be timed."""
-    cards = pool.cards()
+    """Raises CheckFailed if a GPU of the pool is not fit for timing."""
+    present = pool.gpus()
 
-    def ask(card: Gpu) -> Program[None]:
-        calls = [(i,) for i in range(cards.count(card))]  # all workers are free: each takes one
-        results = yield Batch(tasks.health, calls, card=card.alias)
-        for rate, reason in (r if not isinstance(r, Ended) else (0.0, str(r)) for r in results.values()):
+    def check(gpu: Gpu) -> Program[None]:
+        calls = [(i,) for i in range(present.count(gpu))]  # all workers are free: each takes one call
+        results = yield Batch(tasks.health, calls, gpu=gpu.alias)
+        for rate, reason in (r if not isinstance(r, ProcessEnded) else (0.0, str(r)) for r in results.values()):
             if reason:
                 raise CheckFailed(reason)
-            note(f"{card.name}: {rate:.0f} bf16 TFLOP/s, healthy")
+            note(f"{gpu.name}: {rate:.0f} bf16 TFLOP/s, healthy")
 
-    pool.drive([ask(card) for card in dict.fromkeys(cards)])
+    pool.drive([check(gpu) for gpu in dict.fromkeys(present)])
 
 
-def run(
+def tune(
     shapes: Iterable[GemmShape],
     targets: Iterable[Target],
     pool: Workers,
@@ -122,138 +138,157 @@ def run(
     force: bool = False,
     stage: Stage = lambda *_: lambda: None,
     note: Callable[[str], None] = lambda _: None,
-) -> list[Outcome]:
+) -> list[TuningResult]:
     """Tune `shapes` for each target.
 
-    Raises FileError if another tuner writes one of the files. A shape for which nothing works is in `Outcome.failed`.
+    Raises FileError if another tuner writes one of the files. A shape for which no configuration works is listed in
+    `TuningResult.failed`.
     """
     wanted = sorted(set(shapes))
-    return pool.drive([_tune(wanted, target, force, stage, note) for target in targets])
+    return pool.drive([_tune_target(wanted, target, force, stage, note) for target in targets])
 
 
-def _tune(
+def _tune_target(
     wanted: list[GemmShape], target: Target, force: bool, stage: Stage, note: Callable[[str], None]
-) -> Program[Outcome]:
+) -> Program[TuningResult]:
     with Journal(target.path, target.identity) as journal:
-        outcome = Outcome(target, resumed=len(set(wanted) & set(journal.chosen)))
+        result = TuningResult(target, resumed=len(set(wanted) & set(journal.chosen)))
         if journal.compiled or journal.chosen:
-            before = f"{len(journal.compiled)} kernels compiled, {outcome.resumed} of {len(wanted)} shapes chosen"
-            note(f"{target.gpu.alias}: going on where a run was ended: {before}")
-        found = search.Space(target.machine)
-        for job, result in journal.compiled.items():
-            found.add(job, result)
-        found.banned |= {workers.job(c, s) for (s, c), why in journal.wrong.items() if why.startswith(ENDED)}
-        left = [shape for shape in wanted if shape not in journal.chosen]
-        one = _Run(target, journal, found, stage)
+            done = f"{len(journal.compiled)} kernels compiled, {result.resumed} of {len(wanted)} shapes chosen"
+            note(f"{target.gpu.alias}: resuming an interrupted run: {done}")
 
         def keep(entry: Entry) -> None:
-            outcome.kept += not store.update(target.path, target.gpu, [entry], force=force).contains(entry)
+            result.kept += not store.update(target.path, target.gpu, [entry], force=force).contains(entry)
             journal.add_chosen(entry)
 
-        if target.card is None:
-            yield from one.compile(workers.job(c, s) for s in left for c in space.candidates(s, target.gpu))
-            for shape in left:
-                one.attempt(shape, partial(_modelled, shape, target.gpu, found, keep), outcome)
+        run = _TargetRun(target, journal, _compiled_before(target, journal), stage, result, keep)
+        pending = [shape for shape in wanted if shape not in journal.chosen]
+        if target.timed_on is None:
+            yield from run.choose_by_model(pending)
         else:
-            yield from one.explore(left, store.merged_view(target.gpu, gemm.toolchain())[0])
-            yield from one.finish(left, keep, outcome)
-        outcome.entries = [journal.chosen[shape] for shape in wanted if shape in journal.chosen]
-        reduced = consolidate.reduce(outcome.entries)
-        outcome.kernels = len(consolidate.kernels(outcome.entries)), len(consolidate.kernels(reduced))
-        changed = [new for new, old in zip(reduced, outcome.entries, strict=True) if new != old]
+            yield from run.explore(pending, store.merged_view(target.gpu, gemm.toolchain())[0])
+            yield from run.finish(pending, target.timed_on)
+        result.entries = [journal.chosen[shape] for shape in wanted if shape in journal.chosen]
+        reduced = consolidate.reduce(result.entries)
+        result.kernels = len(consolidate.kernels(result.entries)), len(consolidate.kernels(reduced))
+        changed = [new for new, old in zip(reduced, result.entries, strict=True) if new != old]
         store.update(target.path, target.gpu, changed, force=force)
-        outcome.entries = reduced
-        outcome.rejected = dict(Counter(w.partition(":")[0] for w in (*found.failed.values(), *journal.wrong.values())))
+        result.entries = reduced
+        reasons = (*run.compiled.failed.values(), *journal.wrong.values())
+        result.rejected = dict(Counter(reason.partition(":")[0] for reason in reasons))
         journal.finish()
-    return outcome
+    return result
 
 
-def _modelled(shape: GemmShape, gpu: Gpu, found: search.Space, keep: Callable[[Entry], None]) -> None:
-    keep(search.modelled(shape, gpu, found))
+def _compiled_before(target: Target, journal: Journal) -> search.CompiledKernels:
+    """The kernels that an interrupted run compiled, and those that it banned."""
+    compiled = search.CompiledKernels(target.machine)
+    for kernel, compilation in journal.compiled.items():
+        compiled.add(kernel, compilation)
+    compiled.banned |= {kernel_of(c, s) for (s, c), why in journal.wrong.items() if why.startswith(PROCESS_ENDED)}
+    return compiled
 
 
 @dataclass
-class _Run:
-    """One target's rounds."""
+class _TargetRun:
+    """The steps of one target's run. Each is a program, or a part of one."""
 
     target: Target
     journal: Journal
-    found: search.Space
+    compiled: search.CompiledKernels
     stage: Stage
+    result: TuningResult
+    keep: Callable[[Entry], None]  # writes an entry to the database and to the journal
 
-    def compile(self, jobs: Iterable[workers.Job]) -> Program[None]:
-        """What is not compiled yet."""
-        todo = self.found.lacks(jobs)
-        if not todo:
+    def compile(self, kernels: Iterable[CompiledKernel]) -> Program[None]:
+        """Compile the `kernels` that are missing."""
+        missing = self.compiled.missing(kernels)
+        if not missing:
             return
         target = self.target
-        step = self.stage(f"{target.gpu.alias}: compiling for sm_{target.gpu.arch}", len(todo))
-        code = tasks.Code(target.card.arch, target.arch) if target.card else None
+        step = self.stage(f"{target.gpu.alias}: compiling for sm_{target.gpu.arch}", len(missing))
 
-        def keep(call: tuple[Any, ...], result: Any) -> None:
-            job, outcome = call[1:3], workers.outcome(result)
-            self.found.add(job, outcome)
-            self.journal.add_compiled(job, outcome)
+        def store_result(call: tuple[Any, ...], result: Any) -> None:
+            _, kernel, _ = call
+            compilation = workers.compilation(result)
+            self.compiled.add(kernel, compilation)
+            self.journal.add_compiled(kernel, compilation)
             step()
 
-        yield Batch(tasks.compile_kernel, [(target.gpu.arch, *job, code) for job in todo], keep)
+        calls = [(target.gpu.arch, kernel, target.launch_code) for kernel in missing]
+        yield Batch(tasks.compile_kernel, calls, store_result)
 
-    def explore(self, left: list[GemmShape], known: Database) -> Program[None]:
-        """All rounds but the final one, for the shapes that are left."""
-        gpu, found = self.target.gpu, self.found
-        trails = {shape: self.journal.trail(shape) for shape in left}
-        near = {shape: search.of_near(shape, gpu, known) for shape in left}
-        yield from self.compile(workers.job(c, s) for s in left for c in (*space.candidates(s, gpu), *near[s]))
-        todo = [t for t in trails.values() if not t.rounds]
-        yield from self.time("first", {t.shape: search.first(t.shape, gpu, found, known) for t in todo}, 0)
+    def choose_by_model(self, pending: list[GemmShape]) -> Program[None]:
+        """The cost model's choice for each shape, where no present GPU runs the target's code."""
+        gpu = self.target.gpu
+        yield from self.compile(kernel_of(c, s) for s in pending for c in space.candidates(s, gpu))
+        for shape in pending:
+            self._choose(shape, partial(search.modelled_entry, shape, gpu, self.compiled))
+
+    def explore(self, pending: list[GemmShape], known: Database) -> Program[None]:
+        """All rounds but the final one, for the shapes without an entry. known: the database so far."""
+        gpu, compiled = self.target.gpu, self.compiled
+        histories = {shape: self.journal.history(shape) for shape in pending}
+        near = {shape: search.configs_of_near_shapes(shape, gpu, known) for shape in pending}
+        yield from self.compile(kernel_of(c, s) for s in pending for c in (*space.candidates(s, gpu), *near[s]))
+        todo = [h for h in histories.values() if not h.rounds]
+        candidates = {h.shape: search.initial_candidates(h.shape, gpu, compiled, known) for h in todo}
+        yield from self._round("first", candidates, 0)
         for number in range(1, search.ROUNDS_MAX):
-            todo = [t for t in trails.values() if len(t.rounds) == number and t.hot is None]
-            wanted = {t.shape: search.ahead(t, gpu, trails.values()) for t in todo}
-            yield from self.compile(workers.job(c, s) for s, configs in wanted.items() for c in configs)
-            plans = {s: search.worthwhile(trails[s], configs, found) for s, configs in wanted.items()}
-            yield from self.time(f"round {number}", plans, number)
-        hot = {t.shape: search.hot(t) for t in trails.values() if t.hot is None}
-        yield from self.time("hot", hot, None)
+            todo = [h for h in histories.values() if len(h.rounds) == number and h.sustained is None]
+            wanted = {h.shape: search.next_candidates(h, gpu, histories.values()) for h in todo}
+            yield from self.compile(kernel_of(c, s) for s, configs in wanted.items() for c in configs)
+            candidates = {s: search.prune_by_model(histories[s], configs, compiled) for s, configs in wanted.items()}
+            yield from self._round(f"round {number}", candidates, number)
+        todo = [h for h in histories.values() if h.sustained is None]
+        yield from self._round("sustained", {h.shape: search.sustained_candidates(h) for h in todo}, None)
 
-    def time(self, name: str, plans: dict[GemmShape, list[TileConfig]], number: int | None) -> Program[None]:
-        """One round; number: None for the hot one."""
-        todo = {shape: configs for shape, configs in plans.items() if configs}
-        sample_us = measure.HOT_US if number is None else interleave.SAMPLE_US
+    def finish(self, pending: list[GemmShape], timed_on: Gpu) -> Program[None]:
+        """The final round, and each shape's entry."""
+        candidates = {shape: search.finalists(self.journal.history(shape)) for shape in pending}
 
-        def keep(shape: GemmShape, timed: tasks.Timed) -> None:
+        def choose(shape: GemmShape, timed: tasks.RoundTimes) -> None:
+            history, source = self.journal.history(shape), self.target.source
+            self._choose(shape, lambda: search.entry(history, timed, self.compiled, source, timed_on))
+
+        yield from self._time("choosing", candidates, search.FINAL_SAMPLES, measure.SUSTAINED_US, True, choose)
+        for shape in set(pending) - set(self.journal.chosen) - set(self.result.failed):
+            why = self.journal.history(shape).wrong.get(default_config(shape))
+            self.result.failed[shape] = (
+                why or "its round ended its process twice, though every configuration had passed alone"
+            )
+
+    def _choose(self, shape: GemmShape, choice: Callable[[], Entry]) -> None:
+        """Keep the entry that `choice` gives, or the reason why the shape has none."""
+        try:
+            self.keep(choice())
+        except CheckFailed as error:
+            self.result.failed[shape] = str(error)
+
+    def _round(self, name: str, candidates: Candidates, number: int | None) -> Program[None]:
+        """Time one round and write it to the journal; number: None for the sustained round."""
+        todo = {shape: configs for shape, configs in candidates.items() if configs}
+        sample_us = measure.SUSTAINED_US if number is None else interleave.SAMPLE_US
+
+        def store_result(shape: GemmShape, timed: tasks.RoundTimes) -> None:
             self.journal.add_timed(shape, number, timed.times)
 
-        yield from self._timed(name, todo, search.SIFTING_SAMPLES, sample_us, False, keep)
+        yield from self._time(name, todo, search.ROUND_SAMPLES, sample_us, False, store_result)
 
-    def finish(self, left: list[GemmShape], keep: Callable[[Entry], None], outcome: Outcome) -> Program[None]:
-        """The final round, and each shape's entry."""
-        target, card = self.target, self.target.card
-        assert card is not None
-        plans = {shape: search.finalists(self.journal.trail(shape)) for shape in left}
-
-        def choose(shape: GemmShape, timed: tasks.Timed) -> None:
-            trail = self.journal.trail(shape)
-            self.attempt(shape, lambda: keep(search.entry(trail, timed, self.found, target.source, card)), outcome)
-
-        yield from self._timed("choosing", plans, search.FINAL_SAMPLES, measure.HOT_US, True, choose)
-        for shape in set(left) - set(self.journal.chosen) - set(outcome.failed):
-            why = self.journal.trail(shape).wrong.get(default_config(shape))
-            outcome.failed[shape] = why or "its round ended its process again, with every configuration proven alone"
-
-    def _timed(
-        self, name: str, plans: dict[GemmShape, list[TileConfig]], samples: int, sample_us: int, bf16: bool,
-        on_timed: Callable[[GemmShape, tasks.Timed], None],
+    def _time(
+        self, name: str, candidates: Candidates, samples: int, sample_us: int, bf16: bool,
+        on_timed: Callable[[GemmShape, tasks.RoundTimes], None],
     ) -> Program[None]:  # fmt: skip
-        """Time every plan; where a shape's round ends its process, again without the kernels that do."""
-        assert self.target.card is not None
-        card, arch = self.target.card.alias, self.target.arch
-        step = self.stage(f"{self.target.gpu.alias}: {name}", len(plans)) if plans else lambda: None
-        todo, lost, twice = dict(plans), set[GemmShape](), set[GemmShape]()
+        """Time the candidates of every shape. A shape whose process ends is timed again without the guilty kernels."""
+        assert self.target.timed_on is not None
+        gpu, arch = self.target.timed_on.alias, self.target.arch
+        step = self.stage(f"{self.target.gpu.alias}: {name}", len(candidates)) if candidates else lambda: None
+        todo, ended_once, ended_twice = dict(candidates), set[GemmShape](), set[GemmShape]()
 
-        def keep(call: tuple[Any, ...], result: Any) -> None:
+        def store_result(call: tuple[Any, ...], result: Any) -> None:
             shape = call[0]
-            if isinstance(result, Ended):
-                (twice if shape in lost else lost).add(shape)
+            if isinstance(result, ProcessEnded):
+                (ended_twice if shape in ended_once else ended_once).add(shape)
                 return
             del todo[shape]
             for config, reason in result.wrong.items():
@@ -261,31 +296,25 @@ class _Run:
             on_timed(shape, result)
             step()
 
-        def blame(call: tuple[Any, ...], result: Any) -> None:
+        def store_suspect(call: tuple[Any, ...], result: Any) -> None:
             shape, _, config = call
-            if isinstance(result, Ended):
-                self.found.banned.add(workers.job(config, shape))
+            if isinstance(result, ProcessEnded):
+                self.compiled.banned.add(kernel_of(config, shape))
                 result = str(result)
             if result is not None:
                 self.journal.add_wrong(shape, config, result)
 
         while todo:
-            suspects = lost.copy()
+            before = ended_once.copy()
             calls = [(shape, arch, tuple(configs), samples, sample_us, bf16) for shape, configs in todo.items()]
-            yield Batch(tasks.time_configs, calls, keep, card, ROUND_S, once=True, halt=True)
-            alone = {(s, workers.job(c, s)): (s, arch, c) for s in lost - suspects for c in todo[s]}  # each kernel once
-            yield Batch(tasks.launch, list(alone.values()), blame, card, LAUNCH_S, once=True)
-            todo = {shape: self._runnable(shape, configs) for shape, configs in todo.items() if shape not in twice}
-            todo = {shape: configs for shape, configs in todo.items() if configs}
+            yield Batch(tasks.time_configs, calls, store_result, gpu, ROUND_S, once=True, halt=True)
+            # each kernel once, by one of the configurations that share it
+            suspects = {(s, kernel_of(c, s)): (s, arch, c) for s in ended_once - before for c in todo[s]}
+            yield Batch(tasks.try_alone, list(suspects.values()), store_suspect, gpu, LAUNCH_S, once=True)
+            runnable = {s: self._runnable(s, configs) for s, configs in todo.items() if s not in ended_twice}
+            todo = {shape: configs for shape, configs in runnable.items() if configs}
 
     def _runnable(self, shape: GemmShape, configs: list[TileConfig]) -> list[TileConfig]:
-        """Those of `configs` not known to be out; the default, which no shape can do without, is tried at each."""
-        wrong, banned, default = self.journal.trail(shape).wrong, self.found.banned, default_config(shape)
-        return [c for c in configs if c not in wrong and (c == default or workers.job(c, shape) not in banned)]
-
-    def attempt(self, shape: GemmShape, choose: Callable[[], None], outcome: Outcome) -> None:
-        """`choose`, or why the shape has no entry."""
-        try:
-            choose()
-        except CheckFailed as error:
-            outcome.failed[shape] = str(error)
+        """The `configs` that are not rejected. The default, which every shape needs, is tried even if banned."""
+        wrong, banned, default = self.journal.history(shape).wrong, self.compiled.banned, default_config(shape)
+        return [c for c in configs if c not in wrong and (c == default or kernel_of(c, shape) not in banned)]

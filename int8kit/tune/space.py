@@ -1,16 +1,18 @@
-"""The configurations that a tuner considers for a card: every legal one, of which a run begins with a few.
+"""The configurations that the tuner considers for a GPU, and the kernels that they need.
 
-    legal(gpu)               all of them, thousands: what a local search may reach
-    seeds(gpu)               about a hundred, which every run compiles
-    neighbours(config, gpu)  the legal ones a step away: what the search tries around the fastest
+    legal(gpu)               every legal configuration, thousands: the space of the local search
+    seeds(gpu)               about a hundred of them: every run compiles these
+    neighbours(config, gpu)  the legal ones a step away: the search tries them around the fastest
 
-Legality is `spec.why_illegal` and nothing else: what it leaves out would not run (tests/test_space.py compiles some of
-it, and finds more shared memory than the card has, or spills). The seeds are a choice: of the Triton kernel a grid
-without what is legal and never won, tiles under 64 x 64 (for M of 64 and more), more than 5 stages, one or two warps on
-a large tile; of the other kernels, which take longer to compile, a list of those that won somewhere and some between.
+Legality is `spec.why_illegal` and nothing else. A configuration that it excludes would not run: tests/test_space.py
+compiles some of these and finds more shared memory than the GPU has, or spills.
 
-A search over all of `legal` from the start was rejected: it compiles, for half an hour of a core, what a model knows to
-be slow.
+The seeds are a choice. For the Triton kernel they are a grid without the legal values that never won. Left out are
+tiles under 64 x 64 (for M of 64 and more), more than 5 stages, and one or two warps on a large tile. The other kernels
+take longer to compile. Their seeds are a list of configurations that won for some shape, and some between these.
+
+A search over all of `legal` from the start was rejected: it compiles, for half an hour of one core, configurations that
+the cost model rightly ranks as slow.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from int8kit.gpus import Gpu
 from int8kit.spec import (
@@ -33,9 +35,10 @@ from int8kit.spec import (
     why_illegal,
 )
 
-BANDS = (4, 8, 12, 16)
+SWIZZLE_WIDTHS = (4, 8, 12, 16)
+"""Values of group_m, the width of the L2 swizzle, that are tried."""
 
-_AMPERE = (  # block_m, block_n, block_k, warps, stages, stream_k
+_MMA_SYNC_SEEDS = (  # block_m, block_n, block_k, warps, stages, stream_k
     (128, 128, 64, 4, (3, 4), (0, 2)),
     (128, 128, 128, 4, (2, 3), (0, 2)),
     (128, 256, 64, 8, (3, 4), (0, 1)),
@@ -48,7 +51,7 @@ _AMPERE = (  # block_m, block_n, block_k, warps, stages, stream_k
     (16, 64, 128, 4, (4,), (0, 4)),
     (16, 128, 128, 4, (4,), (0, 2)),
 )
-_HOPPER = (
+_WGMMA_SEEDS = (
     (128, 128, 128, 8, (6,), (0,)),
     (256, 128, 128, 8, (4,), (0, 1)),
     (64, 128, 128, 8, (8,), (0, 1)),
@@ -56,35 +59,65 @@ _HOPPER = (
 )
 
 
+class CompiledKernel(NamedTuple):
+    """Identity of one compiled kernel: several configurations and shapes can share it.
+
+    config has group_m = GROUP_M, since the swizzle width is an argument at run time. even_k says whether K is a
+    multiple of block_k. Only the Triton kernel is compiled differently for it; for the others it is None.
+    """
+
+    config: TileConfig
+    even_k: bool | None = None
+
+
+def kernel_of(config: TileConfig, shape: GemmShape) -> CompiledKernel:
+    """The kernel that `config` needs for `shape`."""
+    return compiled_kernel(config, shape.k % config.block_k == 0)
+
+
+def compiled_kernel(config: TileConfig, even_k: bool) -> CompiledKernel:
+    """The kernel that `config` needs where K is a multiple of block_k, or is not."""
+    return CompiledKernel(without_swizzle(config), even_k if config.kernel is Kernel.TRITON else None)
+
+
+def without_swizzle(config: TileConfig) -> TileConfig:
+    """`config` with the usual L2 swizzle width: equal for two configurations that are compiled to the same code."""
+    return replace(config, group_m=GROUP_M)
+
+
 def legal(gpu: Gpu) -> tuple[TileConfig, ...]:
-    """Every legal configuration of the card's kernels."""
+    """Every legal configuration of the GPU's kernels."""
     return legal_configs(gpu.arch, gpu.shared_memory)
 
 
 @cache
 def seeds(gpu: Gpu) -> tuple[TileConfig, ...]:
-    """What every run on `gpu` considers, sorted; each is legal, and none comes twice."""
+    """The configurations that every run on `gpu` considers: sorted, legal and distinct."""
     grid = product((64, 128, 256), (64, 128, 256), (64, 128), (4, 8), (3, 4, 5))
-    found = {TileConfig(m, n, k, warps, stages, GROUP_M) for m, n, k, warps, stages in grid}
-    found |= {default_config(GemmShape(m, 4096, 4096)) for m in (16, 64, 4096)}
-    found |= set(_listed(gpu))
-    return tuple(sorted(c for c in found if _is_legal(c, gpu)))
+    configs = {TileConfig(m, n, k, warps, stages, GROUP_M) for m, n, k, warps, stages in grid}
+    configs |= {default_config(GemmShape(m, 4096, 4096)) for m in (16, 64, 4096)}
+    configs |= set(_listed_seeds(gpu))
+    return tuple(sorted(c for c in configs if _is_legal(c, gpu)))
 
 
-def _listed(gpu: Gpu) -> Iterator[TileConfig]:
-    kernel, rows = (Kernel.WGMMA, _HOPPER) if gpu.arch == 90 else (Kernel.MMA_SYNC, _AMPERE)
+def _listed_seeds(gpu: Gpu) -> Iterator[TileConfig]:
+    kernel, rows = (Kernel.WGMMA, _WGMMA_SEEDS) if gpu.arch == 90 else (Kernel.MMA_SYNC, _MMA_SYNC_SEEDS)
     for m, n, k, warps, all_stages, shares in rows:
         for stages, stream_k in product(all_stages, shares):
             yield TileConfig(m, n, k, warps, stages, GROUP_M, kernel, stream_k)
 
 
 def candidates(shape: GemmShape, gpu: Gpu) -> list[TileConfig]:
-    """The seeds that make sense for one shape, the default always among them."""
+    """The seeds that make sense for one shape, and the default configuration."""
     return sorted({*(c for c in seeds(gpu) if suits(c, shape)), default_config(shape)})
 
 
 def suits(config: TileConfig, shape: GemmShape) -> bool:
-    """False for a tile much higher than M, and where K is no multiple of the 16 bytes that a kernel copies at once."""
+    """Whether `config` makes sense for `shape`.
+
+    False for a tile much higher than M. False for a Gluon kernel where K is not a multiple of 16, the number of bytes
+    that it copies at once.
+    """
     low = config.block_m <= max(64, 2 * shape.m)
     return low and (config.kernel is Kernel.TRITON or shape.k % 16 == 0)
 
@@ -92,13 +125,13 @@ def suits(config: TileConfig, shape: GemmShape) -> bool:
 def neighbours(config: TileConfig, gpu: Gpu) -> list[TileConfig]:
     """The legal configurations a step from `config`, sorted.
 
-    A step is the next value of one parameter either way, or of two that pay for each other: a side of the tile for the
-    other, a longer step of K for fewer stages, a larger tile for more warps.
+    A step changes one parameter to its next value, up or down. Or it changes two parameters that compensate each other,
+    such as both sides of the tile, or a longer step of K and fewer stages.
     """
     found = {
         _with(config, dict(zip(names, values, strict=True)))
         for names in _STEPS
-        for values in product(*(_beside(config, name) for name in names))
+        for values in product(*(_adjacent_values(config, name) for name in names))
     }
     return sorted(c for c in found if _is_legal(c, gpu))
 
@@ -110,12 +143,12 @@ _STEPS = (
 )  # fmt: skip
 
 
-def _beside(config: TileConfig, name: str) -> list[int]:
-    """The values next to the one that `config` has."""
-    values = BANDS if name == "group_m" else getattr(DOMAINS[config.kernel], name)
-    mine = getattr(config, name)
-    lower = [value for value in values if value < mine]
-    higher = [value for value in values if value > mine]
+def _adjacent_values(config: TileConfig, name: str) -> list[int]:
+    """The next smaller and the next larger value of a parameter of `config`, where they exist."""
+    values = SWIZZLE_WIDTHS if name == "group_m" else getattr(DOMAINS[config.kernel], name)
+    own = getattr(config, name)
+    lower = [value for value in values if value < own]
+    higher = [value for value in values if value > own]
     return lower[-1:] + higher[:1]
 
 

@@ -1,7 +1,7 @@
-"""What a worker's process does: say what it is, compile a kernel, judge its card's health, time configurations.
+"""Functions that a worker process executes: describe itself, compile, check its GPU, time configurations.
 
-Every function's arguments and result can be pickled; a result says which configurations were out and why, opening with
-the class. Whoever calls them is `session`, by way of `workers`.
+`session` calls them by way of `workers`. All arguments and results can be pickled. A result says which configurations
+were rejected and why; each reason begins with its class.
 """
 
 from __future__ import annotations
@@ -18,28 +18,29 @@ from int8kit.timing import interleave
 from int8kit.timing.health import check_health
 from int8kit.timing.interleave import Times
 from int8kit.tune import measure
+from int8kit.tune.space import CompiledKernel
 
 
 @dataclass(frozen=True)
-class Timed:
-    """Configurations of one shape, timed in the same rounds."""
+class RoundTimes:
+    """Times of one shape's configurations, timed together in interleaved samples."""
 
     times: dict[TileConfig, Times]
-    wrong: dict[TileConfig, str]  # out, and why
-    bf16: Times | None = None  # torch's bf16 product, if it was asked for
-    state: GpuState | None = None  # of the card at work, with `bf16`
+    wrong: dict[TileConfig, str]  # rejected configurations, with the reason
+    bf16: Times | None = None  # torch's bf16 product, if requested
+    state: GpuState | None = None  # of the GPU under load, if `bf16` was requested
 
 
 @dataclass(frozen=True)
-class Code:
-    """What a card is to run: its own code, or that of an older one."""
+class LaunchCode:
+    """The code that a launch on a GPU needs: the GPU's own, or an older architecture's."""
 
-    target: int  # compute capability of the card
-    arch: str | None = None  # "sm86": an older card's code
+    target: int  # compute capability of the GPU that runs it
+    arch: str | None = None  # "sm86": code of that older architecture
 
 
 def toolchain() -> str:
-    """What decides the code that a worker compiles."""
+    """Everything that decides the code which a worker compiles, as one text."""
     import triton
 
     from int8kit import __version__
@@ -50,46 +51,46 @@ def toolchain() -> str:
 
 
 def describe() -> tuple[str, Gpu | None]:
-    """The toolchain and the card of this process."""
+    """The toolchain and the GPU of this process."""
     return toolchain(), present()
 
 
-def compile_kernel(arch: int, config: TileConfig, even_k: bool, code: Code | None) -> Resources | str:
-    """What the kernel takes on `arch`, or "compile: ..." with the compiler's words.
+def compile_kernel(arch: int, kernel: CompiledKernel, launch_code: LaunchCode | None) -> Resources | str:
+    """Resources of `kernel` on `arch`, or "compile: ..." with the compiler's message.
 
-    code: compile that too, as a launch would, so that the launch finds it in Triton's cache on this machine.
+    launch_code: compile this too, so that a launch on this machine finds it in Triton's cache.
     """
     from int8kit.tune import cross_compile
 
     try:
-        resources = cross_compile.compile_for(arch, config, even_k=even_k)
-        if code is not None and code != Code(arch):
-            cross_compile.assemble(code.target, config, even_k=even_k, code=code.arch)
+        resources = cross_compile.compile_for(arch, kernel)
+        if launch_code is not None and launch_code != LaunchCode(arch):
+            cross_compile.assemble(launch_code.target, kernel, code=launch_code.arch)
     except ConfigError as error:
         return f"compile: {error}"
     return resources
 
 
 def health(number: int) -> tuple[float, str | None]:
-    """bf16 TFLOP/s of this process's card, and why nothing timed on it is worth storing, if so.
+    """bf16 TFLOP/s of this process's GPU, and the reason why its times are not worth storing, if there is one.
 
-    number: of the worker; tells the calls apart.
+    number: of the worker; it makes the calls distinct.
     """
-    card = present()
-    assert card is not None
+    gpu = present()
+    assert gpu is not None
     try:
-        return check_health(card), None
+        return check_health(gpu), None
     except CheckFailed as error:
         return 0.0, str(error)
 
 
 def time_configs(
     shape: GemmShape, arch: str | None, configs: tuple[TileConfig, ...], rounds: int, sample_us: int, bf16: bool
-) -> Timed:
-    """Check each of `configs` bit-exact at `shape`, then time the exact ones in interleaved rounds.
+) -> RoundTimes:
+    """Check that each of `configs` is bit-exact at `shape`, then time the exact ones in interleaved rounds.
 
-    arch: an older card's code. Ends the process if a configuration has broken its CUDA context: nothing that ran later
-    would say anything.
+    arch: code of an older architecture. Ends the process if a configuration has broken its CUDA context, since every
+    later result would be meaningless.
     """
     try:
         bench = _bench(shape, arch)
@@ -98,28 +99,29 @@ def time_configs(
         times = bench.times(exact, rounds, sample_us, bf16=bf16) if exact or bf16 else []
     except measure.ContextLost:
         os._exit(1)
-    last = times.pop() if bf16 else None
+    bf16_times = times.pop() if bf16 else None
     state = None
-    if last and exact:
-        state = interleave.under_load(partial(bench.call, exact[0]), times[0].p50)
-    return Timed(dict(zip(exact, times, strict=True)), wrong, last, GpuState(**state) if state else None)
+    if bf16_times and exact:
+        state = interleave.under_load(partial(bench.launch, exact[0]), times[0].p50)
+    return RoundTimes(dict(zip(exact, times, strict=True)), wrong, bf16_times, GpuState(**state) if state else None)
 
 
-def launch(shape: GemmShape, arch: str | None, config: TileConfig) -> str | None:
-    """Why `config` is out, or None: one configuration alone, to find the one that ends its process."""
+def try_alone(shape: GemmShape, arch: str | None, config: TileConfig) -> str | None:
+    """Why `config` is rejected, or None. Launches one configuration only, to find the one that ends its process."""
     try:
         return _bench(shape, arch).why_not(config)
     except measure.ContextLost:
         os._exit(1)
 
 
-_held: dict[tuple[GemmShape, str | None], measure.Bench] = {}  # the last shape's operands
+_latest: dict[tuple[GemmShape, str | None], measure.ShapeBench] = {}
+"""The operands of the last shape: the next call of the same shape uses them again."""
 
 
-def _bench(shape: GemmShape, arch: str | None) -> measure.Bench:
-    if (shape, arch) not in _held:
-        _held.clear()  # before the next one's are made: the card may not hold both
-        card = present()
-        assert card is not None
-        _held[shape, arch] = measure.Bench(shape, card, arch=arch)
-    return _held[shape, arch]
+def _bench(shape: GemmShape, arch: str | None) -> measure.ShapeBench:
+    if (shape, arch) not in _latest:
+        _latest.clear()  # before new operands are made: the GPU may not hold both
+        gpu = present()
+        assert gpu is not None
+        _latest[shape, arch] = measure.ShapeBench(shape, gpu, arch=arch)
+    return _latest[shape, arch]

@@ -1,16 +1,18 @@
-"""Processes that compile and time: one that aborts or hangs costs one configuration, not the run.
+"""Worker processes that compile and time: one that aborts or hangs costs one configuration, not the run.
 
     with Workers() as pool:                                # or Workers("tcp://host:8786")
-        outcomes = pool.compile_all(86, jobs)              # {(config, even K): Resources, or why there are none}
+        compilations = pool.compile_all(86, kernels)       # {kernel: Resources, or why it does not compile}
         results = pool.drive([program, program])           # each a generator of `Batch`es
 
-The processes are workers of a dask cluster, by default one of this machine: one without a card a core, which compile,
-and one for each card, which time. A program yields a `Batch` of calls and is sent their results; programs take turns
-at the workers, so that several kinds of card are kept busy at once. A process that dies, or is at one call for longer
-than the batch's limit, is replaced. What it was at is tried once more, alone; what ends its process again has the
-result `Ended`. A worker has one call at a time, since dask blames all that a dead worker held.
+The processes are workers of a dask cluster. By default it is a cluster of this machine: for each core one worker
+without a GPU, which compiles, and for each GPU one worker, which times. A program yields a `Batch` of calls and is sent
+their results. Programs take turns at the workers, so that GPUs of several kinds are busy at once.
 
-A pool of our own on concurrent.futures was given up: it cannot end a call that hangs, nor reach another host.
+A process that dies is replaced, and so is one that takes longer for a call than the batch's limit. Its call is tried
+once more, alone. A call that ends its process again has the result `ProcessEnded`. A worker has one call at a time,
+since dask blames every call that a dead worker held.
+
+Rejected: a pool on concurrent.futures. It cannot end a call that hangs, and cannot reach another host.
 """
 
 from __future__ import annotations
@@ -24,45 +26,37 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from int8kit.database.schema import Resources
 from int8kit.errors import CheckFailed, InputError
 from int8kit.gpus import Gpu
-from int8kit.spec import GROUP_M, GemmShape, TileConfig
 from int8kit.tune import tasks
+from int8kit.tune.space import CompiledKernel
 
 T = TypeVar("T")
 
-Job = tuple[TileConfig, bool]
-"""A configuration, and whether K is a multiple of its block_k: the two kernels differ."""
+Compilation = Resources | str
+"""Resources of a compiled kernel, or why there is none. The reason begins with its class, such as "compile:"."""
 
-Outcome = Resources | str
-"""What a job's kernel takes, or why there is none, opening with the class: "compile: ...", "crash: ..." and so on."""
-
-LIMIT_S = 60.0  # of one compilation; the slowest seen takes 19
+LIMIT_S = 60.0  # for one compilation; the slowest observed took 19 s
 CONNECT_S = 10
-ASK_S = 120.0  # for a new worker to import torch and say what it is
-TICK_S = 0.5  # between looks at which workers there are
-ALONE_S = 60.0  # how long a batch waits for a worker that could take it
-PROCESSES = 32  # at most, of this machine's; each takes about half a GB
+DESCRIBE_S = 120.0  # for a new worker to import torch and describe itself
+TICK_S = 0.5  # between two checks of which workers exist
+NO_WORKER_S = 60.0  # how long a batch waits for a worker that can take it
+PROCESSES = 32  # most that compile on this machine; each takes about half a GB
 
 _CONFIG = {
-    "distributed.scheduler.allowed-failures": 0,  # whatever ended a worker is tried again by us, alone
+    "distributed.scheduler.allowed-failures": 0,  # `Workers` itself tries a call again that ended its worker
     "distributed.worker.multiprocessing-method": "spawn",
     "distributed.scheduler.active-memory-manager.start": False,
-    # its nanny starts a worker again; by default the cluster gives up one that is down 15 s after an earlier end
+    # a nanny restarts a worker; by default the cluster gives up a worker that is down 15 s after an earlier end
     "distributed.deploy.lost-worker-timeout": "1000 days",
 }
-# Ctrl-C reaches the whole group; it is the parent's to handle
+# Ctrl-C reaches the whole process group; only the parent handles it
 _PRELOAD = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
-
-
-def job(config: TileConfig, shape: GemmShape) -> Job:
-    """The kernel that `config` needs for `shape`: a band's width is an argument of it."""
-    return replace(config, group_m=GROUP_M), shape.k % config.block_k == 0
 
 
 @dataclass(frozen=True)
@@ -71,16 +65,16 @@ class Batch:
 
     function: Callable[..., Any]
     calls: Sequence[tuple[Any, ...]]
-    on_result: Callable[[tuple[Any, ...], Any], None] = lambda *_: None  # told each call and its result as it comes
-    card: str | None = None  # alias of the card that a worker must have; None: a worker without one, if there are any
-    limit_s: float | None = None  # of one call; None: LIMIT_S
-    once: bool = False  # what ends its process is not tried again
-    halt: bool = False  # once a call has the result Ended, those not begun are left out of the results
+    on_result: Callable[[tuple[Any, ...], Any], None] = lambda *_: None  # receives each call and its result at once
+    gpu: str | None = None  # alias of the GPU that a worker must have; None: a worker without a GPU, if there are any
+    limit_s: float | None = None  # for one call; None: LIMIT_S
+    once: bool = False  # a call that ends its process is not tried again
+    halt: bool = False  # after a call has ended its process, the calls not begun are left out of the results
 
 
 @dataclass(frozen=True)
-class Ended:
-    """In place of the result of a call that ended its process, twice unless its batch says `once`."""
+class ProcessEnded:
+    """In place of the result of a call that ended its process: twice, or once in a batch with `once`."""
 
     kind: Literal["crash", "timeout"]
     limit_s: float
@@ -90,11 +84,11 @@ class Ended:
 
 
 Program = Generator[Batch, dict[tuple[Any, ...], Any], T]
-"""Yields batches, is sent {call: result} of each, and returns what it came to."""
+"""Yields batches, is sent {call: result} of each, and returns its own result."""
 
 
 def _guarded(function: Any, limit_s: float, *args: Any) -> Any:
-    """function(*args) in a worker; its process ends after limit_s, also where nothing lets go of the interpreter."""
+    """function(*args) in a worker. Its process ends after limit_s, even if C code holds the interpreter's lock."""
     with open(os.devnull, "w") as nowhere:
         faulthandler.dump_traceback_later(limit_s, exit=True, file=nowhere)
         try:
@@ -105,18 +99,18 @@ def _guarded(function: Any, limit_s: float, *args: Any) -> Any:
 
 @dataclass
 class _Running:
-    """A program and its present batch."""
+    """A program and its current batch."""
 
     program: Program[Any]
     batch: Batch | None = None
     todo: deque[tuple[Any, ...]] = field(default_factory=deque)
-    again: deque[tuple[Any, ...]] = field(default_factory=deque)  # ended their process once
+    again: deque[tuple[Any, ...]] = field(default_factory=deque)  # calls that ended their process once
     results: dict[tuple[Any, ...], Any] = field(default_factory=dict)
-    flying: int = 0
-    outcome: Any = None
+    in_flight: int = 0
+    returned: Any = None
 
     def advance(self) -> None:
-        """Send the results of the batch that is done, and fetch the next one that has calls."""
+        """Send the results of the finished batch, and fetch the next one that has calls."""
         results: Any = self.results if self.batch else None
         self.batch = None
         try:
@@ -124,30 +118,30 @@ class _Running:
             while not batch.calls:
                 batch = self.program.send({})
         except StopIteration as end:
-            self.outcome = end.value
+            self.returned = end.value
             return
         self.batch, self.todo, self.again, self.results = batch, deque(batch.calls), deque(), {}
 
     def next_call(self) -> tuple[tuple[Any, ...], bool] | None:
-        """A call that can be made now, and whether it is made again."""
+        """A call that can start now, and whether it is the second try; None if there is none."""
         if self.todo:
             return self.todo.popleft(), False
-        if self.again and not self.flying:
+        if self.again and not self.in_flight:
             return self.again.popleft(), True
         return None
 
     def done(self, call: tuple[Any, ...], result: Any) -> None:
-        """Note a result; advance if it was the batch's last."""
+        """Store and report the result of a call."""
         assert self.batch is not None
         self.results[call] = result
         self.batch.on_result(call, result)
-        if self.batch.halt and isinstance(result, Ended):
+        if self.batch.halt and isinstance(result, ProcessEnded):
             self.todo.clear()
 
 
 @dataclass(frozen=True)
-class _Flight:
-    """A call under way."""
+class _ActiveCall:
+    """A call that a worker is executing."""
 
     running: _Running
     call: tuple[Any, ...]
@@ -158,18 +152,21 @@ class _Flight:
 
 
 class Workers:
-    """A cluster's workers, as a context manager. scheduler: its address; None: a cluster of this machine."""
+    """Workers of a cluster, as a context manager."""
 
     def __init__(self, scheduler: str | None = None, *, processes: int | None = None) -> None:
-        """processes: of this machine's that compile; None for one a core."""
+        """scheduler: address of the cluster's; None: a cluster of this machine.
+
+        processes: how many compile on this machine; None: one for each core, at most PROCESSES.
+        """
         self.scheduler = scheduler
         self.processes = processes or min(os.cpu_count() or 1, PROCESSES)
         self._stack = contextlib.ExitStack()
         self._client: Any = None
-        self._workers: dict[str, Gpu | None] = {}  # by address, with the card of each
-        self._asked: dict[str, Any] = {}  # by address, the future with what the worker says of itself
-        self._flights: dict[str, _Flight] = {}  # by the future's key
-        self._landed: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._workers: dict[str, Gpu | None] = {}  # by address, with the GPU of each
+        self._asked: dict[str, Any] = {}  # by address, the future of `tasks.describe`
+        self._active: dict[str, _ActiveCall] = {}  # by the future's key
+        self._finished: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._names = itertools.count()
 
     def __enter__(self) -> Workers:
@@ -180,29 +177,30 @@ class Workers:
         self._client = None
         self._asked.clear()
 
-    def cards(self) -> list[Gpu]:
-        """The card of each worker that has one. Raises InputError if no scheduler answers."""
+    def gpus(self) -> list[Gpu]:
+        """The GPU of each worker that has one. Raises InputError if no scheduler answers."""
         self._connect()
-        return [card for card in self._workers.values() if card is not None]
+        return [gpu for gpu in self._workers.values() if gpu is not None]
 
-    def compile_all(self, arch: int, jobs: Iterable[Job]) -> dict[Job, Outcome]:
-        """Compile each job for `arch`."""
-        found: dict[Job, Outcome] = {}
+    def compile_all(self, arch: int, kernels: Iterable[CompiledKernel]) -> dict[CompiledKernel, Compilation]:
+        """Compile each of `kernels` for `arch`."""
+        compilations: dict[CompiledKernel, Compilation] = {}
 
         def program() -> Program[None]:
-            yield Batch(tasks.compile_kernel, [(arch, *job, None) for job in jobs], keep)
+            yield Batch(tasks.compile_kernel, [(arch, kernel, None) for kernel in kernels], keep)
 
         def keep(call: tuple[Any, ...], result: Any) -> None:
-            found[call[1:3]] = outcome(result)
+            _, kernel, _ = call
+            compilations[kernel] = compilation(result)
 
         self.drive([program()])
-        return found
+        return compilations
 
     def drive(self, programs: Iterable[Program[T]]) -> list[T]:
-        """Run the programs to their ends, side by side -> what they returned.
+        """Run the programs to their ends, side by side, and return their results.
 
-        Raises what they raise, InputError if no scheduler answers, CheckFailed if no worker is left that has a card
-        that a batch needs.
+        Raises what the programs raise, InputError if no scheduler answers, and CheckFailed if no worker is left with
+        the GPU that a batch needs.
         """
         running = [_Running(program) for program in programs]
         try:
@@ -211,41 +209,40 @@ class Workers:
             idle_since = time.monotonic()
             while any(one.batch for one in running):
                 self._connect()
-                self._launch(running)
-                if self._flights:
+                self._start_calls(running)
+                if self._active:
                     idle_since = time.monotonic()
-                elif time.monotonic() - idle_since > ALONE_S:
-                    card = next(one.batch.card for one in running if one.batch)
-                    raise CheckFailed(f"no worker with the card {card} is left; what was finished is kept")
-                self._land()
+                elif time.monotonic() - idle_since > NO_WORKER_S:
+                    raise CheckFailed(_no_worker(next(one.batch.gpu for one in running if one.batch)))
+                self._finish_one()
                 for one in running:
-                    if one.batch and not (one.todo or one.again or one.flying):
+                    if one.batch and not (one.todo or one.again or one.in_flight):
                         one.advance()
         finally:
-            for flight in self._flights.values():
-                flight.future.cancel()
-            self._flights.clear()
+            for active in self._active.values():
+                active.future.cancel()
+            self._active.clear()
             for one in running:
                 one.program.close()
-        return [one.outcome for one in running]
+        return [one.returned for one in running]
 
-    def _launch(self, running: list[_Running]) -> None:
+    def _start_calls(self, running: list[_Running]) -> None:
         """Give every free worker a call."""
-        busy = {flight.address for flight in self._flights.values()}
+        busy = {active.address for active in self._active.values()}
         for address in [a for a in self._workers if a not in busy]:
-            # those first that have the fewest calls under way, so that programs share the workers
-            for one in sorted(running, key=lambda one: one.flying):
-                if one.batch is None or not self._suits(address, one.batch.card):
+            # the programs with the fewest running calls come first, so that programs share the workers
+            for one in sorted(running, key=lambda one: one.in_flight):
+                if one.batch is None or not self._suits(address, one.batch.gpu):
                     continue
-                if (found := one.next_call()) is not None:
-                    self._submit(one, address, *found)
+                if (next_call := one.next_call()) is not None:
+                    self._submit(one, address, *next_call)
                     break
 
-    def _suits(self, address: str, card: str | None) -> bool:
-        has = self._workers[address]
-        if card is not None:
-            return has is not None and has.alias == card
-        return has is None or None not in self._workers.values()
+    def _suits(self, address: str, wanted: str | None) -> bool:
+        gpu = self._workers[address]
+        if wanted is not None:
+            return gpu is not None and gpu.alias == wanted
+        return gpu is None or None not in self._workers.values()
 
     def _submit(self, running: _Running, address: str, call: tuple[Any, ...], again: bool) -> None:
         assert running.batch is not None
@@ -254,88 +251,89 @@ class Workers:
             _guarded, running.batch.function, limit_s, *call,
             workers=[address], pure=False, key=f"{running.batch.function.__name__}-{id(self)}-{next(self._names)}",
         )  # fmt: skip
-        self._flights[future.key] = _Flight(running, call, again, address, time.monotonic(), future)
-        running.flying += 1
-        future.add_done_callback(self._landed.put)
+        self._active[future.key] = _ActiveCall(running, call, again, address, time.monotonic(), future)
+        running.in_flight += 1
+        future.add_done_callback(self._finished.put)
 
-    def _land(self) -> None:
-        """Wait for one call, or look which workers there are."""
+    def _finish_one(self) -> None:
+        """Wait for the end of one call; after TICK_S without one, check which workers exist."""
         from distributed import KilledWorker
 
         try:
-            future = self._landed.get(timeout=TICK_S)
+            future = self._finished.get(timeout=TICK_S)
         except queue.Empty:
-            self._look()
+            self._check_workers()
             return
-        flight = self._flights.pop(future.key, None)
-        if flight is None:
-            return  # given up
+        active = self._active.pop(future.key, None)
+        if active is None:
+            return  # its worker has gone meanwhile
         error = future.exception() if future.status == "error" else None
         if isinstance(error, KilledWorker) or future.status in ("cancelled", "lost"):
-            self._ended(flight)
+            self._process_ended(active)
         elif error is not None:
             raise error
         else:
-            flight.running.flying -= 1
-            flight.running.done(flight.call, future.result())
+            active.running.in_flight -= 1
+            active.running.done(active.call, future.result())
 
-    def _ended(self, flight: _Flight) -> None:
-        """A call's process is gone."""
-        running = flight.running
+    def _process_ended(self, active: _ActiveCall) -> None:
+        """Try the call again whose process has ended, or store that it ended twice."""
+        running = active.running
         assert running.batch is not None
-        running.flying -= 1
-        self._workers.pop(flight.address, None)
+        running.in_flight -= 1
+        self._workers.pop(active.address, None)
         limit_s = running.batch.limit_s or LIMIT_S
-        if flight.again or running.batch.once:
-            hung = time.monotonic() - flight.start >= limit_s
-            running.done(flight.call, Ended("timeout" if hung else "crash", limit_s))
+        if active.again or running.batch.once:
+            hung = time.monotonic() - active.start >= limit_s
+            running.done(active.call, ProcessEnded("timeout" if hung else "crash", limit_s))
         else:
-            running.again.append(flight.call)
+            running.again.append(active.call)
 
-    def _look(self) -> None:
-        """Take in workers that have come, and give up those that are gone with what they were at."""
+    def _check_workers(self) -> None:
+        """Register new workers, and drop those that have gone together with their calls."""
         there = set(self._client.nthreads())
         for address in set(self._workers) - there:
             self._workers.pop(address)
-        for key, flight in list(self._flights.items()):
-            if flight.address not in there:
-                self._flights.pop(key)
-                flight.future.cancel()
-                self._ended(flight)
-        self._meet(there)
+        for key, active in list(self._active.items()):
+            if active.address not in there:
+                self._active.pop(key)
+                active.future.cancel()
+                self._process_ended(active)
+        self._register(there)
 
-    def _meet(self, there: set[str]) -> None:
-        """Ask each new worker for its toolchain and its GPU, and take in each that has answered.
+    def _register(self, there: set[str]) -> None:
+        """Ask each new worker for its toolchain and its GPU, and register each that has answered.
 
-        A call that blocks here would block for ever where the worker ends meanwhile. A worker that answers with an
+        Never blocks: if the worker ended meanwhile, a blocking call would not return. A worker that answers with an
         error is not asked again.
         """
         for address in self._asked.keys() - there:
             self._asked.pop(address).cancel()
         for address in sorted(there - self._workers.keys() - self._asked.keys()):
+            key = f"describe-{id(self)}-{address}"
             self._asked[address] = self._client.submit(
-                _guarded, tasks.describe, ASK_S, workers=[address], pure=False, key=f"describe-{id(self)}-{address}"
+                _guarded, tasks.describe, DESCRIBE_S, workers=[address], pure=False, key=key
             )
         for address in [address for address, future in self._asked.items() if future.status == "finished"]:
-            theirs, card = self._asked.pop(address).result()
+            theirs, gpu = self._asked.pop(address).result()
             if theirs != (mine := tasks.toolchain()):
                 raise InputError(f"the worker {address} has {theirs}, but this process has {mine}: install the same")
-            self._workers[address] = card
+            self._workers[address] = gpu
 
     def _connect(self) -> None:
         if self._client is None:
             import dask
-            import distributed  # noqa: F401  its defaults come with the import, and would leave with _CONFIG
+            import distributed  # noqa: F401  imported before _CONFIG is set: leaving _CONFIG would undo its defaults
 
             self._stack.enter_context(dask.config.set(_CONFIG))
             logging.getLogger("distributed").setLevel(logging.CRITICAL)
             self._client = self._local() if self.scheduler is None else self._remote(self.scheduler)
-            deadline = time.monotonic() + ASK_S
-            self._look()
+            deadline = time.monotonic() + DESCRIBE_S
+            self._check_workers()
             while time.monotonic() < deadline and not all(future.done() for future in self._asked.values()):
                 time.sleep(0.05)
-                self._look()
-            self._look()
+                self._check_workers()
+            self._check_workers()
             failed = [(address, future) for address, future in self._asked.items() if future.status == "error"]
             if failed and not self._workers:
                 address, future = failed[0]
@@ -351,8 +349,8 @@ class Workers:
             return {"cls": Nanny, "options": options}
 
         spec = {f"core-{i}": worker("", "auto") for i in range(self.processes)}
-        spec |= {f"card-{device}": worker(device, 0) for device in _devices()}
-        # any port: a second run's scheduler would warn that the usual one is taken
+        spec |= {f"gpu-{device}": worker(device, 0) for device in _devices()}
+        # any free port: a second run's scheduler would warn that the usual one is taken
         options = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
         scheduler = {"cls": Scheduler, "options": options}
         cluster = SpecCluster(spec, scheduler=scheduler, silence_logs=logging.CRITICAL)
@@ -369,19 +367,24 @@ class Workers:
         except (OSError, ValueError, TimeoutError) as error:
             reason = str(error) or type(error).__name__
             raise InputError(
-                f"no scheduler with workers at {address!r} ({reason}); legal is what `dask scheduler` prints, "
-                "such as tcp://host:8786"
+                f"no scheduler with workers at {address!r} ({reason}): expected the address that `dask scheduler` "
+                "prints, such as tcp://host:8786"
             ) from None
         return client
 
 
-def outcome(result: Any) -> Outcome:
-    """What `tasks.compile_kernel` came to, also where it came to nothing."""
-    return str(result) if isinstance(result, Ended) else result
+def compilation(result: Any) -> Compilation:
+    """The result of `tasks.compile_kernel`; a reason too if it ended its process."""
+    return str(result) if isinstance(result, ProcessEnded) else result
+
+
+def _no_worker(gpu: str | None) -> str:
+    wanted = f"the GPU {gpu!r}" if gpu else "a compiler"
+    return f"no worker with {wanted} is left; finished work is kept: run the same command again to resume"
 
 
 def _devices() -> list[str]:
-    """This machine's cards as CUDA_VISIBLE_DEVICES names them; asks the driver without making a context."""
+    """This machine's GPUs as CUDA_VISIBLE_DEVICES names them; asks the driver without creating a context."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -16,6 +16,7 @@ from typing import Literal
 from int8kit.errors import InputError
 from int8kit.gpus import Gpu, present
 from int8kit.kernels import gemm
+from int8kit.toolchain import runnable_archs
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def available(gpu: Gpu) -> list[Executor]:
     if card is None:
         raise InputError("no CUDA device here: set TRITON_INTERPRET=1 before triton is imported, as the verb does")
     own = Executor("native", "cuda", card.name, code=card.arch)
-    if gpu.arch in (80, 86, 89) and card.arch > gpu.arch:
+    if gpu.arch in runnable_archs(card.arch) and card.arch > gpu.arch:
         return [Executor("cross_arch", "cuda", card.name, f"sm{gpu.arch}", gpu.arch), own]
     return [own]
 

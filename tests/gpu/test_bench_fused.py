@@ -1,5 +1,7 @@
-"""The small benchmark: `pytest tests/gpu/test_bench_prologues.py --benchmark-enable`; the large one is
-`tools/bench_prologues.py`."""
+"""The small benchmark of the fused kernels: `pytest tests/gpu/test_bench_fused.py --benchmark-enable`.
+
+`int8kit.bench.fused` is the full benchmark.
+"""
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ def operands(name):
 
 
 @pytest.mark.parametrize("name", ["rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope"])
-def test_bench_prologue(name, benchmark):
+def test_bench_fused_kernel(name, benchmark):
     args = operands(name)
 
     def synchronous():

@@ -1,0 +1,57 @@
+"""bench/model.py and bench/fused.py on a machine without a GPU: the tiny model, and dry runs."""
+
+import json
+
+import pytest
+import torch
+
+from int8kit.bench import fused, model
+from int8kit.errors import InputError, UnknownName
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+
+
+@needs_no_gpu
+@pytest.mark.slow
+def test_a_forward_of_the_tiny_model_in_every_variant(quiet_interpreter, monkeypatch):
+    replaced = []
+    replace_linears = model.replace_linears
+    monkeypatch.setattr(model, "replace_linears", lambda *args: replaced.append(replace_linears(*args)))
+    notes = []
+    setting = model.ModelSetting("tiny", 64, 64, text_tokens=5, rounds=1, stock_slots=9)
+    document = model.measure(setting, note=notes.append)
+    assert document == json.loads(json.dumps(document))
+    variants = [model.BF16_STOCK, model.BF16_TIGHT, model.INT8_STOCK, model.INT8_TIGHT, model.INT8_UNMASKED]
+    assert list(document["ms"]) == variants
+    assert all(ms > 0 for ms in document["ms"].values())
+    assert [note.rpartition(":")[0] for note in notes] == variants
+    assert len(replaced) == 1
+    assert (document["model"], document["size"], document["device"]) == ("tiny", "64x64", "cpu")
+    assert document["database"] > 0
+    assert [row[0] for row in model.rows(document)] == variants
+
+
+@needs_no_gpu
+def test_a_full_size_model_needs_a_gpu():
+    with pytest.raises(InputError, match="no CUDA device for the model 'ideogram4'"):
+        model.measure()
+    with pytest.raises(InputError, match="0 rounds: expected 1 or more"):
+        model.measure(model.ModelSetting("tiny", rounds=0))
+    with pytest.raises(UnknownName, match="sdxl"):
+        model.measure(model.ModelSetting("sdxl"))
+
+
+@needs_no_gpu
+def test_fused_kernels_dry_run(quiet_interpreter):
+    heard = []
+    document = fused.measure(only=["swiglu_quantize"], dry_run=True, on_record=heard.append)
+    assert document["runs"] == heard
+    assert [run["variant"] for run in heard] == ["copy", *map(str, fused.SWIGLU_TILES), "eager"]
+    assert {(run["kernel"], run["m"]) for run in heard} == {("swiglu_quantize", 3)}
+    assert {run["bytes"] for run in heard} == {5 * 3 * 256 + 4 * 3}
+    with pytest.raises(UnknownName, match="unknown fused kernel 'softmax'"):
+        fused.measure(only=["softmax"], dry_run=True)
+    with pytest.raises(InputError, match="--dry-run runs tiny sizes"):
+        fused.measure()
+    with pytest.raises(InputError, match="expected 1 or more rounds"):
+        fused.measure(rounds=0, dry_run=True)

@@ -1,0 +1,95 @@
+"""tune/measure.py without a GPU: the checks in Triton's interpreter, and the launches that a graph would hold."""
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from int8kit import gpus
+from int8kit.errors import ConfigError
+from int8kit.kernels import gemm
+from int8kit.spec import GemmShape, TileConfig
+from int8kit.timing.interleave import Times
+from int8kit.timing.operands import TimingOperands
+from int8kit.tune import measure
+
+SHAPE = GemmShape(33, 64, 96)
+CONFIG = TileConfig(64, 64, 32, 4, 3)
+GPU = replace(gpus.get("rtx3090"), l2_bytes=64 * 96)  # so small that the weight needs three copies
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    monkeypatch.setattr(measure, "TimingOperands", partial(TimingOperands, device="cpu"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "stream")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return measure.ShapeBench(SHAPE, GPU)
+
+
+@pytest.mark.parametrize("m", [33, 16])
+def test_the_truth_is_the_references(bench, m):
+    """torch._int_mm computes the accumulators, except for few rows."""
+    one = measure.ShapeBench(GemmShape(m, 64, 96), GPU)
+    assert torch.equal(one.truth, one.operands.truth("output"))
+
+
+def test_an_exact_configuration_passes_and_others_have_a_reason(bench, monkeypatch):
+    assert bench.why_not(CONFIG) is None
+
+    def incomplete(xq, wq, sx, sw, bias, *, config, out, arch):
+        out[:, 1:] = bench.truth[:, 1:]
+
+    def too_large(*args, **kwargs):
+        raise ConfigError("does not fit")
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("PassManager")
+
+    for launcher, reason in ((incomplete, "wrong: "), (too_large, "resources: "), (broken, "compile: ")):
+        monkeypatch.setattr(gemm, "scaled_mm", launcher)
+        assert bench.why_not(CONFIG).startswith(reason)
+
+
+def test_a_lost_context_is_an_error(bench, monkeypatch):
+    def fault(*args, **kwargs):
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(gemm, "scaled_mm", fault)
+    monkeypatch.setattr(torch.cuda, "synchronize", fault)
+    with pytest.raises(measure.ContextLost, match="CUDA error"):
+        bench.why_not(CONFIG)
+
+
+def test_a_graph_launches_every_copy_of_the_weight_once(bench, monkeypatch):
+    made, captured, timed = [], [], []
+    other = replace(CONFIG, group_m=4)
+
+    def capture(launches, stream):
+        made.clear()  # without the first launch, which initializes a library
+        for launch in launches:
+            launch()
+        captured.append(list(made))
+        return SimpleNamespace(replay=stream), None
+
+    def interleave(calls, rounds, sample_us, *, launches):
+        timed.append((calls, rounds, sample_us, launches))
+        return [Times(1, 2, 3)] * len(calls)
+
+    monkeypatch.setattr(measure, "capture", capture)
+    monkeypatch.setattr(measure, "interleave", interleave)
+    copies = {
+        w.data_ptr(): i for pair in (bench.operands.weights, bench.operands.weights16) for i, w in enumerate(pair)
+    }
+    monkeypatch.setattr(
+        gemm, "scaled_mm", lambda xq, wq, *_, config, **__: made.append((config, copies[wq.data_ptr()]))
+    )
+    monkeypatch.setattr(torch, "mm", lambda x, w, out: made.append(("bf16", copies[w.data_ptr()])))
+    times = bench.times([CONFIG, other], 3, 4000, bf16=True)
+    assert times == [Times(1, 2, 3)] * 3
+    assert timed == [(["stream"] * 3, 3, 4000, 3)]
+    assert captured == [[(name, copy) for copy in range(3)] for name in (CONFIG, other, "bf16")]
+    assert len(copies) == 6
