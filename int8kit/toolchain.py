@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 
 from packaging.version import InvalidVersion, Version
 
@@ -63,3 +64,27 @@ def generation(version: str) -> str:
     wanted = release(version).release[:2]
     known = [name for name in _GENERATIONS if Version(name).release <= wanted]
     return known[-1] if known else _GENERATIONS[0]
+
+
+_NEWEST = (3, 9)
+
+
+def unsupported(version: str) -> str | None:
+    """The reason why Triton `version` is refused, or None.
+
+    Versions 3.6 and 3.7 pass the GPU tests. Versions 3.8 and 3.9 compile every kernel, and no GPU has run the result.
+    """
+    if OLDEST.release <= release(version).release[:2] <= _NEWEST:
+        return None
+    newest = ".".join(map(str, _NEWEST))
+    return f"Triton {version} is not supported: expected {OLDEST} to {newest}; run pip install 'triton>=3.6,<3.10'"
+
+
+def require_supported() -> None:
+    """Raise InputError if the installed Triton is refused. Reads the package's version and does not import it."""
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return
+    if reason := unsupported(version):
+        raise InputError(reason)

@@ -33,6 +33,7 @@ from int8kit.kernels import gemm, quantize
 from int8kit.spec import Source
 from int8kit.timing.captured import Entrant, Launch
 from int8kit.timing.operands import Operands, Result
+from int8kit.toolchain import require_supported
 
 Kind = Literal["gemm", "linear"]
 OLDER = (80, 86, 89)  # mma.sync code of these runs on every newer card
@@ -67,6 +68,7 @@ def ours(card: Gpu, *, gpu: str | None = None, path: Path | None = None, arch: s
     gpu: whose database; path: a database file; arch: "sm86" for the code of that architecture beside the card's own.
     A database of an older card is of that card's code, as in `tune`. Raises InputError for code that `card` cannot run.
     """
+    require_supported()
     given = None if path is None else store.load(path, gpu)
     named = given.gpu if given else gpus.get(gpu) if gpu else card
     if arch is None and named.arch != card.arch:

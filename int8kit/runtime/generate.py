@@ -29,6 +29,7 @@ from int8kit.errors import CheckFailed, InputError, UnknownName
 from int8kit.kernels import gemm
 from int8kit.models import Case
 from int8kit.runtime import ideogram4
+from int8kit.toolchain import require_supported
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Outcome:
 
 def generate(request: Request) -> Outcome:
     """Make an image. Raises UnknownName, InputError or FileError before any long work where the request is off."""
+    require_supported()
     if request.preset not in PRESETS:
         raise UnknownName("preset", request.preset, PRESETS)
     preset = PRESETS[request.preset]

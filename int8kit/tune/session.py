@@ -31,6 +31,7 @@ from int8kit.gpus import Gpu
 from int8kit.kernels import gemm
 from int8kit.spec import POLICY, GemmShape, Source, TileConfig, default_config
 from int8kit.timing import interleave
+from int8kit.toolchain import require_supported
 from int8kit.tune import consolidate, measure, search, space, tasks, workers
 from int8kit.tune.journal import Journal
 from int8kit.tune.workers import Batch, Ended, Program, Workers
@@ -92,6 +93,7 @@ class Outcome:
 
 def plan(gpus: Iterable[Gpu], cards: Sequence[Gpu], path: Path | None = None) -> list[Target]:
     """A target for each of `gpus`, where there are `cards`. path: the file of one; None: ./tuning_db/<alias>.json."""
+    require_supported()
     targets = []
     for gpu in gpus:
         source, card = search.how(gpu, cards)
