@@ -6,12 +6,12 @@ from pathlib import Path
 from int8kit.database.schema import Resources
 from int8kit.spec import GemmShape, config_from
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
+TIMES = Path(__file__).parent / "data" / "times"
 
 
 def exhaustive(name):
     """{shape: {configuration: (microseconds, Resources)}}."""
-    document = json.loads((RESULTS / name).read_text())
+    document = json.loads((TIMES / name).read_text())
     fields = document["config_fields"]
     return {
         GemmShape(row["m"], row["n"], row["k"]): {
