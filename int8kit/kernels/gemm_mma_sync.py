@@ -5,7 +5,7 @@ One program makes one tile, or its share of the leftover tiles (`schedule`). Per
     global --cp.async, 16 bytes a thread--> ring of num_stages slots in shared memory (x 16 KB, w 16 KB), swizzled
     slot --ldmatrix--> fragments of 32 columns of K: 32 registers of A and B a warp's 64 x 64 --mma.sync--> sums
 
-What plain Triton's pipeliner does otherwise, and what that costs (docs/kernel-notes.md):
+What plain Triton's pipeliner does otherwise, and what that costs (docs/kernels.md):
   one barrier a step   Each slot is an allocation of its own and the loop is unrolled over the slots, so the compiler
                        sees that a slot's copy and another slot's reads do not meet. It puts two barriers otherwise.
   fragments ahead      The next 32 columns are loaded before the present ones are multiplied, across steps too: the last

@@ -13,7 +13,7 @@ whose part completes the tile adds up the slots and stores the tile. Integer sum
 result is the same to the bit. Nobody waits for another, so nothing can deadlock.
 
 Atomic additions straight into one int32 tile were rejected: on an H200 they are slower, and neither pays unless K is
-long and tiles are few (docs/kernel-notes.md). A slot holds BLOCK_M * BLOCK_N int32; worker c's part of its first tile
+long and tiles are few (docs/kernels.md). A slot holds BLOCK_M * BLOCK_N int32; worker c's part of its first tile
 is in slot 2c, of its second in slot 2c + 1. done[i] counts the steps of leftover tile i that have been put; the
 launcher zeroes it.
 """
