@@ -1,8 +1,9 @@
 """Promises outside the code: imports, exported names, shipped files, the documents, and tests that can fail."""
 
 import ast
-import itertools
+import contextlib
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -10,17 +11,28 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import typer
+from packaging.specifiers import SpecifierSet
 
 import int8kit
-from int8kit import files
+from int8kit import errors, files
+from int8kit.cli import main
+from int8kit.database import schema
+from int8kit.lookup import LEVELS as LEVELS_OF_LOOKUP
+from int8kit.spec import TileConfig
+from int8kit.toolchain import unsupported
+from int8kit.verify.mutation.catalogue import CATALOGUE
+from int8kit.verify.properties import checks, general, row_kernels
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "int8kit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-DOCUMENTS = sorted(ROOT.glob("*.md"))
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 # A module may import those of the layers before its own, and of its own.
 LAYERS = [
@@ -157,26 +169,65 @@ def test_every_module_opens_with_what_it_is():
 
 def test_documents_name_files_that_exist():
     for document in DOCUMENTS:
-        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
-            assert (ROOT / target).exists(), f"{document.name} -> {target}"
+        for target in re.findall(r"\]\(([^)#:]+)[^)]*\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} -> {target}"
         for path in re.findall(r"`((?:int8kit|tests|tools|docs|shapes|tuning_db)/[\w./*-]+)`", document.read_text()):
             assert list(ROOT.glob(path)), f"{document.name} names {path}"
 
 
-def console(document):
-    """The int8kit commands in a document's console blocks, with their continuation lines joined."""
-    blocks = re.findall(r"```(?:console|sh|bash)\n(.*?)```", document.read_text(), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+def blocks(document, *languages):
+    """The code blocks of a document in one of `languages`."""
+    return re.findall(rf"```(?:{'|'.join(languages)})\n(.*?)```", document.read_text(), re.DOTALL)
+
+
+def commands(block):
+    """The int8kit commands of a console block, with their continuation lines joined."""
+    lines = block.replace("\\\n", " ").splitlines()
     return [
-        line.removeprefix("$ ").split("  #")[0].strip() for line in lines if "int8kit " in line and "pip" not in line
+        line.removeprefix("$ ").split("  #")[0].strip() for line in lines if re.match(r"(\$ )?int8kit ", line.strip())
     ]
 
 
 def examples():
-    yield from ((doc.name, command) for doc in DOCUMENTS for command in console(doc))
+    """Every printed command and the file that prints it."""
+    for document in DOCUMENTS:
+        yield from ((document.name, c) for block in blocks(document, "console", "sh", "bash") for c in commands(block))
     for module in (PACKAGE / "cli").glob("*.py"):
         for command in re.findall(r"^ +Example: (.+)$", module.read_text(), re.MULTILINE):
             yield module.name, command.strip()
+
+
+NOT_YET = ("int8kit doctor", "int8kit verify mutate", "int8kit verify libraries", "int8kit compare")
+"""Commands of the documents that the command line is about to get. Each has to fail, until it leaves this list."""
+
+
+def parses(command):
+    """Raise a usage error for a command that the verb's parser refuses."""
+    program, *words = shlex.split(command)
+    assert program == "int8kit"
+    node = typer.main.get_command(main.app)
+    while getattr(node, "commands", None) and words and not words[0].startswith("-"):
+        node = node.commands[words.pop(0)]  # raises KeyError for an unknown verb
+    with contextlib.suppress(typer.Exit):  # after --help
+        node.make_context("int8kit", words)
+
+
+def printed():
+    for command, where in {command: where for where, command in examples()}.items():
+        mark = pytest.mark.xfail(strict=True, reason="take it out of NOT_YET") if command.startswith(NOT_YET) else ()
+        yield pytest.param(command, where, marks=mark)
+
+
+@pytest.mark.parametrize(("command", "where"), list(printed()))
+def test_commands_of_the_documents_parse(command, where, capsys):
+    parses(command)
+
+
+def needs_more(command):
+    """Whether a command needs a GPU or real weights, or a command line that does not exist yet."""
+    words = command.split()
+    gpu = "bench" in words or ("tune" in words and "--gpu" not in words)
+    return gpu or "ideogram-ai/" in command or command.startswith(NOT_YET)
 
 
 MARKS = {"run": ["slow"], "trace-shapes": ["slow"], "tune": ["slow", "process"]}
@@ -185,10 +236,29 @@ ELSEWHERE = {"int8kit verify --gpu rtx3090": "test_cli.py"}
 """Run as they stand by tests that look at more than the exit status."""
 
 
-def documented():
-    for command, where in {command: where for where, command in examples() if command not in ELSEWHERE}.items():
-        marks = [getattr(pytest.mark, name) for name in MARKS.get(command.split()[1], ())]
-        yield pytest.param(command, where, marks=[*marks, pytest.mark.xdist_group("workshop")] if marks else [])
+def of_the_command_line():
+    """The examples of `--help` texts."""
+    for command, where in {command: where for where, command in examples() if where.endswith(".py")}.items():
+        if not needs_more(command) and command not in ELSEWHERE:
+            marks = [getattr(pytest.mark, name) for name in MARKS.get(command.split()[1], ())]
+            yield pytest.param(command, where, marks=[*marks, pytest.mark.xdist_group("workshop")] if marks else [])
+
+
+def run_as_printed(command, verb):
+    out, _ = verb(*shlex.split(command)[1:])
+    if command.split()[1] in ("tune", "trace-shapes", "run"):
+        assert "wrote" in out
+
+
+def clone(folder):
+    """The shipped files in `folder`, as a clone has them."""
+    for name in ("shapes", "tuning_db"):
+        shutil.copytree(files.shipped(name), folder / name)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for name in ("shapes", "tuning_db")
+            for path in sorted((folder / name).rglob("*")) if path.is_file()}  # fmt: skip
 
 
 def test_commands_that_other_tests_run_are_there():
@@ -197,21 +267,37 @@ def test_commands_that_other_tests_run_are_there():
         assert f'"{command}"' in (Path(__file__).parent / name).read_text()
 
 
-@pytest.mark.parametrize(("command", "where"), list(documented()))
-def test_commands_of_the_documents_run(command, where, tmp_path, monkeypatch, verb):
-    """Each printed command as it stands, in an empty folder; those that need a real card or real weights parse only."""
-    program, *args = shlex.split(command)
-    assert program == "int8kit", f"{where}: {command}"
-    card = "bench" in args or ("tune" in args and "--gpu" not in args)
-    needs = card or "ideogram-ai/" in command
+@pytest.mark.parametrize(("command", "where"), list(of_the_command_line()))
+def test_examples_of_the_command_line_run(command, where, tmp_path, monkeypatch, verb):
+    """Each example as it stands, in a folder of its own."""
     if "tuning_db/" in command:
-        shutil.copytree(files.shipped("tuning_db"), tmp_path / "tuning_db")
-    if needs:
-        args = [*itertools.takewhile(lambda word: word[0].isalpha(), args), "--help"]
+        clone(tmp_path)
     monkeypatch.chdir(tmp_path)
-    out, _ = verb(*args)
-    if args[0] in ("tune", "trace-shapes", "run") and not needs:
-        assert "wrote" in out
+    run_as_printed(command, verb)
+
+
+README = [commands(block) for block in blocks(ROOT / "README.md", "sh")]
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.xdist_group("workshop")
+@pytest.mark.parametrize("block", range(len(README)))
+@pytest.mark.parametrize("place", ["empty", "clone"])
+def test_commands_of_the_readme_run_in_order(place, block, tmp_path, monkeypatch, verb):
+    """Each block of the README in an empty folder and in a clone, whose committed files stay as they are."""
+    if place == "clone":
+        clone(tmp_path)
+    before = contents(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for command in README[block]:
+        if not needs_more(command) and command not in ELSEWHERE:
+            run_as_printed(command, verb)
+    assert contents(tmp_path) == before
+
+
+def test_blocks_of_the_readme_are_found():
+    assert [len(block) for block in README] == [0, 2, 3, 6]
 
 
 def test_make_targets_of_the_readme_exist():
@@ -239,21 +325,83 @@ def test_wheel_holds_the_shipped_files(tmp_path):
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.stdout.split() == [str(site / "int8kit" / "shapes"), "12"], done.stderr
+    assert (site / "int8kit" / "py.typed").is_file()
 
 
 def test_version_is_written_once():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["dynamic"] == ["version"]
+    assert PYPROJECT["project"]["dynamic"] == ["version"]
+    assert f"## {int8kit.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     assert files.shipped("tuning_db").is_dir()
 
 
 def test_python_of_the_readme_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        names = {}
-        exec(block, names)
-        assert names["y"].shape == (2, 12288)
+    [block] = blocks(ROOT / "README.md", "python")
+    names = {}
+    exec(block, names)
+    assert names["y"].shape == (2, 12288)
+    assert isinstance(names["block"][0], int8kit.Int8Linear)
+    assert names["block"][0].plan.candidates  # it uses the tuning database
+
+
+@pytest.mark.parametrize("page", ["python", "verification"])
+def test_python_of_the_pages_runs(page):
+    found = blocks(ROOT / "docs" / f"{page}.md", "python")
+    assert found
+    for block in found:
+        exec(block, {})
+
+
+def test_pages_describe_the_code():
+    """What a page lists is what the code has."""
+    page = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+    for name in {*EXPORTED, "errors"} - {"__version__", *vars(errors)}:
+        assert re.search(rf"^::: int8kit\.[\w.]*\b{name}$", page["python"], re.MULTILINE), name
+    for model in (schema.Document, schema.Entry, schema.Stamp, schema.GpuIdentity, schema.Resources, schema.GpuState):
+        for name in model.model_fields:
+            assert f"`{name}`" in page["database-format"], name
+    for name in [field.name for field in fields(TileConfig)]:
+        assert f"`{name}`" in page["database-format"], name
+    for name in {*general.ALL, *checks.CHECKS, "quantize", *row_kernels.KERNELS, "entries"}:
+        assert f"`{name}`" in page["verification"], name
+    assert [level.name for level in LEVELS_OF_LOOKUP] == re.findall(
+        r"^\| `([a-z-]+)` \| (?:an|the|`)", page["architecture"], re.M
+    )
+    names = set(re.findall(r"`(int8kit(?:\.\w+)+)`", page["architecture"]))
+    assert len(names) > 20
+    for name in names:
+        pkgutil.resolve_name(name)
+
+
+def test_the_page_on_architecture_shows_the_import_layers():
+    [block] = blocks(ROOT / "docs" / "architecture.md", "layers")
+    assert [set(line.split()) for line in block.splitlines()] == [layer for layer in LAYERS if layer != {"__main__"}]
+
+
+def test_documents_count_the_faults():
+    found = [n for path in DOCUMENTS for n in re.findall(r"\b(\d+) (?:seeded )?faults", path.read_text())]
+    assert len(found) >= 3
+    assert set(map(int, found)) == {len(CATALOGUE)}
+
+
+def test_the_bound_of_triton_is_written_once_more():
+    """The dependency and the check at run time agree."""
+    [bound] = [d for d in PYPROJECT["project"]["dependencies"] if d.startswith("triton")]
+    supported = SpecifierSet(bound.removeprefix("triton").partition(";")[0])
+    for version in ("3.5.1", "3.6.0", "3.7.1", "3.9.9", "3.10.0", "4.0.0"):
+        assert (version in supported) is (unsupported(version) is None), version
+
+
+def test_tools_agree_on_the_gate():
+    """The workflow and .ci/run call the same target; hooks run the same tools."""
+    assert "make test" in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert "- run: make test" in (ROOT / ".github" / "workflows" / "gate.yml").read_text()
+    check = (ROOT / "tools" / "check.sh").read_text()
+    for tool in ("ruff format", "ruff check", "mypy"):
+        assert f"\n{tool}" in check
+        assert f"entry: {tool}" in (ROOT / ".pre-commit-config.yaml").read_text()
+    assert "mkdocs build --strict" in check
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert {"torch", "triton", "ruff", "mypy", "mkdocs-material", "mkdocstrings-python", "pip"} <= set(pinned)
 
 
 CHECKERS = {"raises", "warns", "fail", "opcheck", "benchmark"}
