@@ -22,6 +22,17 @@ FORBIDDEN = (
     (re.compile(r"\bcards?\b", re.IGNORECASE), "write GPU"),
     (re.compile(r"\blegal\s+(is|are)\b", re.IGNORECASE), "write 'expected ...'"),
 )
+IN_DOCUMENTS = tuple(
+    (re.compile(rf"\b{phrase}\b", re.IGNORECASE), remedy)
+    for phrase, remedy in (
+        ("the like", "name the things"),
+        ("(reckons?|tells?)", "write estimates, reports, shows"),
+        ("(is|are) off", "name the error"),
+        ("those of", "repeat the noun"),
+        ("of (its|their) own", "write own before the noun"),
+        ("came to", "write was"),
+    )
+)
 
 
 class Line(NamedTuple):
@@ -94,18 +105,19 @@ def too_long(paragraphs):
     ]
 
 
-def forbidden(lines):
+def forbidden(lines, rules=FORBIDDEN):
     """[(line number, complaint)] for each forbidden word."""
     return [
         (number, f"{match[0]!r}: {remedy}")
         for number, text in lines
-        for pattern, remedy in FORBIDDEN
+        for pattern, remedy in rules
         if (match := pattern.search(text))
     ]
 
 
 def complaints_of_document(text):
-    return [*too_long(paragraphs_of_markdown(text)), *forbidden(enumerate(text.splitlines(), 1))]
+    lines = list(enumerate(text.splitlines(), 1))
+    return [*too_long(paragraphs_of_markdown(text)), *forbidden(lines, FORBIDDEN + IN_DOCUMENTS)]
 
 
 def complaints_of_module(source):
@@ -169,6 +181,8 @@ def test_readme_is_short():
         ("A discarded cardinal.", []),
         ("expected: 3; legal are 4", [1]),
         ("A legal tile is fast.", []),
+        ("Tiles, stages and the like.", [1]),
+        ("The call is off.", [1]),
     ],
 )
 def test_the_rules_for_documents(text, expected):
