@@ -88,23 +88,27 @@ def test_commands_of_the_documents_parse(command, where, capsys):
     parses(command)
 
 
-def needs_more(command):
-    """Whether a command needs a GPU or real weights, or a command line that does not exist yet."""
+MINUTES = ("int8kit verify mutate", "int8kit verify libraries")
+"""Commands that take minutes. test_mutate.py and test_implementations.py run parts of their work."""
+
+
+def only_parses(command):
+    """Whether a command needs a GPU, real weights or minutes, or does not exist yet."""
     words = command.split()
     gpu = "bench" in words or ("tune" in words and "--gpu" not in words)
-    return gpu or "ideogram-ai/" in command or command.startswith(NOT_YET)
+    return gpu or "ideogram-ai/" in command or command.startswith(NOT_YET + MINUTES)
 
 
 MARKS = {"run": ["slow"], "trace-shapes": ["slow"], "tune": ["slow", "process"]}
-"""By verb. In test_cli.py's group a second tuner finds kernels of the first."""
+"""Marks by verb. In the group of test_cli.py a second tuner finds compiled kernels of the first."""
 ELSEWHERE = {"int8kit verify --gpu rtx3090": "test_cli.py"}
-"""Run as they stand by tests that look at more than the exit status."""
+"""Commands that another test module runs as they stand, and checks further."""
 
 
 def of_the_command_line():
     """The examples of `--help` texts."""
     for command, where in {command: where for where, command in examples() if where.endswith(".py")}.items():
-        if not needs_more(command) and command not in ELSEWHERE:
+        if not only_parses(command) and command not in ELSEWHERE:
             marks = [getattr(pytest.mark, name) for name in MARKS.get(command.split()[1], ())]
             yield pytest.param(command, where, marks=[*marks, pytest.mark.xdist_group("workshop")] if marks else [])
 
@@ -158,7 +162,7 @@ def test_commands_of_the_readme_run_in_order(place, block, tmp_path, monkeypatch
     before = contents(tmp_path)
     monkeypatch.chdir(tmp_path)
     for command in README[block]:
-        if not needs_more(command) and command not in ELSEWHERE:
+        if not only_parses(command) and command not in ELSEWHERE:
             run_as_printed(command, verb)
     assert contents(tmp_path) == before
 

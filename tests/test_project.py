@@ -21,7 +21,7 @@ PACKAGE = ROOT / "int8kit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TESTS = sorted(Path(__file__).parent.rglob("*.py"))
-# A module may import those of the layers before its own, and of its own.
+# A module imports modules of earlier layers and of its own layer.
 LAYERS = [
     {"errors"}, {"spec"}, {"canonical", "files", "fingerprint", "gpus", "lookup", "reference", "models", "toolchain"},
     {"shapes_schema"}, {"kernels", "database"}, {"cost_model", "ops"},
@@ -44,7 +44,7 @@ def imported(path):
             yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("int8kit."))
 
 
-def test_what_the_tests_here_go_through_is_there():
+def test_modules_tests_and_databases_are_found():
     assert len(MODULES) > 50
     assert len(TESTS) > 40
     assert len(list(files.shipped("tuning_db").glob("*.json"))) >= 8  # by which other modules parametrize tests
@@ -69,7 +69,7 @@ def test_stages_do_not_import_each_other():
             assert not (set(imported(path)) & stages) - {stem(path)}, path
 
 
-def test_reference_imports_nothing_that_it_judges():
+def test_reference_imports_no_kernel():
     assert set(imported(PACKAGE / "reference.py")) == {"errors", "spec"}
     assert set(imported(PACKAGE / "spec.py")) == {"errors"}
 
@@ -148,7 +148,7 @@ def test_import_touches_nothing_heavy():
     assert min(map(float, seconds)) < 0.1
 
 
-def test_every_module_opens_with_what_it_is():
+def test_every_module_has_a_docstring():
     for path in MODULES:
         assert ast.get_docstring(ast.parse(path.read_text())), path
 
@@ -180,8 +180,8 @@ def test_version_is_written_once():
     assert files.shipped("tuning_db").is_dir()
 
 
-def test_the_bound_of_triton_is_written_once_more():
-    """The dependency and the check at run time agree."""
+def test_both_bounds_of_triton_agree():
+    """The dependency and the check at run time."""
     [bound] = [d for d in PYPROJECT["project"]["dependencies"] if d.startswith("triton")]
     supported = SpecifierSet(bound.removeprefix("triton").partition(";")[0])
     for version in ("3.5.1", "3.6.0", "3.7.1", "3.9.9", "3.10.0", "4.0.0"):
@@ -213,7 +213,7 @@ def name_of(call):
 
 
 def can_be_false(test):
-    """False for what an assertion takes for true whatever it means: a text, a tuple, a generator, x == x."""
+    """False for an expression that is always true: a text, a tuple, a generator, x == x."""
     if isinstance(test, ast.Compare):
         return all(ast.dump(other) != ast.dump(test.left) for other in test.comparators)
     if isinstance(test, ast.BoolOp):
@@ -226,7 +226,7 @@ def can_be_false(test):
 
 
 def is_question(test):
-    """Whether an operand of `or` is answered by yes or no: anything else may be a text that is always there."""
+    """Whether an operand of `or` is a yes-or-no question. Anything else may be a text, which is always true."""
     if isinstance(test, ast.BoolOp):
         return all(map(is_question, test.values))
     if isinstance(test, ast.UnaryOp):
@@ -251,7 +251,7 @@ def checks_something(function, functions, seen=()):
 
 
 def cannot_fail(source):
-    """What in a test module would pass whatever the program does, where that can be seen: [(line, why)]."""
+    """Statements of a test module that pass for every program: [(line, why)]. Finds the obvious ones only."""
     tree = ast.parse(source)
     functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     found = [(test.lineno, "no assertion") for test in collected(tree) if not checks_something(test, functions)]
@@ -284,7 +284,7 @@ def test_every_test_can_fail():
         ("checker()", None),
     ],
 )
-def test_what_cannot_fail_is_seen(statement, why):
+def test_statements_that_cannot_fail_are_found(statement, why):
     helpers = "def helper():\n    pass\ndef checker():\n    assert x > 0\n"
     found = cannot_fail(f"{helpers}def test_it():\n    {statement}\n")
     assert [one for _, one in found] == ([why] if why else [])

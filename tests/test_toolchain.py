@@ -1,4 +1,4 @@
-"""Supported versions of Triton, and the verbs that refuse another one."""
+"""Supported versions of Triton, and the callers that refuse another one."""
 
 from importlib import metadata
 
@@ -6,6 +6,7 @@ import pytest
 
 from int8kit import toolchain
 from int8kit.bench import contestants
+from int8kit.database import store
 from int8kit.errors import InputError
 from int8kit.gpus import get
 from int8kit.runtime import generate
@@ -37,10 +38,11 @@ def test_a_text_that_is_no_version_is_refused():
         lambda: session.plan([get("rtx3090")], []),
         lambda: executors.available(get("rtx3090")),
         lambda: contestants.ours(get("h200")),
+        lambda: store.load_plans("h200"),
     ],
-    ids=["run", "tune", "verify", "bench"],
+    ids=["run", "tune", "verify", "bench", "python"],
 )
-def test_a_verb_refuses_an_unsupported_triton_before_its_work(monkeypatch, start):
+def test_an_unsupported_triton_is_refused_before_the_work(monkeypatch, start):
     monkeypatch.setattr(metadata, "version", lambda name: {"triton": "4.0.0"}[name])
     with pytest.raises(InputError, match=r"^Triton 4\.0\.0 is not supported: expected 3\.6 to 3\.9; run pip install"):
         start()

@@ -39,7 +39,7 @@ from int8kit.errors import FileError, InputError
 from int8kit.gpus import Gpu
 from int8kit.lookup import Plan
 from int8kit.spec import NUMERICS_VERSION, GemmShape, Source, why_illegal
-from int8kit.toolchain import ANY_TOOLCHAIN, Toolchain
+from int8kit.toolchain import ANY_TOOLCHAIN, Toolchain, require_supported
 
 FORMATS = (FORMAT, upgrade.OLD_FORMAT)
 _REMEDY = "make one with `int8kit tune`, or name another with --db"
@@ -156,8 +156,9 @@ def load_plans(gpu: str | None = None) -> Callable[[int, int], Plan]:
     """The function (n, k) -> `Plan` of a weight [n, k], from `load_database(gpu)` and for the installed Triton.
 
     `replace_linears` takes it as its argument `plan`. A weight without a near entry gets an empty plan, which chooses
-    the default configuration.
+    the default configuration. Raises InputError for a Triton that is not supported.
     """
+    require_supported()
     database, toolchain = load_database(gpu), _present_toolchain()
     return lambda n, k: database.plan(n, k, toolchain)
 
