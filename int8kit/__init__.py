@@ -1,41 +1,92 @@
-"""int8kit: INT8 linears of diffusion transformers on the GPU's integer tensor cores, tuned, proven bit-exact."""
+"""INT8 linears of diffusion transformers on the GPU's integer tensor cores, tuned per shape and proven bit-exact."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0.dev0"
+if TYPE_CHECKING:
+    from int8kit.database.database import Database
+    from int8kit.database.store import load_database, load_plans
+    from int8kit.errors import CheckFailed, ConfigError, FileError, InputError, Int8kitError, ShapeError, UnknownName
+    from int8kit.layers import Int8Linear, Int8SwiGLU, replace_linears
+    from int8kit.lookup import Plan
+    from int8kit.ops import (
+        int8_linear,
+        int8_linear_swiglu,
+        qk_norm_rope,
+        quantize,
+        residual_norm_quantize,
+        rms_norm_quantize,
+        scaled_mm,
+        scaled_mm_swiglu,
+        swiglu_quantize,
+    )
+    from int8kit.spec import GemmShape, Kernel, Operation, Source, TileConfig
 
-# Public name -> module; imported when first used, so that `import int8kit` needs no torch.
-_HOMES = {
-    "ConfigError": "errors",
-    "FileError": "errors",
-    "GemmShape": "spec",
-    "InputError": "errors",
-    "Int8Linear": "layers",
-    "Int8kitError": "errors",
-    "Plan": "lookup",
-    "ShapeError": "errors",
-    "TileConfig": "spec",
-    "UnknownName": "errors",
-    "Int8SwiGLU": "layers",
-    "int8_linear": "ops",
-    "int8_linear_swiglu": "ops",
-    "qk_norm_rope": "ops",
-    "quantize": "ops",
-    "residual_norm_quantize": "ops",
-    "rms_norm_quantize": "ops",
-    "scaled_mm": "ops",
-    "scaled_mm_swiglu": "ops",
-    "swiglu_quantize": "ops",
+__version__ = "0.2.0"
+
+__all__ = [
+    "CheckFailed",
+    "ConfigError",
+    "Database",
+    "FileError",
+    "GemmShape",
+    "InputError",
+    "Int8Linear",
+    "Int8SwiGLU",
+    "Int8kitError",
+    "Kernel",
+    "Operation",
+    "Plan",
+    "ShapeError",
+    "Source",
+    "TileConfig",
+    "UnknownName",
+    "__version__",
+    "int8_linear",
+    "int8_linear_swiglu",
+    "load_database",
+    "load_plans",
+    "qk_norm_rope",
+    "quantize",
+    "replace_linears",
+    "residual_norm_quantize",
+    "rms_norm_quantize",
+    "scaled_mm",
+    "scaled_mm_swiglu",
+    "swiglu_quantize",
+]
+
+_MODULES = {
+    "database.database": ("Database",),
+    "database.store": ("load_database", "load_plans"),
+    "errors": ("CheckFailed", "ConfigError", "FileError", "InputError", "Int8kitError", "ShapeError", "UnknownName"),
+    "layers": ("Int8Linear", "Int8SwiGLU", "replace_linears"),
+    "lookup": ("Plan",),
+    "ops": (
+        "int8_linear",
+        "int8_linear_swiglu",
+        "qk_norm_rope",
+        "quantize",
+        "residual_norm_quantize",
+        "rms_norm_quantize",
+        "scaled_mm",
+        "scaled_mm_swiglu",
+        "swiglu_quantize",
+    ),
+    "spec": ("GemmShape", "Kernel", "Operation", "Source", "TileConfig"),
 }
-__all__ = ["__version__", *_HOMES]
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
+if not TYPE_CHECKING:  # a type checker would take every name for Any
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'int8kit' has no attribute {name!r}")
-    return getattr(import_module(f"int8kit.{_HOMES[name]}"), name)
+    def __getattr__(name: str) -> object:
+        """A public name, whose module is imported at the first use: `import int8kit` loads neither torch nor triton."""
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'int8kit' has no attribute {name!r}")
+        value = getattr(import_module(f"int8kit.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__

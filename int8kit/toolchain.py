@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import metadata
 
 from packaging.version import InvalidVersion, Version
 
@@ -79,3 +80,27 @@ PORTABLE_ARCHS = (80, 86, 89)
 def runnable_archs(arch: int) -> tuple[int, ...]:
     """The PORTABLE_ARCHS whose code runs on a GPU of `arch` (86 for sm_86), `arch` itself included if portable."""
     return tuple(code for code in PORTABLE_ARCHS if code <= arch)
+
+
+_NEWEST = (3, 9)
+
+
+def unsupported(version: str) -> str | None:
+    """The reason why Triton `version` is refused, or None.
+
+    Versions 3.6 and 3.7 pass the GPU tests. Versions 3.8 and 3.9 compile every kernel, and no GPU has run the result.
+    """
+    if OLDEST.release <= release(version).release[:2] <= _NEWEST:
+        return None
+    newest = ".".join(map(str, _NEWEST))
+    return f"Triton {version} is not supported: expected {OLDEST} to {newest}; run pip install 'triton>=3.6,<3.10'"
+
+
+def require_supported() -> None:
+    """Raise InputError if the installed Triton is refused. Reads the package's version and does not import it."""
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return
+    if reason := unsupported(version):
+        raise InputError(reason)

@@ -1,4 +1,4 @@
-"""Recorded times for tests: every legal configuration of a few shapes on a GPU."""
+"""Times of an exhaustive run, for tests: every legal configuration of a few shapes on a GPU."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 from int8kit.database.schema import Resources
 from int8kit.spec import GemmShape, config_from
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
+TIMES = Path(__file__).parent / "data" / "times"
 
 
 def exhaustive(name):
-    """Times of a file of docs/results: {shape: {configuration: (microseconds, Resources)}}."""
-    document = json.loads((RESULTS / name).read_text())
+    """{shape: {configuration: (microseconds, Resources)}}."""
+    document = json.loads((TIMES / name).read_text())
     fields = document["config_fields"]
     return {
         GemmShape(row["m"], row["n"], row["k"]): {

@@ -33,7 +33,7 @@ from int8kit.kernels import gemm, quantize
 from int8kit.spec import Source
 from int8kit.timing.captured import Entrant, Launch
 from int8kit.timing.operands import Result, TimingOperands
-from int8kit.toolchain import runnable_archs
+from int8kit.toolchain import require_supported, runnable_archs
 
 Kind = Literal["gemm", "linear"]
 FP8_MAX = 448.0
@@ -73,6 +73,7 @@ def ours(
     beside the own one. The database of an older GPU implies that GPU's code, as in `tune`. Raises InputError for code
     that `present` cannot run.
     """
+    require_supported()
     given = None if path is None else store.load(path, gpu)
     target = given.gpu if given else gpus.get(gpu) if gpu else present
     own_arch = f"sm{present.arch}"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from int8kit.database.database import Database, Key, identity_of
 from int8kit.database.schema import FORMAT, Document, Entry, Stamp
 from int8kit.errors import FileError, InputError
 from int8kit.gpus import Gpu
+from int8kit.lookup import Plan
 from int8kit.spec import NUMERICS_VERSION, GemmShape, Source, why_illegal
-from int8kit.toolchain import Toolchain
+from int8kit.toolchain import ANY_TOOLCHAIN, Toolchain, require_supported
 
 FORMATS = (FORMAT, upgrade.OLD_FORMAT)
 _REMEDY = "make one with `int8kit tune`, or name another with --db"
@@ -140,6 +141,38 @@ def merged_view(gpu: Gpu, toolchain: Toolchain, given: Path | None = None) -> tu
         policies = {**database.policies, **loaded.policies}
         database = replace(database.merged(fresh), gpu=loaded.gpu, header=loaded.header, policies=policies)
     return database, paths
+
+
+def load_database(gpu: str | None = None) -> Database:
+    """The tuning database that serves a GPU: ./tuning_db or the shipped file, with the user's own entries on top.
+
+    gpu: an alias such as "rtx3090". Default: the GPU of this machine, or rtx3090 where there is none. Raises
+    UnknownName for another alias, FileError for a damaged file.
+    """
+    target = gpus.get(gpu) if gpu else gpus.present() or gpus.get("rtx3090")
+    return merged_view(target, _present_toolchain())[0]
+
+
+def load_plans(gpu: str | None = None) -> Callable[[int, int], Plan]:
+    """The function (n, k) -> `Plan` of a weight [n, k], from `load_database(gpu)` and for the installed Triton.
+
+    `replace_linears` takes it as its argument `plan`. A weight without a near entry gets an empty plan, which chooses
+    the default configuration. Raises InputError for a Triton that is not supported.
+    """
+    require_supported()
+    database, toolchain = load_database(gpu), _present_toolchain()
+    return lambda n, k: database.plan(n, k, toolchain)
+
+
+def _present_toolchain() -> Toolchain:
+    """The toolchain of this process. Without Triton no kernel is compiled, and any entry will do."""
+    try:
+        from int8kit.kernels import gemm
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return ANY_TOOLCHAIN
+    return gemm.toolchain()
 
 
 def update(path: Path, gpu: Gpu, entries: Iterable[Entry], *, force: bool = False) -> Database:

@@ -29,7 +29,7 @@ from int8kit.errors import CheckFailed, InputError, UnknownName
 from int8kit.kernels import gemm
 from int8kit.models import Case
 from int8kit.runtime import ideogram4
-from int8kit.toolchain import Toolchain
+from int8kit.toolchain import Toolchain, require_supported
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def generate(request: ImageRequest) -> GeneratedImage:
     Raises UnknownName, InputError or FileError for a bad request before any long work, and CheckFailed if the request
     is strict and a configuration is not proven.
     """
+    require_supported()
     if request.preset not in PRESETS:
         raise UnknownName("preset", request.preset, PRESETS)
     preset = PRESETS[request.preset]

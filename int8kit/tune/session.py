@@ -32,6 +32,7 @@ from int8kit.gpus import Gpu
 from int8kit.kernels import gemm
 from int8kit.spec import POLICY, GemmShape, Source, TileConfig, default_config
 from int8kit.timing import interleave
+from int8kit.toolchain import require_supported
 from int8kit.tune import consolidate, measure, search, space, tasks, workers
 from int8kit.tune.journal import Journal
 from int8kit.tune.space import CompiledKernel, kernel_of
@@ -108,6 +109,7 @@ def targets_of(gpus: Iterable[Gpu], present: Sequence[Gpu], path: Path | None = 
 
     path: the database file, for a single GPU; None: ./tuning_db/<alias>.json.
     """
+    require_supported()
     targets = []
     for gpu in gpus:
         source, timed_on = search.source_of(gpu, present)

@@ -16,7 +16,7 @@ from typing import Literal
 from int8kit.errors import InputError
 from int8kit.gpus import Gpu, present
 from int8kit.kernels import gemm
-from int8kit.toolchain import runnable_archs
+from int8kit.toolchain import require_supported, runnable_archs
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ def available(gpu: Gpu) -> list[Executor]:
     On a newer card there are two: that card's code, and the newer card's own from the same configuration. Raises
     InputError on a machine without a card and without the interpreter.
     """
+    require_supported()
     if gemm.interpreted():
         return [Executor("interpreter", "cpu", "Triton's interpreter on the CPU")]
     card = present()
