@@ -13,9 +13,8 @@ LONGEST = 30  # words of a sentence
 README_LONGEST = 600  # words of the README, code and table included
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]  # docs/results are records of their day
 NOT_YET = {
-    "__main__", "bench", "canonical", "cli", "cost_model", "database", "errors", "files", "fingerprint", "gpus",
-    "kernels", "layers", "lookup", "models", "ops", "reference", "runtime", "shapes_schema", "spec", "timing",
-    "toolchain", "trace", "tune", "verify",
+    "bench", "cli", "cost_model", "database", "errors", "gpus", "kernels", "layers", "models",
+    "reference", "runtime", "spec", "timing", "tune", "verify",
 }  # fmt: skip
 """Modules and packages of int8kit that these rules do not cover yet. A name leaves when its text is plain."""
 FORBIDDEN = (
@@ -120,10 +119,34 @@ def complaints_of_document(text):
     return [*too_long(paragraphs_of_markdown(text)), *forbidden(lines, FORBIDDEN + IN_DOCUMENTS)]
 
 
+SPEAKING = {"note", "print", "warn", "fail", "Option", "Argument", "Typer"}
+"""Functions whose texts a user reads, beside the errors that are raised."""
+
+
+def messages(tree):
+    """[(line number, text)] of texts in raised errors and in calls of SPEAKING; a value in an f-string is one word."""
+    speaking = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Raise)
+        or (isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in SPEAKING)
+    ]
+    for node in {inner for outer in speaking for inner in ast.walk(outer)}:
+        if isinstance(node, ast.JoinedStr):
+            yield (
+                node.lineno,
+                "".join(part.value if isinstance(part, ast.Constant) else "value" for part in node.values),
+            )
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+
+
 def complaints_of_module(source):
-    """Long sentences in docstrings; forbidden words in docstrings, comments and all other texts."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
+    """Long sentences in docstrings and messages; forbidden words in docstrings, comments and all other texts."""
+    tree, found = ast.parse(source), []
+    for number, text in messages(tree):
+        found += too_long([[Line(number, text.replace("\n", " "))]])
+    for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
             constant = node.body[0].value
             found += too_long(paragraphs_of_docstring(constant.value, constant.lineno, constant.col_offset))
@@ -196,6 +219,10 @@ def test_the_rules_for_documents(text, expected):
         ('"""Short.\n\n    ' + "code " * 31 + '\n"""', []),
         ('"""Short."""\ndef f():\n    """Short.\n\n    Begins here\n    ' + "word " * 30 + '\n    """', [5]),
         ('"""Short."""\nraise ValueError("legal is 3")', [2]),
+        ('"""Short."""\nraise ValueError("' + "word " * 31 + '")', [2]),
+        ('"""Short."""\nraise ValueError(f"{name}: ' + "word " * 30 + '")', [2]),
+        ('"""Short."""\nraise ValueError("' + "word " * 20 + "end. " + "word " * 20 + '")', []),
+        ('"""Short."""\nx = typer.Option(help="' + "word " * 31 + '")', [2]),
         ('"""Short."""\nx = 1  # of the card', [2]),
         ('"""Short."""\nx = "' + "word " * 40 + '"', []),
     ],
