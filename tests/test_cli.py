@@ -20,7 +20,7 @@ from int8kit.cli import main
 from int8kit.database import store
 from int8kit.kernels.gemm import kernel_hash
 from int8kit.spec import GemmShape, Kernel, default_config
-from int8kit.verify import process_pool
+from int8kit.verify import property_runs
 from int8kit.verify.properties import pdl_probe
 
 WITHOUT_A_CARD = pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here")
@@ -149,7 +149,7 @@ def test_verify_stamps_what_it_proved(workshop, tmp_path, monkeypatch, verb):
     text = base.merged([plain]).dumps()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.json").write_text(text)
-    monkeypatch.setattr(process_pool, "run_all", lambda jobs, judge, **_: [judge(job, lambda _: None) for job in jobs])
+    monkeypatch.setattr(property_runs, "run_all", lambda jobs, judge, **_: [judge(job, lambda _: None) for job in jobs])
     args = ("verify", "--gpu", "rtx3090", "--db", "p.json", "--shapes", workshop / "s.json", "--examples", "15")
     verb(*args, "--only", "batch")
     assert (tmp_path / "p.json").read_text() == text

@@ -13,7 +13,7 @@ from int8kit import gpus, reference
 from int8kit.cli import main
 from int8kit.errors import InputError, UnknownName
 from int8kit.spec import GemmShape, Kernel
-from int8kit.verify import compare_implementations, executors, implementations, process_pool, replay, runner
+from int8kit.verify import compare_implementations, executors, implementations, property_runs, replay, runner
 from int8kit.verify.examples import regressions
 from int8kit.verify.examples.strategies import Draw, from_json, to_json
 from int8kit.verify.properties import checks, general, pdl_probe
@@ -25,7 +25,7 @@ TILES = checks.SMALL_TILES
 @pytest.fixture(autouse=True)
 def _one_child(monkeypatch):
     """At a time: the examples are few, and a child costs the imports."""
-    monkeypatch.setattr(process_pool, "processes", lambda executor: 1)
+    monkeypatch.setattr(property_runs, "process_count", lambda executor: 1)
 
 
 @pytest.fixture

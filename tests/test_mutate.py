@@ -50,7 +50,7 @@ def scratch(tmp_path, monkeypatch):
 def test_the_catalogue_is_wide():
     names = [mutant.name for mutant in CATALOGUE]
     assert len(set(names)) == len(names) >= 30
-    assert sum(not mutant.needs_card for mutant in CATALOGUE) >= 20
+    assert sum(not mutant.needs_gpu for mutant in CATALOGUE) >= 20
     assert {mutant.kernel for mutant in CATALOGUE} == set(Kernel)
 
 
@@ -72,7 +72,7 @@ def test_the_tiles_of_the_mutants_are_legal():
 
 
 def test_a_stale_catalogue_is_refused_before_any_work():
-    with pytest.raises(CheckFailed, match=r"'no such text' stands 0 times in kernels/gemm_triton.py"):
+    with pytest.raises(CheckFailed, match=r"'no such text' was found 0 times in kernels/gemm_triton.py"):
         campaign.run([Mutant("stale", POINTER, "no such text", "", "", "output")], GPU)
     with pytest.raises(UnknownName, match=r"unknown mutant 'x'; known: .*scales-swapped"):
         campaign.find(["x"])
@@ -112,15 +112,17 @@ def test_faults_are_not_sought_in_unsound_kernels(monkeypatch, scratch):
     (package / "kernels" / "row_primitives.py").write_text("no Python")
     monkeypatch.setattr(campaign, "PACKAGE", package)
     with pytest.raises(CheckFailed, match=r"the unchanged kernels fail accumulator \(compile\): SyntaxError"):
-        campaign.run([SHAM], GPU, jobs=1)
+        campaign.run([SHAM], GPU, processes=1)
     assert [path.name for path in scratch.iterdir()] == ["installed"]
 
 
 @pytest.mark.process
 def test_a_child_that_judges_another_copy_is_refused(monkeypatch, scratch):
-    monkeypatch.setattr(shutil, "copytree", lambda _, to, ignore: to.mkdir())  # so that the installed one is found
-    with pytest.raises(CheckFailed, match=r"the child judged .*int8kit, not its own copy"):
-        campaign.run([SHAM], GPU, jobs=1)
+    monkeypatch.setattr(
+        shutil, "copytree", lambda _, to, ignore: to.mkdir(parents=True)
+    )  # so that the installed one is found
+    with pytest.raises(CheckFailed, match=r"the child checked .*int8kit, not its own copy"):
+        campaign.run([SHAM], GPU, processes=1)
     assert not list(scratch.iterdir())
 
 
@@ -130,25 +132,25 @@ def test_what_a_machine_cannot_run_is_named(monkeypatch):
     monkeypatch.setattr(executors, "available", lambda gpu: interpreter)
     todo = campaign.find(["hopper-deadlock", "fma-contraction"])
     verdicts = campaign.run(todo, GPU)
-    assert [v.ending for v in verdicts] == ["needs a card"] * 2
+    assert [v.ending for v in verdicts] == ["needs a GPU"] * 2
     assert "interpreter" in verdicts[0].evidence
-    assert campaign.score(verdicts) == {"killed": 0, "ran": 0, "score": None, "idle": {"needs a card": 2}}
+    assert campaign.score(verdicts) == {"killed": 0, "ran": 0, "score": None, "idle": {"needs a GPU": 2}}
 
     card = [executors.Executor("cross_arch", "cuda", "a card", "sm86"), executors.Executor("native", "cuda", "a card")]
     monkeypatch.setattr(executors, "available", lambda gpu: card)
     monkeypatch.setattr(campaign, "present", lambda: gpus.get("rtx4090"))
-    [verdict] = campaign.run(campaign.find(["hopper-deadlock"]), GPU, jobs=1)
+    [verdict] = campaign.run(campaign.find(["hopper-deadlock"]), GPU, processes=1)
     assert verdict.ending == "not applicable"
     assert "sm_90 only" in verdict.evidence
     for name, executor in (("naive-owner", card[0]), ("fma-contraction", card[1])):
         [mutant] = campaign.find([name])
-        job = campaign._job(mutant, card)
+        job = campaign._trial(mutant, card)
         assert job.executor == executor
         assert job.properties[0] == mutant.expected
-        request = json.loads(job.request(None, 0))
+        request = job.request(None, 0)
         assert {tile["kernel"] for tile in request["tiles"]} <= {Kernel.MMA_SYNC}
     monkeypatch.setattr(campaign, "present", lambda: gpus.get("h200"))
-    assert campaign._idle(campaign.find(["hopper-deadlock"])[0], card) is None
+    assert campaign._not_runnable(campaign.find(["hopper-deadlock"])[0], card) is None
 
 
 @pytest.mark.slow
@@ -172,7 +174,7 @@ def test_the_verb_kills(monkeypatch, scratch, verb):
     assert (killed["name"], killed["by"], killed["how"]) == ("scales-joined", "output", "differs")
     assert document["killed"] >= 1
     assert document["score"] == 1.0
-    assert stream_k["ending"] == ("killed" if torch.cuda.is_available() else "needs a card")
+    assert stream_k["ending"] == ("killed" if torch.cuda.is_available() else "needs a GPU")
     assert not list(scratch.iterdir())
 
 
@@ -181,7 +183,7 @@ def test_a_survivor_is_listed_and_fails_the_verb(monkeypatch, capfd):
         Verdict("a", POINTER, "fault a", "killed", "output", "differs", "1x1x1: 1 of 1 differ", {}, 1.2),
         Verdict("b", POINTER, "fault b", "killed", "output", "timeout", "no end in 9 s", {}, 9.0),
         Verdict("c", POINTER, "fault c", "survived", tried={"output": 7}, seconds=3.0),
-        Verdict("d", POINTER, "fault d", "needs a card", evidence="PTX"),
+        Verdict("d", POINTER, "fault d", "needs a GPU", evidence="PTX"),
         Verdict("e", POINTER, "fault e", "not applicable", evidence="no sm_90"),
     ]
     monkeypatch.setattr(campaign, "run", lambda *_, **__: canned)
@@ -190,7 +192,7 @@ def test_a_survivor_is_listed_and_fails_the_verb(monkeypatch, capfd):
     out, err = capfd.readouterr()
     assert exit_.value.code == 1
     assert "killed by output (timeout)" in out
-    assert "needs a card: PTX" in out
+    assert "needs a GPU: PTX" in out
     assert "2 of 3 killed (67%), 1 need a card, 1 not applicable here" in out
     assert out.endswith("survived: c (fault c); tried 7 examples of output\n")
     assert err == "int8kit: 1 of 3 faults survived: c\n"

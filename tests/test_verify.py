@@ -1,6 +1,8 @@
 """verify/: the verifier verified. Broken kernels must be caught, with a small example; sound ones must hold."""
 
+import contextlib
 import os
+import sys
 import time
 
 import pytest
@@ -12,7 +14,7 @@ from int8kit.database.schema import Entry, Resources
 from int8kit.errors import InputError
 from int8kit.kernels import gemm, quantize
 from int8kit.spec import GemmShape, Kernel, Source, TileConfig, legal_configs
-from int8kit.verify import executors, process_pool, runner
+from int8kit.verify import executors, process_pool, property_runs, runner
 from int8kit.verify.examples import strategies
 from int8kit.verify.properties import checks
 
@@ -170,9 +172,9 @@ def _dying(job, on_example):
 @pytest.mark.process
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_a_kernel_that_ends_its_process_is_a_failure_like_any_other(processes):
-    jobs = [process_pool.Job(name, EXECUTOR) for name in ("accumulator", "output", "entries")]
+    jobs = [property_runs.PropertyRun(name, EXECUTOR) for name in ("accumulator", "output", "entries")]
     told = []
-    outcomes = process_pool.run_all(jobs, _dying, processes=processes, on_example=lambda: told.append(1))
+    outcomes = property_runs.run_all(jobs, _dying, processes=processes, on_example=lambda: told.append(1))
     assert [r.name for r, _ in outcomes] == ["accumulator", "output", "entries"]
     assert [r.failure for r, _ in outcomes] == [
         None, "an example of output: the kernel ended its process (SIGABRT)", None,
@@ -198,15 +200,63 @@ def test_a_kernel_that_waits_for_ever_is_a_failure_like_any_other(monkeypatch):
         if len(told) == 3:
             monkeypatch.setattr(process_pool, "SILENCE_S", 1.0)
 
-    jobs = [process_pool.Job(name, EXECUTOR) for name in ("output", "accumulator", "entries")]
-    outcomes = process_pool.run_all(jobs, _hanging, processes=2, on_example=on_example)
+    jobs = [property_runs.PropertyRun(name, EXECUTOR) for name in ("output", "accumulator", "entries")]
+    outcomes = property_runs.run_all(jobs, _hanging, processes=2, on_example=on_example)
     assert [r.failure for r, _ in outcomes] == ["an example of output: no end in 1 s", None, None]
+
+
+def _work(how, report):
+    report(how)
+    if how == "raise":
+        raise ValueError("planted")
+    if how == "exit":
+        print("last words", file=sys.stderr, flush=True)
+        os._exit(3)
+    return os.getpid()
+
+
+@pytest.mark.process
+def test_process_pool_reports_how_each_call_ended():
+    calls = [process_pool.Call(_work, how) for how in ("return", "raise", "return", "exit", "return")]
+    endings = process_pool.run_all(calls, processes=1)
+    assert [(e.kind, e.detail) for e in endings] == [
+        ("done", ""), ("raised", "ValueError: planted"), ("done", ""), ("exited", "last words"), ("done", ""),
+    ]  # fmt: skip
+    assert [e.reports for e in endings] == [(call.argument,) for call in calls]
+    assert endings[0].result == endings[2].result  # an exception does not end the child
+    assert endings[4].result != endings[0].result
+
+
+@pytest.mark.process
+def test_process_pool_ends_its_children_if_a_callback_raises():
+    """As an interrupt does: the child that is inside a call is gone, and so is its place."""
+    seen, closed = [], []
+
+    @contextlib.contextmanager
+    def open_place(index):
+        yield process_pool.Place()
+        closed.append(index)
+
+    def on_report(index, pid):
+        seen.append(pid)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        process_pool.run_all([process_pool.Call(_wait, None)], open_place=open_place, on_report=on_report)
+    assert closed == [0]
+    with pytest.raises(ProcessLookupError):
+        os.kill(seen[0], 0)
+
+
+def _wait(_, report):
+    report(os.getpid())
+    time.sleep(60)
 
 
 @pytest.mark.process
 def test_isolated_checks_are_the_same():
-    jobs = [process_pool.Job("quantize", EXECUTOR)]
-    [(result, _)] = process_pool.run_all(jobs, process_pool.Proof(BASE, examples=20))
+    jobs = [property_runs.PropertyRun("quantize", EXECUTOR)]
+    [(result, _)] = property_runs.run_all(jobs, property_runs.VerifyKernels(BASE, examples=20))
     assert result.failure is None
     assert result == checks.run("quantize", EXECUTOR, BASE, examples=20)[0]
 

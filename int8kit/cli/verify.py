@@ -98,7 +98,7 @@ def _prove(
     from int8kit.cli import tables
     from int8kit.database import store
     from int8kit.kernels import gemm
-    from int8kit.verify import executors, process_pool, replay, runner
+    from int8kit.verify import executors, property_runs, replay, runner
     from int8kit.verify.properties import checks
 
     if database is not None and gpu is None:
@@ -110,7 +110,11 @@ def _prove(
     wanted = trace.int8_shapes(trace.read(shapes or files.shipped("shapes") / "ideogram4.json"))
     unlisted = tuple(base.unlisted(wanted, toolchain))
     found = executors.available(card)
-    jobs = [process_pool.Job(name, executor) for executor in found for name in checks.names(executor, base, unlisted)]
+    jobs = [
+        property_runs.PropertyRun(name, executor)
+        for executor in found
+        for name in checks.names(executor, base, unlisted)
+    ]
     if only:
         _check_names(only, {job.name for job in jobs})
         jobs = [job for job in jobs if job.name in only]
@@ -129,10 +133,10 @@ def _prove(
     results: list[runner.Result] = []
     stamps: dict[Any, list[Any]] = {}
     with progress("verifying") as (bar, task):
-        outcomes = process_pool.run_all(
+        outcomes = property_runs.run_all(
             jobs,
-            process_pool.Proof(base, examples, seed, more, unlisted),
-            processes=process_pool.processes(found[-1]),
+            property_runs.VerifyKernels(base, examples, seed, more, unlisted),
+            processes=property_runs.process_count(found[-1]),
             on_example=lambda: bar.advance(task),
         )
         for result, passed in outcomes:

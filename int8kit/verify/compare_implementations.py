@@ -14,10 +14,11 @@ import torch
 
 from int8kit.database.database import Database
 from int8kit.spec import GemmShape, TileConfig, default_config
-from int8kit.verify import implementations, process_pool
+from int8kit.verify import implementations, property_runs
 from int8kit.verify.examples import regressions
 from int8kit.verify.examples.strategies import Draw, draws
 from int8kit.verify.executors import Executor
+from int8kit.verify.process_pool import Report
 from int8kit.verify.properties import checks, general
 from int8kit.verify.runner import Result, hold, strict
 
@@ -58,9 +59,11 @@ def run(
         implementations.find(name, executor, configs)
     columns = []
     for name in listed:
-        jobs = [process_pool.Job(kind, executor) for kind in general.ALL]
+        jobs = [property_runs.PropertyRun(kind, executor) for kind in general.ALL]
         judge = _Judge(name, configs, examples, random_seed)
-        done = process_pool.run_all(jobs, judge, processes=process_pool.processes(executor), on_example=on_example)
+        done = property_runs.run_all(
+            jobs, judge, processes=property_runs.process_count(executor), on_example=on_example
+        )
         columns.append(Column(name, tuple(result for result, _ in done)))
     return columns
 
@@ -74,7 +77,7 @@ class _Judge:
     examples: int | None
     random_seed: int
 
-    def __call__(self, job: process_pool.Job, on_example: Callable[[object], None]) -> process_pool.Outcome:
+    def __call__(self, job: property_runs.PropertyRun, report: Report) -> property_runs.Finding:
         subject = implementations.find(self.name, job.executor, self.configs)
         if reason := general.why_not(job.name, subject):
             return Result(job.name, self.name, 0, reason=reason), {}
@@ -91,6 +94,7 @@ class _Judge:
         with strict():
             result = hold(
                 job.name, job.executor, gemms, fitted, examples=self.examples or EXAMPLES,
-                random_seed=self.random_seed, always=always, on_example=on_example,
+                random_seed=self.random_seed, always=always,
+                on_example=lambda example: report(str(example)),
             )  # fmt: skip
         return result, {}

@@ -7,7 +7,7 @@ from int8kit import files, gpus, reference
 from int8kit.database import store
 from int8kit.kernels import gemm, quantize
 from int8kit.spec import GemmShape, Kernel, TileConfig, legal_configs
-from int8kit.verify import executors, process_pool, runner
+from int8kit.verify import executors, property_runs, runner
 from int8kit.verify.examples.strategies import Draw
 from int8kit.verify.properties import checks
 
@@ -56,8 +56,8 @@ def test_every_legal_tile_of_the_hopper_kernel_ends_and_is_exact():
     native = [executor for executor in here() if executor.arch is None]
     if gpus.present().arch != 90:
         pytest.skip("no wgmma here")
-    jobs = [process_pool.Job(str(i), native[0]) for i in range(LOTS)]
-    outcomes = process_pool.run_all(jobs, _each_is_exact, processes=LOTS)
+    jobs = [property_runs.PropertyRun(str(i), native[0]) for i in range(LOTS)]
+    outcomes = property_runs.run_all(jobs, _each_is_exact, processes=LOTS)
     assert [result.failure for result, _ in outcomes] == [None] * LOTS
 
 

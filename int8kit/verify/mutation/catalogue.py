@@ -38,7 +38,7 @@ class Mutant:
     new: str
     fault: str  # what is wrong, in one line
     expected: str  # the property of `checks` that should differ, tried first
-    card: str = ""  # why only a card shows it; "" if the interpreter does too
+    gpu_only: str = ""  # why only a GPU shows it; "" if the interpreter does too
 
     @property
     def kernel(self) -> Kernel:
@@ -46,9 +46,9 @@ class Mutant:
         return _FILES.get(self.file, Kernel.TRITON)
 
     @property
-    def needs_card(self) -> str:
+    def needs_gpu(self) -> str:
         """Why Triton's interpreter cannot show the fault, or ""."""
-        return _GLUON if self.kernel is not Kernel.TRITON else self.card
+        return _GLUON if self.kernel is not Kernel.TRITON else self.gpu_only
 
 
 TILES = {  # small, so that a small matrix has many of them; whole tiles and stream-K
@@ -68,8 +68,8 @@ TILES = {  # small, so that a small matrix has many of them; whole tiles and str
 """Configurations of the Gluon kernels that their mutants run with; those of the plain one are `checks.SMALL_TILES`."""
 
 
-def _pointer(name: str, old: str, new: str, fault: str, expected: str = "accumulator", card: str = "") -> Mutant:
-    return Mutant(name, "kernels/gemm_triton.py", old, new, fault, expected, card)
+def _pointer(name: str, old: str, new: str, fault: str, expected: str = "accumulator", gpu_only: str = "") -> Mutant:
+    return Mutant(name, "kernels/gemm_triton.py", old, new, fault, expected, gpu_only)
 
 
 _POINTER = (
