@@ -6,7 +6,7 @@ import torch
 from int8kit import reference
 from int8kit.errors import ShapeError
 from int8kit.kernels.quantize import quantize
-from int8kit.verify.compare import difference
+from int8kit.verify.compare import bitwise_diff
 from int8kit.verify.examples.strategies import FLOAT_KINDS, float_matrix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def test_equals_the_reference(kind, dtype, k):
     x = float_matrix(3, k, kind, 2, dtype, DEVICE)
     for got, want in zip(quantize(x), reference.quantize(x), strict=True):
-        assert difference(got, want) is None
+        assert bitwise_diff(got, want) is None
 
 
 def test_never_gives_minus_128():

@@ -8,7 +8,7 @@ from int8kit import gpus, reference
 from int8kit.errors import ShapeError
 from int8kit.kernels.residual_norm_quantize import residual_norm_quantize
 from int8kit.verify import executors
-from int8kit.verify.compare import difference
+from int8kit.verify.compare import bitwise_diff
 from int8kit.verify.examples.strategies import FLOAT_KINDS
 from int8kit.verify.properties import row_kernels
 from int8kit.verify.properties.row_kernels import Fused
@@ -27,7 +27,7 @@ def operands(images):
 def assert_equal(got, want):
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype
-        assert difference(a, b) is None
+        assert bitwise_diff(a, b) is None
 
 
 @pytest.mark.slow

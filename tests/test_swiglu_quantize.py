@@ -9,7 +9,7 @@ from int8kit import reference
 from int8kit.errors import ShapeError
 from int8kit.kernels.row_primitives import CHUNKS, RowTile
 from int8kit.kernels.swiglu_quantize import swiglu_quantize
-from int8kit.verify.compare import difference
+from int8kit.verify.compare import bitwise_diff
 from int8kit.verify.examples.strategies import FLOAT_KINDS, float_matrix, rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quiet_interpreter")
 
 def assert_equal(got, want):
     for a, b in zip(got, want, strict=True):
-        assert difference(a, b) is None
+        assert bitwise_diff(a, b) is None
 
 
 def ulps(g):

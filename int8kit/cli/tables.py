@@ -116,13 +116,13 @@ def subjects_table(columns: Iterable[Column], markdown: bool = False) -> str:
     reasons = []
     for c in columns:
         if why := dict.fromkeys(r.reason for r in c.results if r.reason):
-            reasons.append(f"n/a for {c.subject}: {'; '.join(why)}")
+            reasons.append(f"n/a for {c.implementation}: {'; '.join(why)}")
 
     def cell(r: Result) -> str:
         return "n/a" if r.reason else "fails" if r.failure else f"holds ({r.examples})"
 
     rows = [(results[0].name, *map(cell, results)) for results in zip(*(c.results for c in columns), strict=True)]
-    head = ("property", *(c.subject for c in columns))
+    head = ("property", *(c.implementation for c in columns))
     return "\n".join([tabulate(rows, head, tablefmt=_format(markdown), disable_numparse=True), "", *reasons])
 
 

@@ -13,13 +13,12 @@ import torch
 
 from int8kit.database.database import Choice, Database
 from int8kit.spec import TileConfig
-from int8kit.verify import process_pool
+from int8kit.verify import process_pool, verify_kernels
 from int8kit.verify.examples import regressions
-from int8kit.verify.examples.guarded_buffers import FAR_ROOM
+from int8kit.verify.examples.guarded_buffers import HUGE_STRIDE_BYTES
 from int8kit.verify.executors import Executor
 from int8kit.verify.process_pool import Call, Ending, Report
-from int8kit.verify.properties import checks
-from int8kit.verify.properties.checks import Stamps
+from int8kit.verify.properties.entries import Stamps
 from int8kit.verify.runner import Result
 
 MAX_PROCESSES = 16  # on a GPU: each keeps a context there
@@ -40,7 +39,7 @@ Verifier = Callable[[PropertyRun, Report], Finding]
 
 @dataclass(frozen=True)
 class VerifyKernels:
-    """The verifier of int8kit's own kernels: `checks.run` over a database's configurations and `more`."""
+    """The verifier of int8kit's own kernels: `verify_kernels.run` over a database's configurations and `more`."""
 
     database: Database
     examples: int | None = None
@@ -50,7 +49,7 @@ class VerifyKernels:
 
     def __call__(self, run: PropertyRun, report: Report) -> Finding:
         """Verify one property. See `Verifier`."""
-        finding = checks.run(
+        finding = verify_kernels.run(
             run.name, run.executor, self.database, examples=self.examples, random_seed=self.random_seed,
             more=self.more, kept=regressions.load(run.name), unlisted=self.unlisted,
             on_example=lambda example: report(str(example)),
@@ -64,7 +63,7 @@ def process_count(executor: Executor) -> int:
     cores = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
     if executor.on == "interpreter":
         return cores
-    return max(1, min(cores, torch.cuda.mem_get_info()[0] // FAR_ROOM))
+    return max(1, min(cores, torch.cuda.mem_get_info()[0] // HUGE_STRIDE_BYTES))
 
 
 def run_all(

@@ -30,18 +30,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from int8kit.errors import CheckFailed, UnknownName
+from int8kit.errors import CheckFailed
 from int8kit.gpus import Gpu, present
 from int8kit.spec import Kernel
 from int8kit.verify import executors, process_pool, property_runs
 from int8kit.verify.executors import Executor
 from int8kit.verify.mutation import child
-from int8kit.verify.mutation.catalogue import CATALOGUE, TILES, Mutant
+from int8kit.verify.mutation.mutant import TILES, Mutant
 from int8kit.verify.process_pool import Call, Ending, Place
-from int8kit.verify.properties import row_kernels
+from int8kit.verify.properties import registry
 
 PACKAGE = Path(__file__).parent.parent.parent
-PROPERTIES = ("accumulator", "output", "swiglu", "quantize", *row_kernels.KERNELS)
 
 Fate = Literal["killed", "survived", "needs a GPU", "not applicable"]
 How = Literal["differs", "crash", "compile", "timeout"]
@@ -79,15 +78,6 @@ class Trial:
                 "examples": examples, "seed": seed}  # fmt: skip
 
 
-def find(names: Iterable[str]) -> tuple[Mutant, ...]:
-    """The mutants of these names, all without one. Raises UnknownName with the list."""
-    listed = {mutant.name: mutant for mutant in CATALOGUE}
-    for name in names:
-        if name not in listed:
-            raise UnknownName("mutant", name, listed)
-    return tuple(dict.fromkeys(listed[name] for name in names)) or CATALOGUE
-
-
 def run(
     mutants: Iterable[Mutant],
     gpu: Gpu,
@@ -101,10 +91,10 @@ def run(
 ) -> list[Verdict]:
     """Try `mutants` on this machine, `processes` at a time, and return their verdicts in order.
 
-    gpu: on a newer GPU, the mutants of the mma.sync kernel run as this GPU's code. examples: of each property; None: as
-    `checks.run`. on_step is given the number of children that ended and the number of all; on_verdict the verdict of
-    each mutant that is run. Raises CheckFailed if the unchanged kernels fail, or if a mutant's text is not found
-    exactly once. Interrupted, it ends its children and removes its folders.
+    gpu: on a newer GPU, the mutants of the mma.sync kernel run as this GPU's code. examples: of each property, by
+    default those of its budget. on_step is given the number of children that ended and the number of all; on_verdict
+    the verdict of each mutant that is run. Raises CheckFailed if the unchanged kernels fail, or if a mutant's text is
+    not found exactly once. Interrupted, it ends its children and removes its folders.
     """
     mutants = tuple(mutants)
     for mutant in mutants:
@@ -113,7 +103,9 @@ def run(
     not_run = {mutant.name: verdict for mutant in mutants if (verdict := _not_runnable(mutant, found))}
     seeded = [_trial(mutant, found) for mutant in mutants if mutant.name not in not_run]
     kernels = {trial.kernel: trial.executor for trial in seeded}
-    sound = [Trial(None, kernel, (name,), kernels[kernel]) for kernel in kernels for name in _properties(kernel)]
+    sound = [
+        Trial(None, kernel, (name,), kernels[kernel]) for kernel in kernels for name in registry.of_mutants(kernel)
+    ]
     trials, verdicts = [*sound, *seeded], dict(not_run)
 
     def on_ending(index: int, ending: Ending) -> None:
@@ -175,14 +167,8 @@ def _not_runnable(mutant: Mutant, executors: list[Executor]) -> Verdict | None:
 
 
 def _trial(mutant: Mutant, executors: list[Executor]) -> Trial:
-    order = dict.fromkeys((mutant.expected, *_properties(mutant.kernel)))
+    order = dict.fromkeys((mutant.expected, *registry.of_mutants(mutant.kernel)))
     return Trial(mutant, mutant.kernel, tuple(order), _executor(mutant.kernel, executors))
-
-
-def _properties(kernel: Kernel) -> tuple[str, ...]:
-    """Those that a kernel's faults may break: the rows' kernels are plain Triton, and only Hopper's begins early."""
-    more = {Kernel.TRITON: PROPERTIES[3:], Kernel.WGMMA: ("order",)}
-    return (*PROPERTIES[:3], *more.get(kernel, ()))
 
 
 def _executor(kernel: Kernel, executors: list[Executor]) -> Executor:

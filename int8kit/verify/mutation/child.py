@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import int8kit
-from int8kit.spec import GemmShape, config_from, default_config
+from int8kit.spec import config_from
 from int8kit.verify.process_pool import Report
 
 
@@ -24,15 +24,12 @@ def check(request: dict[str, Any], report: Report) -> None:
     """Check the properties of `request` up to the first that fails. No tiles: those of the plain kernel."""
     report({"package": str(Path(int8kit.__file__).parent)})
     from int8kit.verify.executors import Executor
-    from int8kit.verify.properties import checks
+    from int8kit.verify.verify_kernels import DEFAULT_TILES, run_over_tiles
 
     executor = Executor(**request["executor"])
-    tiles = [config_from(row) for row in request["tiles"]] or [
-        *checks.SMALL_TILES,
-        default_config(GemmShape(1024, 1, 1)),
-    ]
+    tiles = [config_from(row) for row in request["tiles"]] or DEFAULT_TILES
     for name in request["properties"]:
-        result = checks.prove(
+        result = run_over_tiles(
             name, executor, tiles, examples=request["examples"], random_seed=request["seed"],
             on_example=lambda example: report({"example": str(example)}),
         )  # fmt: skip
