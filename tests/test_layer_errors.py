@@ -16,12 +16,12 @@ CASE = Case(64, 64, text_tokens=9)
 
 def test_error_of_known_tensors():
     y = torch.tensor([3.0, -4.0])
-    assert layer_errors.error(y, y) == layer_errors.Error(math.inf, 1.0, 0.0)
+    assert layer_errors.error(y, y) == layer_errors.Distance(math.inf, 1.0, 0.0)
     one = layer_errors.error(y, y + torch.tensor([0.0, 0.05]))
     assert one.sqnr_db == pytest.approx(40.0, abs=1e-3)  # 25 / 0.0025
     assert one.max_error == pytest.approx(0.05 / 4)
     assert layer_errors.error(y, -y).cosine == -1.0
-    assert layer_errors.error(y * 0, y * 0) == layer_errors.Error(math.inf, 1.0, 0.0)
+    assert layer_errors.error(y * 0, y * 0) == layer_errors.Distance(math.inf, 1.0, 0.0)
 
 
 def test_every_linear_of_both_branches_the_largest_error_first():

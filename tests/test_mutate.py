@@ -132,7 +132,7 @@ def test_faults_that_this_machine_cannot_run(monkeypatch):
     """They count neither as killed nor as survived."""
     interpreter = [executors.Executor("interpreter", "cpu", "CPU")]
     monkeypatch.setattr(executors, "available", lambda gpu: interpreter)
-    todo = find(["hopper-deadlock", "fma-contraction"])
+    todo = find(["wgmma-deadlock", "fma-contraction"])
     verdicts = campaign.run(todo, GPU)
     assert [v.ending for v in verdicts] == ["needs a GPU"] * 2
     assert "interpreter" in verdicts[0].evidence
@@ -141,7 +141,7 @@ def test_faults_that_this_machine_cannot_run(monkeypatch):
     gpu = [executors.Executor("cross_arch", "cuda", "a GPU", "sm86"), executors.Executor("native", "cuda", "a GPU")]
     monkeypatch.setattr(executors, "available", lambda _: gpu)
     monkeypatch.setattr(campaign, "present", lambda: gpus.get("rtx4090"))
-    [verdict] = campaign.run(find(["hopper-deadlock"]), GPU, processes=1)
+    [verdict] = campaign.run(find(["wgmma-deadlock"]), GPU, processes=1)
     assert verdict.ending == "not applicable"
     assert "sm_90 only" in verdict.evidence
     for name, executor in (("naive-owner", gpu[0]), ("fma-contraction", gpu[1])):
@@ -152,7 +152,7 @@ def test_faults_that_this_machine_cannot_run(monkeypatch):
         request = job.request(None, 0)
         assert {tile["kernel"] for tile in request["tiles"]} <= {Kernel.MMA_SYNC}
     monkeypatch.setattr(campaign, "present", lambda: gpus.get("h200"))
-    assert campaign._not_runnable(find(["hopper-deadlock"])[0], gpu) is None
+    assert campaign._not_runnable(find(["wgmma-deadlock"])[0], gpu) is None
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_survivor_is_listed_and_exit_status_is_1(monkeypatch, capfd):
     assert exit_.value.code == 1
     assert "killed by output (timeout)" in out
     assert "needs a GPU: PTX" in out
-    assert "2 of 3 killed (67%), 1 need a card, 1 not applicable here" in out
+    assert "2 of 3 killed (67%), 1 need a GPU, 1 not applicable here" in out
     assert out.endswith("survived: c (fault c); tried 7 examples of output\n")
     assert err == "int8kit: 1 of 3 faults survived: c\n"
 

@@ -62,8 +62,8 @@ def verify(
     Kernels run on the GPU, or at reduced sizes in Triton's interpreter on a CPU. If anything differs, the exit status
     is 1, and the smallest example is printed with a command that repeats it. With --only, one property takes seconds.
 
-    Two commands verify something else, see their --help: `verify mutate` seeds faults that the properties must catch;
-    `verify libraries` checks the same properties of other INT8 GEMMs.
+    Two commands verify something else: `verify mutate` seeds faults that the properties must catch, and `verify
+    libraries` checks the same properties of other INT8 GEMMs.
 
     Example: int8kit verify --gpu rtx3090
     """
@@ -235,7 +235,7 @@ def _stamp(path: Path, stamps: dict[Any, Any], proven: Any) -> None:
         note(f"{'stamped' if changed else 'stamps are up to date in'} {path}")
 
 
-@app.command()
+@app.command(short_help="Seed faults that the properties must catch.")
 def mutate(
     gpu: GpuOption = None,
     only: Annotated[list[str] | None, typer.Option(help="Seed this fault alone; repeatable.")] = None,
@@ -246,10 +246,10 @@ def mutate(
     markdown: Markdown = False,
     as_json: Json = False,
 ) -> None:
-    """Verify the verifier: seed faults into copies of the kernels, one by one, and see a property catch each.
+    """Verify the verifier: seed faults into copies of the kernels, one by one; a property must catch each of them.
 
     The exit status is 1 if a fault survives that this machine can execute. Faults that need a GPU are listed with the
-    reason. A run takes minutes on a CPU; with --only, seconds.
+    reason. A run takes minutes on a CPU; one fault with --only takes about a minute.
 
     Example: int8kit verify mutate --only scales-joined
     """
@@ -287,12 +287,12 @@ def mutate(
         raise CheckFailed(f"{len(survivors)} of {ran} faults survived: {', '.join(survivors)}")
 
 
-@app.command()
+@app.command(short_help="Check the properties of other INT8 GEMMs.")
 def libraries(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="NAME...",
+            metavar="NAME",
             help="torch._int_mm, vllm, comfy-kitchen, torchao, sdnq, bitsandbytes, or your function, module:function.",
             show_default=False,
         ),
@@ -332,7 +332,7 @@ def libraries(
         columns = compare_implementations.run(
             names, executor, configs, examples=examples, random_seed=seed, on_example=lambda: bar.advance(task)
         )
-    lines = [tables.subjects_table(columns, markdown)]
+    lines = [tables.implementations_table(columns, markdown)]
     broken = [(column.implementation, r) for column in columns for r in column.results if r.failure]
     for name, r in broken:
         lines.append(f"\n{name} breaks {r.name!r}, smallest example:\n  {r.failure}")

@@ -48,7 +48,7 @@ ROW_FAULTS = (
     Mutant(
         "max-by-comparison", "kernels/row_primitives.py",
         "tl.maximum(top, tl.abs(y), propagate_nan=tl.PropagateNan.ALL)", "tl.where(tl.abs(y) > top, tl.abs(y), top)",
-        "a NaN compares as no larger and is dropped from the maximum", "quantize",
+        "a comparison with NaN is false, so the maximum drops the NaN", "quantize",
     ),
     Mutant(
         "max-is-signed", "kernels/row_primitives.py",
@@ -68,7 +68,7 @@ ROW_FAULTS = (
         "flush-to-zero", "kernels/row_primitives.py",
         "tl.div_rn(bits.to(tl.float32, bitcast=True), 127.0)",
         "tl.div_rn(tl.where(bits < 0x800000, 0, bits).to(tl.float32, bitcast=True), 127.0)",
-        "a row of subnormal numbers is taken for zeros", "quantize",
+        "a row of subnormal numbers is treated as zeros", "quantize",
     ),
     Mutant(
         "clamp-to-minus-128", "kernels/row_primitives.py",
@@ -113,7 +113,7 @@ ROW_FAULTS = (
         "uncorrected-quotient", "kernels/row_primitives.py",
         "q = tl.fma(tl.fma(-s, q, ys[c]), r, q) + ROUNDER", "q = q + ROUNDER",
         "the quotient's last correction is missing", "quantize",
-        "a path of fused operations, which the interpreter has not",
+        "a path of fused operations, which the interpreter lacks",
     ),
     Mutant(
         "bfloat16-pair-swapped", "kernels/row_primitives.py",
@@ -125,7 +125,7 @@ ROW_FAULTS = (
         "fma-contraction", "kernels/launch.py",
         'COMPILE_OPTIONS = {"enable_fp_fusion": False}', 'COMPILE_OPTIONS = {"enable_fp_fusion": True}',
         "the compiler may contract the epilogue's product and sum", "output",
-        "done by the compiler, which the interpreter is not",
+        "the compiler does it, and the interpreter does not",
     ),
 )  # fmt: skip
 
@@ -139,7 +139,7 @@ FUSED_FAULTS = (
     Mutant(
         "root-of-the-reciprocal", "kernels/row_primitives.py",
         "tl.div_rn(1.0, tl.sqrt_rn(mean + eps))", "tl.sqrt_rn(tl.div_rn(1.0, mean + eps))",
-        "the norm's two roundings are taken in the other order", "rms_norm_quantize",
+        "the norm's two roundings are in the other order", "rms_norm_quantize",
     ),
     Mutant(
         "mean-over-padding", "kernels/row_primitives.py",
@@ -147,12 +147,12 @@ FUSED_FAULTS = (
         "the zeros that fill the last chunk count in the mean of squares", "rms_norm_quantize",
     ),
     Mutant(
-        "first-images-modulation", "kernels/rms_norm_quantize.py", ".to(tl.int64) * stride_mb", ".to(tl.int64) * 0",
+        "modulation-of-first-image", "kernels/rms_norm_quantize.py", ".to(tl.int64) * stride_mb", ".to(tl.int64) * 0",
         "every image gets the modulation of the first", "rms_norm_quantize",
     ),
     Mutant(
         "residual-not-rounded", "kernels/residual_norm_quantize.py", "new = round_to(new, DTYPE)", "new = new * 1.0",
-        "the next norm is of the sum before it was rounded to what is stored", "residual_norm_quantize",
+        "the next norm uses the sum before it was rounded to the stored dtype", "residual_norm_quantize",
     ),
     Mutant(
         "gate-for-up", "kernels/swiglu_quantize.py", "g, u = tl.split", "u, g = tl.split",

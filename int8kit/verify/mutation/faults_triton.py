@@ -11,7 +11,7 @@ def _triton(name: str, old: str, new: str, fault: str, expected: str = "accumula
 
 FAULTS = (
     _triton("scale-row-wraps", "sx = tl.load(sx_ptr + rows, mask", "sx = tl.load(sx_ptr + rows % 32768, mask",
-             "rows from 32768 on take the scales of the first", "output"),
+             "rows from 32768 on take the scales of the first rows", "output"),
     _triton(
         "tile-rows-floored",
         "tiles_m = (M + BLOCK_M - 1) // BLOCK_M", "tiles_m = tl.maximum(M // BLOCK_M, 1)",
@@ -23,9 +23,9 @@ FAULTS = (
         "one tile column too many where N is a multiple of the tile",
     ),
     _triton(
-        "last-band-too-high",
+        "last-swizzle-group-too-high",
         "height = tl.minimum(tiles_m - first_m, group_m)", "height = group_m",
-        "the last band of tile rows is taken for a full one",
+        "the last swizzle group of tile rows is treated as a full one",
     ),
     _triton(
         "grid-short-of-a-row",
@@ -38,16 +38,16 @@ FAULTS = (
         "mask=(ks <= K - k)[None, :], other=0)\n            w = tl.load(w_ptrs, mask=(ks <= K - k)[:, None]",
         "both loads take one element past K",
     ),
-    _triton("k-tail-unmasked", "if EVEN_K:", "if K > 0:", "the partial step of K is loaded without a mask"),
+    _triton("k-tail-unmasked", "if EVEN_K:", "if K > 0:", "the partial k-step is loaded without a mask"),
     _triton(
         "k-tail-dropped",
         "for k in range(0, K, BLOCK_K):", "for k in range(0, K - BLOCK_K + 1, BLOCK_K):",
-        "the partial step of K is left out",
+        "the partial k-step is left out",
     ),
     _triton(
         "sum-of-the-last-step",
         "acc = tl.dot(x, w, acc, out_dtype=tl.int32)", "acc = tl.dot(x, w, out_dtype=tl.int32)",
-        "each step of K overwrites the sums of those before",
+        "each k-step overwrites the sums of earlier k-steps",
     ),
     _triton(
         "int16-overflow",
@@ -101,7 +101,7 @@ FAULTS = (
     _triton(
         "stale-scale-row",
         "tl.load(sx_ptr + rows, mask=rows < M", "tl.load(sx_ptr + rows % BLOCK_M, mask=rows < M",
-        "every tile takes the row scales of the first", "output",
+        "every tile takes the row scales of the first tile", "output",
     ),
     _triton(
         "bias-before-scale",
@@ -120,7 +120,7 @@ FAULTS = (
         "        if out_ptr.dtype.element_ty == tl.float16:\n"
         "            y = (y.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)\n"
         "        tl.store(\n            out_ptrs + cols[None, :], y.to",
-        "float16 output is cut off instead of rounded", "output",
+        "float16 output is truncated instead of rounded", "output",
     ),
     _triton(
         "truncating-cast-to-bfloat16",
@@ -128,13 +128,13 @@ FAULTS = (
         "        if out_ptr.dtype.element_ty == tl.bfloat16:\n"
         "            y = (y.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)\n"
         "        tl.store(\n            out_ptrs + cols[None, :], y.to",
-        "bfloat16 output is cut off instead of rounded", "output",
-        "the interpreter itself cuts bfloat16 off, so torch rounds there",
+        "bfloat16 output is truncated instead of rounded", "output",
+        "the interpreter itself truncates bfloat16, so torch rounds there",
     ),
     _triton("gate-and-up-swapped", "gate, up = tl.split", "up, gate = tl.split",
              "silu is applied to the up half", "swiglu"),
     _triton("swiglu-columns", "cols = col // 2 + tl.arange", "cols = col + tl.arange",
-             "half as many columns are stored at the places of all", "swiglu"),
+             "half as many columns are stored at the offsets of all columns", "swiglu"),
     _triton("swiglu-store-mask", "N = N // 2", "N = (N + BLOCK_N) // 2",
              "the store's mask lets half a tile past N / 2 through", "swiglu"),
 )  # fmt: skip

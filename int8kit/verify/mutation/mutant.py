@@ -1,4 +1,4 @@
-"""A seeded fault, and the tiles that faults of the Gluon kernels run with."""
+"""The record of a seeded fault, and the tiles with which faults of the Gluon kernels run."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Mutant:
     file: str
     old: str
     new: str
-    fault: str  # what is wrong, in one line
-    expected: str  # the property of `checks` that should differ, tried first
-    gpu_only: str = ""  # why only a GPU shows it; "" if the interpreter does too
+    fault: str  # the mistake, in one line
+    expected: str  # the property that should fail, tried first
+    gpu_only: str = ""  # the reason why only a GPU shows it; "" if the interpreter does too
 
     @property
     def kernel(self) -> Kernel:
-        """The kernel whose configurations run the fault. `schedule` serves two; Ampere's runs on more cards."""
+        """The kernel whose configurations run the fault. `tile_scheduler` serves two; mma_sync runs on more GPUs."""
         return _FILES.get(self.file, Kernel.TRITON)
 
     @property
@@ -50,4 +50,4 @@ TILES = {  # small, so that a small matrix has many of them; whole tiles and str
         TileConfig(256, 64, 128, num_warps=8, num_stages=3, group_m=3, kernel=Kernel.WGMMA, stream_k=1),
     ),
 }
-"""Configurations of the Gluon kernels that their mutants run with; those of the plain one are `checks.SMALL_TILES`."""
+"""Configurations for faults of the Gluon kernels. Other faults run with `verify_kernels.DEFAULT_TILES`."""
