@@ -84,10 +84,10 @@ def _vllm(device: str, autotune: bool) -> Prepare:
     ops = vllm_ops()
 
     def prepare(xq: Any, wq: Any, sx: Any, sw: Any, bias: Any, out: Any) -> Launch:
-        x, w = xq.contiguous(), wq.contiguous().t()
+        arguments = out, xq.contiguous(), wq.contiguous().t(), sx[:, None], sw[None], bias
 
         def launch() -> torch.Tensor:
-            ops.cutlass_scaled_mm(out, x, w, sx[:, None], sw[None], bias)
+            ops.cutlass_scaled_mm(*arguments)
             return out  # type: ignore[no-any-return]
 
         return launch

@@ -105,7 +105,7 @@ def result_of(function, name, examples=40):
     assert row.why_not(implementation) is None
     with runner.forbid_fallback():
         return runner.run_property(
-            name, EXECUTOR, draws(TILES, 60, 100_000), lambda d, _: row.check(d, implementation),
+            name, EXECUTOR, draws(TILES, 60, 100_000), lambda d: row.check(d, implementation),
             examples=examples, random_seed=0,
         )  # fmt: skip
 
@@ -206,7 +206,7 @@ def test_adapters_call_the_libraries_as_released(monkeypatch, name, exact):
     monkeypatch.setattr(torch.ops, "_C", vllm_stand_in(), raising=False)
     found = implementations.find(name, EXECUTOR)
     result = runner.run_property(
-        "output", EXECUTOR, draws(TILES, 40, 50_000), lambda d, _: gemm.output(found.to_supported_domain(d), found),
+        "output", EXECUTOR, draws(TILES, 40, 50_000), lambda d: gemm.output(found.to_supported_domain(d), found),
         examples=20, random_seed=0,
     )  # fmt: skip
     assert result.raised is None

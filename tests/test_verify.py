@@ -254,6 +254,17 @@ def _wait(_, report):
     time.sleep(60)
 
 
+def _raises(run, report):
+    raise ImportError("no such library")
+
+
+@pytest.mark.process
+def test_exception_outside_of_an_example_is_a_failure():
+    [(result, stamps)] = property_runs.run_all([property_runs.PropertyRun("output", EXECUTOR)], _raises)
+    assert result.failure == "before its first example: ImportError: no such library"
+    assert stamps == {}
+
+
 @pytest.mark.process
 def test_result_from_a_child_process_is_the_same():
     runs = [property_runs.PropertyRun("quantize", EXECUTOR)]

@@ -94,7 +94,7 @@ class VerifyImplementation:
                 run.name,
                 executor,
                 row.strategy(self.configs, limits),
-                lambda d, _: row.check(implementation.to_supported_domain(d), implementation),
+                lambda d: row.check(implementation.to_supported_domain(d), implementation),
                 examples=self.examples or EXAMPLES,
                 random_seed=self.random_seed,
                 always=always,

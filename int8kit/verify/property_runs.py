@@ -77,13 +77,8 @@ def run_all(
 
 def _finding(run: PropertyRun, ending: Ending) -> Finding:
     if ending.kind == "done":
-        finding: Finding = ending.result
-        return finding
+        return ending.result  # type: ignore[no-any-return]
     last = ending.reports[-1] if ending.reports else "before its first example"
-    if ending.kind == "silent":
-        why = f"no end in {ending.detail}"
-    elif ending.kind == "raised":
-        why = ending.detail
-    else:
-        why = f"the kernel ended its process ({ending.detail})"
+    reasons = {"silent": f"no end in {ending.detail}", "raised": ending.detail}
+    why = reasons.get(ending.kind, f"the kernel ended its process ({ending.detail})")
     return Result(run.name, str(run.executor), len(ending.reports), f"{last}: {why}"), {}

@@ -39,7 +39,7 @@ def run_property(
     name: str,
     on: Executor,
     strategy: st.SearchStrategy[T],
-    check: Callable[[T, Executor], str | None],
+    check: Callable[[T], str | None],
     *,
     examples: int,
     random_seed: int,
@@ -48,6 +48,12 @@ def run_property(
 ) -> Result:
     """Try `check` on `examples` drawn examples and on all of `always`; the Result has the smallest failure, if any."""
     tried: list[T] = []
+
+    def attempt(example: T) -> None:
+        tried.append(example)
+        on_example(example)
+        if why := check(example):
+            raise _Differs(why)
 
     @seed(random_seed)
     @settings(
@@ -59,22 +65,14 @@ def run_property(
         report_multiple_bugs=False,
     )
     @given(strategy)
-    def attempt(example: T) -> None:
-        tried.append(example)
-        on_example(example)
-        why = check(example, on)
-        if why:
-            raise _Differs(why)
+    def search(example: T) -> None:
+        attempt(example)
 
     failure = raised = None
     try:
-        attempt()
+        search()
         for example in always:
-            tried.append(example)
-            on_example(example)
-            why = check(example, on)
-            if why:
-                raise _Differs(why)
+            attempt(example)
     except _Differs as error:
         failure = f"{tried[-1]}: {error}"
     except Exception as error:  # a kernel that does not compile or launch is a failure of the kernel, not of the run

@@ -76,7 +76,7 @@ def run_over_tiles(
             name,
             executor,
             row.strategy(runnable, limits),
-            lambda example, _: row.check(example, kernels),
+            lambda example: row.check(example, kernels),
             examples=limits.examples,
             random_seed=random_seed,
             always=(*(d for d in kept if executor.runs(d.config)), *row.always(runnable, limits)),

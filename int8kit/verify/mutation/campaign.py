@@ -103,9 +103,7 @@ def run(
     not_run = {mutant.name: verdict for mutant in mutants if (verdict := _not_runnable(mutant, found))}
     seeded = [_trial(mutant, found) for mutant in mutants if mutant.name not in not_run]
     kernels = {trial.kernel: trial.executor for trial in seeded}
-    sound = [
-        Trial(None, kernel, (name,), kernels[kernel]) for kernel in kernels for name in registry.of_mutants(kernel)
-    ]
+    sound = [Trial(None, kernel, (name,), on) for kernel, on in kernels.items() for name in registry.of_mutants(kernel)]
     trials, verdicts = [*sound, *seeded], dict(not_run)
 
     def on_ending(index: int, ending: Ending) -> None:
@@ -167,13 +165,9 @@ def _not_runnable(mutant: Mutant, executors: list[Executor]) -> Verdict | None:
 
 
 def _trial(mutant: Mutant, executors: list[Executor]) -> Trial:
-    order = dict.fromkeys((mutant.expected, *registry.of_mutants(mutant.kernel)))
-    return Trial(mutant, mutant.kernel, tuple(order), _executor(mutant.kernel, executors))
-
-
-def _executor(kernel: Kernel, executors: list[Executor]) -> Executor:
     """The mma.sync kernel runs as code of the GPU that was asked for; the others as code of the present GPU."""
-    return executors[0 if kernel is Kernel.MMA_SYNC else -1]
+    order = dict.fromkeys((mutant.expected, *registry.of_mutants(mutant.kernel)))
+    return Trial(mutant, mutant.kernel, tuple(order), executors[0 if mutant.kernel is Kernel.MMA_SYNC else -1])
 
 
 @contextmanager
@@ -209,11 +203,8 @@ def _verdict(trial: Trial, ending: Ending) -> Verdict:
             tried[report["property"]] = report["examples"]
     if not failure and ending.kind != "done":
         how = "timeout" if ending.kind == "silent" else "crash" if example else "compile"
-        reason = {
-            "silent": f"no end in {ending.detail}",
-            "signal": f"the process was ended by {ending.detail}",
-        }
-        failure = f"{example}: {reason.get(ending.kind, ending.detail)}".removeprefix(": ")
+        reasons = {"silent": f"no end in {ending.detail}", "signal": f"the process was ended by {ending.detail}"}
+        failure = f"{example}: {reasons.get(ending.kind, ending.detail)}".removeprefix(": ")
     by = trial.properties[min(len(tried), len(trial.properties) - 1)] if how else None
     return Verdict(*about, "killed" if how else "survived", by, how, failure, tried, ending.seconds)
 
