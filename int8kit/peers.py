@@ -5,8 +5,8 @@
     y = launch()                                                [M, N]; `out` itself where the library takes it
 
 A preparation does everything that a caller does once, such as casting scales. A launch is the call that is timed. A
-library that allocates its result ignores `out`, apart from its dtype. The values are those of `Peer.returns`, and hold
-for operands inside `Peer.domain`, which the library's documentation promises.
+library that allocates its result ignores `out`, apart from its dtype. `Peer.returns` says which result `y` is, and
+`Peer.domain` which operands the library's documentation supports.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The ways to execute a configuration on this machine, and what each of them proves.
+"""The ways to execute a configuration on this machine, and the proof that each of them gives.
 
 native       the present GPU's own code; on the GPU of a database entry it is the code that `run` executes
 cross_arch   the launch option `arch="sm86"` makes Triton emit Ampere code (mma.sync, cp.async) on a newer GPU: the

@@ -1,4 +1,4 @@
-"""Implementations under test: int8kit's GEMMs, those of other libraries, and any function that a user names.
+"""Implementations under test: GEMMs of int8kit and of other libraries, and any function that a user names.
 
     find("torch._int_mm", executor)        find("mypackage.gemm:scaled", executor)
 

@@ -83,7 +83,7 @@ def run_all(
 ) -> list[Ending]:
     """Run `calls`, up to `processes` at a time, and return how each ended, in order.
 
-    open_place: each call gets a child of its own in that place; without it, children are used again. silence: seconds,
+    open_place: each call gets a new child in that place; without it, children are used again. silence: seconds,
     SILENCE_S by default. on_report and on_ending are given the index of the call. Whatever they raise, as an interrupt
     does, ends all children and clears their places.
     """

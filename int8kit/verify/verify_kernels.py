@@ -41,7 +41,7 @@ def run(
 ) -> tuple[Result, Stamps]:
     """Verify one property of `names`: its result and, for "entries", the stamps of the entries that passed.
 
-    The tiles are those of the database, DEFAULT_TILES and `more`. kept: examples that failed in earlier runs. unlisted:
+    The tiles come from the database, DEFAULT_TILES and `more`. kept: examples that failed in earlier runs. unlisted:
     the configurations of shapes without an entry, checked like entries. on_example is given each example before it is
     tried.
     """

@@ -1,4 +1,4 @@
-"""Bit-exactness on the GPU, of its own code and of sm_86 code, over properties and every shipped entry."""
+"""Bit-exactness on the GPU, of native code and of sm_86 code, over properties and every shipped entry."""
 
 import pytest
 import torch

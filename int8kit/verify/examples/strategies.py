@@ -35,7 +35,7 @@ class Draw:
     seed: int
     bias: torch.dtype | None
     out_dtype: torch.dtype
-    padding: int = 0  # poisoned elements between rows of x and out; twice as many between those of w
+    padding: int = 0  # poisoned elements between rows of x and out; twice as many between rows of w
     scales: str = "ordinary"
     huge_stride: HugeStride = ""  # the matrix whose third row starts beyond 2**31 elements
 
@@ -122,7 +122,7 @@ class Rows:
     kind: str
     seed: int
     dtype: torch.dtype
-    padding: int  # poisoned elements between rows of x; twice as many sentinels between those of q
+    padding: int  # poisoned elements between rows of x; twice as many sentinels between rows of q
 
     def __str__(self) -> str:
         return (

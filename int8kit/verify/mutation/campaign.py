@@ -20,6 +20,7 @@ compiled kernels, and a fault may end or hang the process that runs it.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -72,8 +73,8 @@ class Trial:
     executor: Executor
 
     def request(self, examples: int | None, seed: int) -> dict[str, Any]:
-        """The argument of `child.check`. No tiles: those of the plain kernel."""
-        tiles = [asdict(config) | {"kernel": str(config.kernel)} for config in TILES.get(self.kernel, ())]
+        """The argument of `child.check`. Faults outside the Gluon kernels have no tiles."""
+        tiles = [json.loads(json.dumps(asdict(config))) for config in TILES.get(self.kernel, ())]
         return {"executor": asdict(self.executor), "properties": self.properties, "tiles": tiles,
                 "examples": examples, "seed": seed}  # fmt: skip
 
@@ -92,9 +93,9 @@ def run(
     """Try `mutants` on this machine, `processes` at a time, and return their verdicts in order.
 
     gpu: on a newer GPU, the mutants of the mma.sync kernel run as this GPU's code. examples: of each property, by
-    default those of its budget. on_step is given the number of children that ended and the number of all; on_verdict
-    the verdict of each mutant that is run. Raises CheckFailed if the unchanged kernels fail, or if a mutant's text is
-    not found exactly once. Interrupted, it ends its children and removes its folders.
+    default the number in its budget. on_step is given the number of children that ended and the number of all.
+    on_verdict is given the verdict of each mutant that is run. Raises CheckFailed if the unchanged kernels fail, or if
+    a mutant's text is not found exactly once. Interrupted, it ends its children and removes its folders.
     """
     mutants = tuple(mutants)
     for mutant in mutants:

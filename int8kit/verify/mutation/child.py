@@ -7,7 +7,7 @@
     {"property": "output", "examples": 7, "failure": "1x1x33, ...: 1 of 1 differ", "raised": None}
                                        after each property; the first that fails is the last
 
-The request and the reports are made of built-in types: classes would tie the parent to those of a broken copy.
+The request and the reports are made of built-in types: classes would tie the parent to the classes of a broken copy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from int8kit.verify.process_pool import Report
 
 
 def check(request: dict[str, Any], report: Report) -> None:
-    """Check the properties of `request` up to the first that fails. No tiles: those of the plain kernel."""
+    """Check the properties of `request` up to the first that fails. Without tiles: with DEFAULT_TILES."""
     report({"package": str(Path(int8kit.__file__).parent)})
     from int8kit.verify.executors import Executor
     from int8kit.verify.verify_kernels import DEFAULT_TILES, run_over_tiles

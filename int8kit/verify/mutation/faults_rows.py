@@ -1,4 +1,4 @@
-"""Faults of the row kernels, and of what they share with the GEMM kernels: the activation and the launcher."""
+"""Faults of the row kernels, and of the activation and the launcher, which the GEMM kernels use too."""
 
 from __future__ import annotations
 
