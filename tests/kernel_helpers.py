@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, settings
 
 from int8kit import gpus, reference
 from int8kit.verify import executors
-from int8kit.verify.compare import difference
+from int8kit.verify.compare import bitwise_diff
 from int8kit.verify.properties import row_kernels
 from int8kit.verify.properties.row_kernels import Fused
 
@@ -29,7 +29,7 @@ def assert_equal(got, want):
     """Assert that two tuples of tensors have the same dtypes and the same bits; any NaN equals any other."""
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype
-        assert difference(a, b) is None
+        assert bitwise_diff(a, b) is None
 
 
 def assert_equals_reference(name, *args, **more):

@@ -1,4 +1,4 @@
-"""The peers' adapters against stand-ins that have the released packages' signatures and compute by the reference."""
+"""int8kit/peers.py and tools/bench_peers.py: the adapters call stand-ins that have the released signatures."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ from int8kit.bench.contestants import ours
 from int8kit.spec import GemmShape
 
 TOOL = Path(__file__).parent.parent / "tools" / "bench_peers.py"
-CARD, SHAPE, BF16 = gpus.get("h200"), GemmShape(33, 64, 96), torch.bfloat16
+GPU, SHAPE, BF16 = gpus.get("h200"), GemmShape(33, 64, 96), torch.bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def triton_stand_ins():
 
 
 def install_stand_ins(monkeypatch):
-    """Modules of the peers' names, and a stream that comfy-kitchen's knows."""
+    """Modules with the names of the libraries, and the stream that the stand-in of comfy-kitchen expects."""
     stand_ins = comfy_stand_in() | triton_stand_ins()
     packages = {".".join(name.split(".")[:i]) for name in stand_ins for i in range(1, name.count(".") + 1)}
     for name in packages - set(stand_ins):
@@ -120,12 +120,12 @@ def install_stand_ins(monkeypatch):
 
 
 @pytest.mark.slow
-def test_each_adapter_calls_its_peer_as_released(tool, monkeypatch):
+def test_each_adapter_calls_its_library_as_released(tool, monkeypatch):
     install_stand_ins(monkeypatch)
-    monkeypatch.setattr(tool, "vllm_ops", vllm_stand_in)
-    listed = ours(CARD) + tool.peers(inductor=False, timer=tool.invented)
+    monkeypatch.setattr(torch.ops, "_C", vllm_stand_in(), raising=False)
+    listed = ours(GPU) + tool.contestants_of(inductor=False, timer=tool.invented)
     setting = gemm.Setting(3, device="cpu", copies=2, timer=tool.invented)
-    outcome = gemm.measure_shapes([SHAPE], listed, CARD, setting)
+    outcome = gemm.measure_shapes([SHAPE], listed, GPU, setting)
     outcome.conclude()
     [shape] = outcome.shapes
     rows = {(row["name"], row["kind"]): row for row in shape["rows"]}

@@ -20,7 +20,7 @@ from int8kit.cli import main
 from int8kit.database import store
 from int8kit.kernels.gemm import kernel_hash
 from int8kit.spec import GemmShape, Kernel, default_config
-from int8kit.verify import process_pool
+from int8kit.verify import property_runs
 from int8kit.verify.properties import pdl_probe
 
 WITHOUT_A_CARD = pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here")
@@ -149,7 +149,7 @@ def test_verify_stamps_what_it_proved(workshop, tmp_path, monkeypatch, verb):
     text = base.merged([plain]).dumps()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.json").write_text(text)
-    monkeypatch.setattr(process_pool, "run_all", lambda jobs, judge, **_: [judge(job, lambda _: None) for job in jobs])
+    monkeypatch.setattr(property_runs, "run_all", lambda jobs, judge, **_: [judge(job, lambda _: None) for job in jobs])
     args = ("verify", "--gpu", "rtx3090", "--db", "p.json", "--shapes", workshop / "s.json", "--examples", "15")
     verb(*args, "--only", "batch")
     assert (tmp_path / "p.json").read_text() == text
@@ -273,9 +273,9 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("verify", "--gpu", "rtx9"), ["unknown card"]),
         (("verify", "--gpu", "rtx3090", "--db", "mine.json"), ["has the format None", "int8kit.tuning/1"]),
         (("verify", "--examples", "0"), ["--examples", "0"]),
-        (("verify", "--exhaustive", "--mutate"), ["--exhaustive with --mutate", "leave it out"]),
+        (("verify", "--exhaustive", "--mutate"), ["--mutate", "`int8kit verify mutate`"]),
         (("verify", "--gpu", "rtx3090", "--only", "x"), ["unknown property 'x'", "accumulator, batch", "zero rows"]),
-        (("verify", "--only", "output", "--model", "tiny"), ["--only with --subject or --model", "leave it out"]),
+        (("verify", "--only", "output", "--model", "tiny"), ["--model", "`int8kit compare tiny`"]),
         (("run", "--model", "sdxl"), ["'sdxl'", "tiny", "hub id"]),
         (("run", "--model", "nobody/nothing"), ["cannot load 'nobody/nothing'", "hf auth login"]),
         (("run", "--size", "250x256"), ["width 250", "240 and 256"]),
@@ -356,6 +356,9 @@ def test_verbs_show_an_example(verb):
         "trace-shapes",
         "tune",
         "verify",
+        "verify mutate",
+        "verify libraries",
+        "compare",
         "run",
         "bench gemm",
         "db show",

@@ -1,5 +1,6 @@
-"""verify/subjects.py, properties.py, matrix.py, replay.py and corpus.py: other people's kernels, held to the same."""
+"""verify/implementations.py, registry.py, replay.py and regressions.py: the properties of any INT8 GEMM."""
 
+import json
 import re
 import subprocess
 import sys
@@ -11,26 +12,37 @@ from test_bench_peers import install_stand_ins, vllm_stand_in
 
 from int8kit import gpus, reference
 from int8kit.cli import main
+from int8kit.database.database import Database
 from int8kit.errors import InputError, UnknownName
-from int8kit.spec import GemmShape, Kernel
-from int8kit.verify import compare_implementations, executors, implementations, process_pool, replay, runner
+from int8kit.spec import GemmShape, Kernel, TileConfig
+from int8kit.verify import (
+    compare_implementations,
+    executors,
+    implementations,
+    property_runs,
+    replay,
+    runner,
+    verify_kernels,
+)
 from int8kit.verify.examples import regressions
-from int8kit.verify.examples.strategies import Draw, from_json, to_json
-from int8kit.verify.properties import checks, general, pdl_probe
+from int8kit.verify.examples.fixed import SMALL_TILES
+from int8kit.verify.examples.strategies import Draw, draws, from_json, to_json
+from int8kit.verify.properties import gemm, pdl_probe
+from int8kit.verify.properties.registry import PROPERTIES, of_any_gemm
 
 EXECUTOR = executors.available(gpus.get("rtx3090"))[-1]
-TILES = checks.SMALL_TILES
+TILES = SMALL_TILES
 
 
 @pytest.fixture(autouse=True)
 def _one_child(monkeypatch):
-    """At a time: the examples are few, and a child costs the imports."""
-    monkeypatch.setattr(process_pool, "processes", lambda executor: 1)
+    """One child at a time: the examples are few, and a child costs the imports."""
+    monkeypatch.setattr(property_runs, "process_count", lambda executor: 1)
 
 
 @pytest.fixture
 def data():
-    """Where examples are kept, in this test's own folder."""
+    """The file of stored examples, in this test's own folder."""
     regressions.path().parent.mkdir(parents=True)
     return regressions.path()
 
@@ -68,8 +80,8 @@ def ignores_strides(xq, wq, sx, sw, bias, out_dtype):
     return exact(torch.as_strided(xq, xq.shape, (xq.shape[1], 1)), wq, sx, sw, bias, out_dtype)
 
 
-class Restless:
-    """A little more each time."""
+class Unstable:
+    """Adds a little more in each call."""
 
     calls = 0
 
@@ -82,100 +94,105 @@ def saturates(xq, wq):
     return reference.accumulate(xq, wq).clamp(-32768, 32767)
 
 
-def judge(function, name, examples=40):
+def result_of(function, name, examples=40):
     """The result of one property of a function."""
     count = 2 if function is saturates else 6
-    subject = implementations.Subject(
-        "mine", "cpu", **({"sums": lambda d, x, w: function(x, w)} if count == 2 else
+    implementation = implementations.Implementation(
+        "mine", "cpu", **({"accumulators": lambda d, x, w: function(x, w)} if count == 2 else
                           {"output": lambda d, *operands: function(*operands, d.out_dtype)})
     )  # fmt: skip
-    assert general.why_not(name, subject) is None
-    with runner.strict():
-        return runner.hold(
-            name, EXECUTOR, checks.draws(TILES, 60, 100_000), lambda d, _: general.ALL[name](d, subject),
+    row = PROPERTIES[name]
+    assert row.why_not(implementation) is None
+    with runner.forbid_fallback():
+        return runner.run_property(
+            name, EXECUTOR, draws(TILES, 60, 100_000), lambda d: row.check(d, implementation),
             examples=examples, random_seed=0,
         )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["output", "batch", "zero rows", "nan rows", "strided", "repeats"])
-def test_what_is_exact_holds(name):
-    assert judge(exact, name).failure is None
+def test_exact_function_passes(name):
+    assert result_of(exact, name).failure is None
 
 
 @pytest.mark.parametrize(
     ("function", "name"),
     [
         (rounded_scales, "output"), (by_the_batch, "batch"), (by_the_last_row, "batch"), (drops_nan, "nan rows"),
-        (spreads_nan, "nan rows"), (forgets_bias, "zero rows"), (ignores_strides, "strided"), (Restless(), "repeats"),
+        (spreads_nan, "nan rows"), (forgets_bias, "zero rows"), (ignores_strides, "strided"), (Unstable(), "repeats"),
         (saturates, "accumulator"), (saturates, "linearity"),
     ],
-    ids=lambda v: v if isinstance(v, str) else getattr(v, "__name__", "restless"),
+    ids=lambda v: v if isinstance(v, str) else getattr(v, "__name__", "unstable"),
 )  # fmt: skip
-def test_what_is_not_is_caught_by_its_property(function, name):
-    result = judge(function, name)
+def test_each_fault_is_caught_by_its_property(function, name):
+    result = result_of(function, name)
     assert result.failure
     assert result.raised is None, result.failure
     shape = from_json(result.example).shape
     assert shape.n <= 16  # shrunk
 
 
-def test_what_is_written_late_must_be_read(monkeypatch):
-    subject = implementations.Subject("mine", "cpu", output=lambda d, *operands: exact(*operands, d.out_dtype))
+def test_operands_that_are_written_late(monkeypatch):
+    implementation = implementations.Implementation(
+        "mine", "cpu", output=lambda d, *operands: exact(*operands, d.out_dtype)
+    )
     d = Draw(GemmShape(3, 4, 5), TILES[0], "normal", 1, None, torch.float32)
-    assert "no kernel begins here" in general.why_not("order", subject)
-    monkeypatch.setattr(pdl_probe, "copy", lambda target, source: target.copy_(source))
-    assert general.order(d, subject) is None
-    monkeypatch.setattr(pdl_probe, "copy", lambda target, source: None)  # as one sees it who does not wait
-    assert "differ" in general.order(d, subject)
+    assert "no kernel starts here" in PROPERTIES["order"].why_not(implementation)
+    monkeypatch.setattr(pdl_probe, "delayed_copy", lambda target, source: target.copy_(source))
+    assert gemm.order(d, implementation) is None
+    monkeypatch.setattr(pdl_probe, "delayed_copy", lambda target, source: None)  # as a GEMM sees it that does not wait
+    assert "differ" in gemm.order(d, implementation)
 
 
-def test_the_property_of_several_configurations():
+def test_property_of_several_configurations():
     bad = TILES[1]
 
     def output(d, x, w, sx, sw, bias):
         y = exact(x, w, sx, sw, bias, d.out_dtype)
         return y if d.config == TILES[0] else y + 1
 
-    subject = implementations.Subject("mine", "cpu", output=output, tiles=TILES)
+    implementation = implementations.Implementation("mine", "cpu", output=output, tiles=TILES)
     d = Draw(GemmShape(3, 4, 5), TILES[0], "normal", 1, None, torch.float32)
-    assert "against 16x32x32" in general.configuration(d, subject)
-    assert implementations.ours(EXECUTOR, TILES).tiles == TILES
-    aligned = implementations.Subject(
+    assert "against 16x32x32" in gemm.configuration(d, implementation)
+    assert implementations.int8kit(EXECUTOR, TILES).tiles == TILES
+    aligned = implementations.Implementation(
         "mine", "cpu", output=output, tiles=(replace(bad, kernel=Kernel.MMA_SYNC), TILES[0])
     )
     for seed in range(2):  # another kernel would serve K = 5 in the name of the first
-        assert general.configuration(replace(d, seed=seed), aligned) is None
+        assert gemm.configuration(replace(d, seed=seed), aligned) is None
 
 
-def test_every_property_of_our_own_kernels_is_run_by_default():
-    names = checks.names(EXECUTOR, checks.Database(gpus.get("rtx3090")))
-    ours = implementations.ours(EXECUTOR, TILES)
-    assert {name for name in general.ALL if general.why_not(name, ours) is None} <= set(names)
-    assert set(general.ALL) - set(names) <= {"order"}  # which needs a card that lets kernels overlap
+def test_every_property_is_run_by_default():
+    names = verify_kernels.names(EXECUTOR, Database(gpus.get("rtx3090")))
+    assert set(PROPERTIES) - set(names) <= {"order"}  # which needs a GPU that lets kernels overlap
+    other_code = replace(EXECUTOR, arch="sm86")
+    assert set(names) - set(verify_kernels.names(other_code, Database(gpus.get("rtx3090")))) == {
+        "quantize", "rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope",
+    }  # fmt: skip
 
 
 @pytest.mark.slow
-def test_int_mm_holds_where_it_promises():
+def test_int_mm_passes_in_its_domain():
     (ours, theirs) = compare_implementations.run(["torch._int_mm"], EXECUTOR, TILES, examples=6)
-    assert (ours.subject, theirs.subject) == ("int8kit", "torch._int_mm")
-    assert [r.name for r in ours.results] == list(general.ALL)
+    assert (ours.implementation, theirs.implementation) == ("int8kit", "torch._int_mm")
+    assert [r.name for r in ours.results] == [row.name for row in of_any_gemm()]
     assert not any(r.failure for r in (*ours.results, *theirs.results))
-    assert {r.name: r.reason for r in theirs.results}["output"] == "it gives sums only"
+    assert {r.name: r.reason for r in theirs.results}["output"] == "it returns accumulators only"
     assert {r.name: r.examples for r in theirs.results}["accumulator"] == 6
 
 
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("nonsense", UnknownName, "known: .*torch._int_mm.*; or name a function of your own, module:function"),
+        ("nonsense", UnknownName, "known: .*torch._int_mm.*; or name your own function, module:function"),
         ("vllm", InputError, "vllm is not installed here"),
         ("gemlite", InputError, "gemlite quantizes inside its layer"),
-        ("json:absent", InputError, "has no attribute 'absent'; legal is module:function"),
+        ("json:absent", InputError, "has no attribute 'absent'; expected module:function"),
         ("absent_module:f", InputError, "No module named 'absent_module'"),
-        ("textwrap:dedent", InputError, "takes 1 parameters; legal are 2"),
+        ("textwrap:dedent", InputError, "takes 1 parameters; expected 2"),
     ],
 )
-def test_no_subject_is_one_clear_line(name, error, message):
+def test_unknown_implementation_is_one_line(name, error, message):
     with pytest.raises(error, match=message):
         implementations.find(name, EXECUTOR)
 
@@ -183,44 +200,63 @@ def test_no_subject_is_one_clear_line(name, error, message):
 @pytest.mark.parametrize(
     ("name", "exact"), [("vllm", True), ("comfy-kitchen", True), ("sdnq", True), ("torchao", False)]
 )
-def test_the_calls_of_the_peers(monkeypatch, name, exact):
-    """Stand-ins with the released signatures; what the real ones give, a card has to say."""
+def test_adapters_call_the_libraries_as_released(monkeypatch, name, exact):
+    """Stand-ins with the released signatures. The bits of the real libraries need a GPU."""
     install_stand_ins(monkeypatch)
     monkeypatch.setattr(torch.ops, "_C", vllm_stand_in(), raising=False)
-    subject = implementations.find(name, EXECUTOR)
-    result = runner.hold(
-        "output", EXECUTOR, checks.draws(TILES, 40, 50_000), lambda d, _: general.output(subject.fit(d), subject),
+    found = implementations.find(name, EXECUTOR)
+    result = runner.run_property(
+        "output", EXECUTOR, draws(TILES, 40, 50_000), lambda d: gemm.output(found.to_supported_domain(d), found),
         examples=20, random_seed=0,
     )  # fmt: skip
     assert result.raised is None
     assert (result.failure is None) is exact, result.failure  # scales in bf16 cannot be exact
 
 
-def test_an_example_survives_its_text():
+def test_example_survives_its_json():
     d = Draw(GemmShape(1, 2, 3), TILES[2], "extremes", 5, torch.float16, torch.bfloat16, 16, "nan", "out")
     assert from_json(to_json(d)) == d
 
 
-def test_the_corpus_keeps_the_newest_once_and_passes_over_what_it_cannot_read(data, monkeypatch):
+def test_stored_examples_of_earlier_versions_load(data):
+    """Their spellings: subject, far, least, and the kernel "pointer"."""
+    config = {"block_m": 16, "block_n": 16, "block_k": 32, "num_warps": 1, "num_stages": 2, "group_m": 1}
+    example = {
+        "shape": {"m": 1, "n": 2, "k": 3}, "config": {**config, "kernel": "pointer", "stream_k": 0}, "kind": "least",
+        "seed": 5, "bias": None, "out_dtype": "float16", "padding": 0, "scales": "ordinary", "far": "out",
+    }  # fmt: skip
+    data.write_text(json.dumps({"property": "output", "subject": "mine:f", "example": example}) + "\n")
+    want = Draw(
+        GemmShape(1, 2, 3), TileConfig(**config), "all minus 128", 5, None, torch.float16, huge_stride="out"
+    )  # fmt: skip
+    assert regressions.load("output", "mine:f") == (want,)
+    regressions.add("output", to_json(want), "mine:f")  # the same example, in the present spelling
+    assert [json.loads(line)["implementation"] for line in data.read_text().splitlines()] == ["mine:f"]
+    assert regressions.load("output", "mine:f") == (want,)
+
+
+def test_stored_examples_keep_the_newest_once_and_skip_unreadable_lines(data, monkeypatch):
     examples = [to_json(Draw(GemmShape(m, 1, 1), TILES[0], "ones", 0, None, torch.float32)) for m in (1, 2, 3)]
     for example in (*examples, examples[0]):
         regressions.add("output", example)
     regressions.add("batch", examples[1], "mine:f")
     with data.open("a") as file:
-        file.write('{"property": "output"}\nnonsense\n{"property": "output", "subject": "int8kit", "example": []}\n')
+        file.write(
+            '{"property": "output"}\nnonsense\n{"property": "output", "implementation": "int8kit", "example": []}\n'
+        )
     assert [d.shape.m for d in regressions.load("output")] == [1, 3, 2]
     assert [d.shape.m for d in regressions.load("batch", "mine:f")] == [2]
     assert regressions.load("batch") == ()
-    monkeypatch.setattr(regressions, "MOST", 2)
+    monkeypatch.setattr(regressions, "MAX_EXAMPLES", 2)
     regressions.add("output", examples[2])
     assert len(data.read_text().splitlines()) == 2
 
 
-def test_kept_examples_are_tried_first_by_later_runs():
+def test_stored_examples_are_tried_by_later_runs():
     kept = Draw(GemmShape(33, 7, 5), TILES[0], "ones", 0, None, torch.float32)
     seen = []
-    base = checks.Database(gpus.get("rtx3090"))
-    checks.run("batch", EXECUTOR, base, examples=10, kept=[kept], on_example=seen.append)
+    base = Database(gpus.get("rtx3090"))
+    verify_kernels.run("batch", EXECUTOR, base, examples=10, kept=[kept], on_example=seen.append)
     assert kept in seen
 
 
@@ -245,8 +281,8 @@ def once(xq, wq, sx, sw, bias, out_dtype):
 
 
 @pytest.mark.slow
-def test_an_epilogue_that_rounds_otherwise_shows_in_16_bits_too(tmp_path, monkeypatch):
-    """As fused multiply-adds do, in one of some 10^4 or 10^5 elements: small examples pass it over."""
+def test_other_rounding_in_the_epilogue_shows_in_16_bits_too(tmp_path, monkeypatch):
+    """A fused multiply-add changes one of some 10^4 or 10^5 elements, which small examples miss."""
     (tmp_path / "mine_once.py").write_text(ONCE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
@@ -258,15 +294,15 @@ def test_an_epilogue_that_rounds_otherwise_shows_in_16_bits_too(tmp_path, monkey
 
 
 @pytest.mark.process
-def test_a_failure_is_printed_as_a_command_that_fails_and_is_kept(tmp_path, monkeypatch, capfd, data):
+def test_failure_is_printed_as_a_command_that_fails_and_is_stored(tmp_path, monkeypatch, capfd, data):
     (tmp_path / "mine.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SystemExit) as end:
-        main.main(["verify", "--subject", "mine:tail", "--examples", "10", "--markdown"])
+        main.main(["verify", "libraries", "mine:tail", "--examples", "10", "--markdown"])
     out, err = capfd.readouterr()
     assert end.value.code == 1
-    assert "1 properties do not hold: mine:tail (accumulator)" in err
+    assert "1 property does not hold: mine:tail (accumulator)" in err
     assert re.search(r"\| accumulator +\| holds \(\d+\) +\| fails +\|", out)
     (command,) = [line.strip() for line in out.splitlines() if "replay.again" in line]
     assert command.startswith("TRITON_INTERPRET=1 python -c ")
@@ -277,5 +313,5 @@ def test_a_failure_is_printed_as_a_command_that_fails_and_is_kept(tmp_path, monk
     (d,) = regressions.load("accumulator", "mine:tail")
     assert d.shape == GemmShape(1, 1, 17)
     with pytest.raises(AssertionError, match=r"1x1x17, .*: 1 of 1 differ"):
-        replay.again("accumulator", to_json(d), subject="mine:tail")
-    replay.again("accumulator", to_json(d))  # ours holds
+        replay.again("accumulator", to_json(d), implementation="mine:tail")
+    replay.again("accumulator", to_json(d))  # int8kit's own kernel is exact

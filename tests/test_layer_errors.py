@@ -1,4 +1,4 @@
-"""runtime/compare.py: what INT8 does to a model, layer by layer."""
+"""runtime/layer_errors.py and the verb `compare`: the error of INT8 in a model, layer by layer."""
 
 import math
 
@@ -16,19 +16,19 @@ CASE = Case(64, 64, text_tokens=9)
 
 def test_error_of_known_tensors():
     y = torch.tensor([3.0, -4.0])
-    assert layer_errors.error(y, y) == layer_errors.Error(math.inf, 1.0, 0.0)
+    assert layer_errors.error(y, y) == layer_errors.Distance(math.inf, 1.0, 0.0)
     one = layer_errors.error(y, y + torch.tensor([0.0, 0.05]))
     assert one.sqnr_db == pytest.approx(40.0, abs=1e-3)  # 25 / 0.0025
     assert one.max_error == pytest.approx(0.05 / 4)
     assert layer_errors.error(y, -y).cosine == -1.0
-    assert layer_errors.error(y * 0, y * 0) == layer_errors.Error(math.inf, 1.0, 0.0)
+    assert layer_errors.error(y * 0, y * 0) == layer_errors.Distance(math.inf, 1.0, 0.0)
 
 
-def test_every_linear_of_both_branches_the_worst_first():
-    told = []
-    branches = layer_errors.compare("tiny", CASE, on_layer=told.append)
+def test_every_linear_of_both_branches_the_largest_error_first():
+    totals = []
+    branches = layer_errors.compare("tiny", CASE, on_layer=totals.append)
     assert [b.name for b in branches] == ["cond", "uncond"]
-    assert told == [30] * 30
+    assert totals == [30] * 30
     for b in branches:
         decibels = [one.error.sqnr_db for one in b.layers]
         assert len(decibels) == 15
@@ -39,18 +39,18 @@ def test_every_linear_of_both_branches_the_worst_first():
     assert branches == layer_errors.compare("tiny", CASE)  # and again
 
 
-def test_a_layer_that_int8_hurts_comes_first(monkeypatch):
+def test_layer_with_the_largest_error_comes_first(monkeypatch):
     load = ideogram4.load
 
-    def spoilt(model):
+    def with_outliers(model):
         pipe = load(model)
         layer = pipe.transformer.get_submodule("layers.1.attention.to_v")
         with torch.no_grad():
             rows = torch.arange(layer.out_features)
-            layer.weight[rows, rows * 7 % layer.in_features] = 60 * layer.weight.std()  # takes each row's range
+            layer.weight[rows, rows * 7 % layer.in_features] = 60 * layer.weight.std()  # an outlier in each row
         return pipe
 
-    monkeypatch.setattr(ideogram4, "load", spoilt)
+    monkeypatch.setattr(ideogram4, "load", with_outliers)
     cond, uncond = layer_errors.compare("tiny", CASE)
     assert cond.layers[0].name == "layers.1.attention.to_v"
     assert cond.layers[0].error.sqnr_db < uncond.layers[0].error.sqnr_db - 3
@@ -74,14 +74,14 @@ def test_given_inputs(tmp_path):
         layer_errors.compare("tiny", CASE, inputs=path)
 
 
-def test_the_verb(capfd):
+def test_compare(capfd):
     with pytest.raises(SystemExit) as end:
-        main.main(["verify", "--model", "tiny", "--markdown"])
+        main.main(["compare", "tiny", "--markdown"])
     assert end.value.code == 0
     out, _ = capfd.readouterr()
     assert out.count("layers most worth protecting") == 2
     assert "|" in out
     with pytest.raises(SystemExit) as end:
-        main.main(["verify", "--inputs", "x.pt"])
+        main.main(["compare", "tiny", "--inputs", "x.pt"])
     assert end.value.code == 2
-    assert "add --model" in capfd.readouterr().err
+    assert "--inputs x.pt: no such file" in capfd.readouterr().err

@@ -25,7 +25,7 @@ TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 LAYERS = [
     {"errors"}, {"spec"}, {"canonical", "files", "fingerprint", "gpus", "lookup", "reference", "models", "toolchain"},
     {"shapes_schema"}, {"kernels", "database"}, {"cost_model", "ops"},
-    {"layers", "timing"},
+    {"layers", "peers", "timing"},
     {"trace", "tune", "verify", "runtime"}, {"bench"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 

@@ -1,6 +1,8 @@
-"""verify/: the verifier verified. Broken kernels must be caught, with a small example; sound ones must hold."""
+"""verify/: broken kernels must be caught with a small example, and sound kernels must pass."""
 
+import contextlib
 import os
+import sys
 import time
 
 import pytest
@@ -12,9 +14,10 @@ from int8kit.database.schema import Entry, Resources
 from int8kit.errors import InputError
 from int8kit.kernels import gemm, quantize
 from int8kit.spec import GemmShape, Kernel, Source, TileConfig, legal_configs
-from int8kit.verify import executors, process_pool, runner
-from int8kit.verify.examples import strategies
-from int8kit.verify.properties import checks
+from int8kit.verify import executors, process_pool, property_runs, runner, verify_kernels
+from int8kit.verify.compare import bitwise_diff
+from int8kit.verify.examples import fixed, strategies
+from int8kit.verify.properties import entries
 
 CONFIGS = (TileConfig(64, 32, 64, 4, 3),)
 EXECUTOR = executors.available(gpus.get("rtx3090"))[-1]
@@ -32,15 +35,15 @@ BASE = Database(gpus.get("rtx3090"), (GOOD, BAD))
 
 
 def verdict(name, examples=40):
-    """How the kernels differ, or None."""
-    result = checks.run(name, EXECUTOR, BASE, examples=examples)[0]
-    assert result.raised is None, result.failure  # an exception is no difference, be it the fault's or the test's own
+    """The failure of a property of int8kit's kernels, or None."""
+    result = verify_kernels.run(name, EXECUTOR, BASE, examples=examples)[0]
+    assert result.raised is None, result.failure  # an exception is no difference, and may be a mistake of the test
     return result.failure
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["accumulator", "output", "quantize"])
-def test_the_kernels_hold(name):
+def test_kernels_pass(name):
     assert verdict(name) is None
 
 
@@ -62,7 +65,7 @@ def _past_the_edge(xq, wq, sx, sw, bias=None, *, config, out, arch=None, out_dty
 
 
 @pytest.mark.parametrize("broken", [_swapped, _fused, _past_the_edge])
-def test_a_wrong_epilogue_is_caught(monkeypatch, broken):
+def test_wrong_epilogue_is_caught(monkeypatch, broken):
     monkeypatch.setattr(gemm, "scaled_mm", broken)
     assert verdict("output")
 
@@ -90,7 +93,7 @@ def _toward_zero(xq, wq, sx, sw, bias=None, *, config, out, arch=None, out_dtype
 
 
 @pytest.mark.slow
-def test_what_float32_cannot_hold_is_caught(monkeypatch):
+def test_sums_beyond_float32_are_caught(monkeypatch):
     monkeypatch.setattr(gemm, "accumulate", _single)
     monkeypatch.setattr(gemm, "scaled_mm", _toward_zero)
     assert verdict("accumulator")
@@ -98,7 +101,7 @@ def test_what_float32_cannot_hold_is_caught(monkeypatch):
 
 
 @pytest.mark.parametrize("broken", [_tail, _short])
-def test_a_wrong_sum_is_caught_by_a_small_example(monkeypatch, broken):
+def test_wrong_sum_is_caught_by_a_small_example(monkeypatch, broken):
     monkeypatch.setattr(gemm, "accumulate", broken)
     failure = verdict("accumulator")
     assert failure
@@ -123,98 +126,157 @@ def _first_chunk(x, out=None):
 
 
 @pytest.mark.parametrize("broken", [_drops_nan, _reciprocal, _first_chunk])
-def test_a_wrong_quantization_is_caught(monkeypatch, broken):
+def test_wrong_quantization_is_caught(monkeypatch, broken):
     monkeypatch.setattr(quantize, "quantize", broken)
     assert verdict("quantize", examples=100)
 
 
-def test_a_kernel_that_raises_is_a_failure_and_not_a_traceback(monkeypatch):
+def test_exception_in_a_kernel_is_a_failure_without_traceback(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no such instruction\nand more")
 
     monkeypatch.setattr(gemm, "accumulate", broken)
-    result, _ = checks.run("accumulator", EXECUTOR, BASE, examples=40)
+    result, _ = verify_kernels.run("accumulator", EXECUTOR, BASE, examples=40)
     assert "RuntimeError: no such instruction" in result.failure
     assert result.raised == "RuntimeError"
 
 
 def test_entries_are_stamped_only_if_they_pass(monkeypatch):
-    result, stamps = checks.run("entries", EXECUTOR, BASE)
+    result, stamps = verify_kernels.run("entries", EXECUTOR, BASE)
     assert result.failure is None
     assert set(stamps) == {GOOD.key, BAD.key}
     assert stamps[GOOD.key][0].kernel == gemm.kernel_hash()
 
-    whole = checks.check_entry
-    monkeypatch.setattr(checks, "check_entry", lambda e, x: "differs" if e.n == 48 else whole(e, x))
-    result, stamps = checks.run("entries", EXECUTOR, BASE)
+    whole = entries.check_entry
+    monkeypatch.setattr(entries, "check_entry", lambda e, x: "differs" if e.n == 48 else whole(e, x))
+    result, stamps = verify_kernels.run("entries", EXECUTOR, BASE)
     assert result.failure == "differs"
     assert set(stamps) == {GOOD.key}
 
 
-def test_more_configurations_than_the_databases_are_drawn():
+def test_more_configurations_are_drawn_too():
     more = legal_configs(86, gpus.get("rtx3090").shared_memory)
     seen = []
-    checks.run("batch", EXECUTOR, BASE, examples=150, more=more, on_example=lambda d: seen.append(d.config))
-    known = {*CONFIGS, *checks.SMALL_TILES}
+    verify_kernels.run("batch", EXECUTOR, BASE, examples=150, more=more, on_example=lambda d: seen.append(d.config))
+    known = {*CONFIGS, *fixed.SMALL_TILES}
     assert len(set(seen) - known) > 5
-    assert all(config.kernel is Kernel.TRITON for config in seen)  # the others need a card
+    assert all(config.kernel is Kernel.TRITON for config in seen)  # the other kernels need a GPU
 
 
-def _dying(job, on_example):
-    on_example(f"an example of {job.name}")
-    if job.name == "output":
+def _crashes(run, report):
+    report(f"an example of {run.name}")
+    if run.name == "output":
         os.abort()
-    return runner.Result(job.name, str(job.executor), 1), {}
+    return runner.Result(run.name, str(run.executor), 1), {}
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_a_kernel_that_ends_its_process_is_a_failure_like_any_other(processes):
-    jobs = [process_pool.Job(name, EXECUTOR) for name in ("accumulator", "output", "entries")]
-    told = []
-    outcomes = process_pool.run_all(jobs, _dying, processes=processes, on_example=lambda: told.append(1))
-    assert [r.name for r, _ in outcomes] == ["accumulator", "output", "entries"]
-    assert [r.failure for r, _ in outcomes] == [
+def test_crash_is_a_failure_with_its_example(processes):
+    runs = [property_runs.PropertyRun(name, EXECUTOR) for name in ("accumulator", "output", "entries")]
+    seen = []
+    findings = property_runs.run_all(runs, _crashes, processes=processes, on_example=lambda: seen.append(1))
+    assert [r.name for r, _ in findings] == ["accumulator", "output", "entries"]
+    assert [r.failure for r, _ in findings] == [
         None, "an example of output: the kernel ended its process (SIGABRT)", None,
     ]  # fmt: skip
-    assert len(told) == 3
+    assert len(seen) == 3
 
 
-def _hanging(job, on_example):
-    on_example(f"an example of {job.name}")
-    if job.name == "output":
+def _hangs(run, report):
+    report(f"an example of {run.name}")
+    if run.name == "output":
         while True:
             time.sleep(60)
-    return runner.Result(job.name, str(job.executor), 1), {}
+    return runner.Result(run.name, str(run.executor), 1), {}
 
 
 @pytest.mark.process
-def test_a_kernel_that_waits_for_ever_is_a_failure_like_any_other(monkeypatch):
-    """The others' examples are tried meanwhile. Once they are, a second of silence will do: no child is to start."""
-    told = []
+def test_hang_is_a_failure_with_its_example(monkeypatch):
+    """The other properties run meanwhile. Then the limit is set to a second, because no further child has to start."""
+    seen = []
 
     def on_example():
-        told.append(1)
-        if len(told) == 3:
+        seen.append(1)
+        if len(seen) == 3:
             monkeypatch.setattr(process_pool, "SILENCE_S", 1.0)
 
-    jobs = [process_pool.Job(name, EXECUTOR) for name in ("output", "accumulator", "entries")]
-    outcomes = process_pool.run_all(jobs, _hanging, processes=2, on_example=on_example)
-    assert [r.failure for r, _ in outcomes] == ["an example of output: no end in 1 s", None, None]
+    runs = [property_runs.PropertyRun(name, EXECUTOR) for name in ("output", "accumulator", "entries")]
+    findings = property_runs.run_all(runs, _hangs, processes=2, on_example=on_example)
+    assert [r.failure for r, _ in findings] == ["an example of output: no end in 1 s", None, None]
+
+
+def _work(how, report):
+    report(how)
+    if how == "raise":
+        raise ValueError("planted")
+    if how == "exit":
+        print("last words", file=sys.stderr, flush=True)
+        os._exit(3)
+    return os.getpid()
 
 
 @pytest.mark.process
-def test_isolated_checks_are_the_same():
-    jobs = [process_pool.Job("quantize", EXECUTOR)]
-    [(result, _)] = process_pool.run_all(jobs, process_pool.Proof(BASE, examples=20))
+def test_process_pool_reports_how_each_call_ended():
+    calls = [process_pool.Call(_work, how) for how in ("return", "raise", "return", "exit", "return")]
+    endings = process_pool.run_all(calls, processes=1)
+    assert [(e.kind, e.detail) for e in endings] == [
+        ("done", ""), ("raised", "ValueError: planted"), ("done", ""), ("exited", "last words"), ("done", ""),
+    ]  # fmt: skip
+    assert [e.reports for e in endings] == [(call.argument,) for call in calls]
+    assert endings[0].result == endings[2].result  # an exception does not end the child
+    assert endings[4].result != endings[0].result
+
+
+@pytest.mark.process
+def test_process_pool_ends_its_children_if_a_callback_raises():
+    """As an interrupt does: the child that is inside a call is gone, and so is its place."""
+    seen, closed = [], []
+
+    @contextlib.contextmanager
+    def open_place(index):
+        yield process_pool.Place()
+        closed.append(index)
+
+    def on_report(index, pid):
+        seen.append(pid)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        process_pool.run_all([process_pool.Call(_wait, None)], open_place=open_place, on_report=on_report)
+    assert closed == [0]
+    with pytest.raises(ProcessLookupError):
+        os.kill(seen[0], 0)
+
+
+def _wait(_, report):
+    report(os.getpid())
+    time.sleep(60)
+
+
+def _raises(run, report):
+    raise ImportError("no such library")
+
+
+@pytest.mark.process
+def test_exception_outside_of_an_example_is_a_failure():
+    [(result, stamps)] = property_runs.run_all([property_runs.PropertyRun("output", EXECUTOR)], _raises)
+    assert result.failure == "before its first example: ImportError: no such library"
+    assert stamps == {}
+
+
+@pytest.mark.process
+def test_result_from_a_child_process_is_the_same():
+    runs = [property_runs.PropertyRun("quantize", EXECUTOR)]
+    [(result, _)] = property_runs.run_all(runs, property_runs.VerifyKernels(BASE, examples=20))
     assert result.failure is None
-    assert result == checks.run("quantize", EXECUTOR, BASE, examples=20)[0]
+    assert result == verify_kernels.run("quantize", EXECUTOR, BASE, examples=20)[0]
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 128, 4296, 16584])
 def test_reduced_keeps_the_tails(size):
     config = CONFIGS[0]
-    small = checks.reduced(GemmShape(size, size, size), config)
+    small = entries.reduced(GemmShape(size, size, size), config)
     assert small.m <= 2 * 64
     assert small.k <= 3 * 64
     for extent, block in ((small.m, 64), (small.n, 32), (small.k, 64)):
@@ -222,20 +284,20 @@ def test_reduced_keeps_the_tails(size):
         assert extent <= size
 
 
-def test_difference_compares_bits():
+def test_bitwise_diff():
     a = torch.tensor([0.0, 1.0, torch.nan])
-    assert checks.difference(a, a.clone()) is None
-    assert checks.difference(-a, a.abs()) == "2 of 3 differ, first [0]: got -0.0, want 0.0"
-    assert "got -0.0, want 0.0" in checks.difference(torch.tensor([-0.0]), torch.tensor([0.0]))
+    assert bitwise_diff(a, a.clone()) is None
+    assert bitwise_diff(-a, a.abs()) == "2 of 3 differ, first [0]: got -0.0, want 0.0"
+    assert "got -0.0, want 0.0" in bitwise_diff(torch.tensor([-0.0]), torch.tensor([0.0]))
     nan = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)
-    assert checks.difference(nan, torch.tensor([torch.nan])) is None
-    assert checks.difference(torch.tensor([1.0]), torch.tensor([torch.nan]))
+    assert bitwise_diff(nan, torch.tensor([torch.nan])) is None
+    assert bitwise_diff(torch.tensor([1.0]), torch.tensor([torch.nan]))
 
 
-def test_data_have_what_their_names_say():
+def test_data_kinds():
     kinds = {k: strategies.int8_matrix(9, 50, k, 0, "cpu") for k in strategies.INT8_KINDS}
     assert set(kinds["extremes"].unique().tolist()) == {-128, -127, 127}
-    assert (kinds["least"] == -128).all()
+    assert (kinds["all minus 128"] == -128).all()
     assert kinds["normal"].abs().max() <= 127
     for kind in ("nan", "inf"):
         special = ~strategies.float_matrix(4, 9, kind, 0, torch.bfloat16, "cpu").isfinite()
@@ -245,7 +307,7 @@ def test_data_have_what_their_names_say():
     assert subnormal.min() < 0
 
 
-def test_needs_something_that_executes(monkeypatch):
+def test_available_executors(monkeypatch):
     monkeypatch.setattr(gemm, "interpreted", lambda: False)
     monkeypatch.setattr(executors, "present", lambda: None)
     with pytest.raises(InputError, match="no CUDA device"):

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""`int8kit bench gemm` with other projects' INT8 kernels among the contestants, each where it can be imported.
+"""`int8kit bench gemm` with the INT8 kernels of other projects among the contestants, if they can be imported.
 
     python tools/bench_peers.py --peers DIR --limit 12 --arch sm86 --out out/peers.json
     python tools/bench_peers.py --shapes shapes/other_models.json --only vllm --only bf16
     python tools/bench_peers.py --dry-run        # no GPU: every path that a CPU can take, with invented times
 
---peers DIR: a folder that goes first on sys.path; `vllm_C_sm90.so` in it is loaded as vLLM's operators. Nothing of the
-peers is in this repository. Which one is missing, cannot run or declines a shape is listed with its reason. Each peer
-is called as its own layer calls it, and tunes itself before it is timed. Those whose GEMM adds no bias, or multiplies
-by scales of lower precision, say so in "what"; they have less to do. The last line is one JSON object.
+--peers DIR: a folder that goes first on sys.path; `vllm_C_sm90.so` in it is loaded as vLLM's operators. This repository
+has no code of these projects. A library that is missing, cannot run or declines a shape is listed with the reason. Each
+library is called as its own layer calls it, and tunes itself before it is timed. Its GEMM adapter is in
+`int8kit/peers.py`. The field "what" says if a GEMM adds no bias or multiplies by scales of lower precision, which is
+less work. The last line is one JSON object.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from int8kit import gpus
+from int8kit import gpus, peers
 from int8kit.bench import contestants, gemm
 from int8kit.bench.contestants import Contestant
 from int8kit.cli import tables
@@ -33,35 +34,25 @@ from int8kit.timing.operands import TimingOperands as Operands
 BF16 = torch.bfloat16
 COMFY_CONFIGS = range(14)
 DRY_SHAPES = ["64x128x96", "33x64x64"]
+RESULTS = {"output": "output", "output without bias": "no bias", "accumulators": "sums"}  # as `Contestant` names them
 
 
-def vllm_ops() -> Any:
-    """torch.ops._C with vLLM's operators, from the folder of --peers or an installed vLLM."""
-    if not hasattr(torch.ops._C, "cutlass_scaled_mm"):
-        libraries = [Path(folder) / "vllm_C_sm90.so" for folder in sys.path]
-        found = next((path for path in libraries if path.is_file()), None)
-        if found is not None:
-            torch.ops.load_library(str(found))
-        else:
-            import vllm._custom_ops  # noqa: F401
-    return torch.ops._C
+def product(o: Operands, peer: peers.Peer) -> Entrant:
+    """The GEMM of a library, which tunes itself where it can."""
+    prepare, out = peer.load(str(o.device), True), o.output()
+    note = comfy_note(o) if peer.name == "comfy-kitchen" else ""
+    return Entrant([prepare(o.xq, w, o.sx, o.sw, o.bias, out) for w in o.weights], note)
 
 
-def vllm_gemm(o: Operands) -> Entrant:
-    """CUTLASS with scales and bias in the epilogue; on sm_90 TMA and wgmma."""
-    c, out = vllm_ops(), o.output()
-    sx, sw = o.sx[:, None], o.sw[None]
-
-    def launch(w: torch.Tensor) -> torch.Tensor:
-        c.cutlass_scaled_mm(out, o.xq, w.t(), sx, sw, o.bias)
-        return out
-
-    return Entrant([partial(launch, w) for w in o.weights])
+def comfy_note(o: Operands) -> str:
+    """The configuration that comfy-kitchen's own heuristic selects."""
+    selected = getattr(peers.comfy_backend()._C, "cutlass_int8_selected_config", lambda *_: "unknown")
+    return f"configuration {selected(o.shape.m, o.shape.n, o.shape.k)}"
 
 
 def vllm_linear(o: Operands) -> Entrant:
     """Its dynamic quantization of rows, then the GEMM."""
-    c, out, sw = vllm_ops(), o.output(), o.sw[None]
+    c, out, sw = peers.vllm_ops(), o.output(), o.sw[None]
 
     def launch(w: torch.Tensor) -> torch.Tensor:
         xq = torch.empty_like(o.x, dtype=torch.int8)
@@ -73,41 +64,16 @@ def vllm_linear(o: Operands) -> Entrant:
     return Entrant([partial(launch, w) for w in o.weights])
 
 
-def comfy() -> Any:
-    """comfy-kitchen's CUDA back end, whose `_C` holds the kernels."""
-    from comfy_kitchen.backends import cuda
-
-    if getattr(cuda, "_C", None) is None:
-        raise RuntimeError("comfy_kitchen.backends.cuda has no _C")
-    return cuda
-
-
-def comfy_gemm(o: Operands) -> Entrant:
-    """CUTLASS for sm_80 (mma.sync), the tile that its own heuristic picks."""
-    cuda, out, sx = comfy(), o.output(), o.sx[:, None]
-    wrap = cuda._wrap_for_dlpack
-
-    def launch(w: torch.Tensor) -> torch.Tensor:
-        stream = torch.cuda.current_stream().cuda_stream
-        arguments = map(wrap, (o.xq, w, sx, o.sw, o.bias, out))
-        if not cuda._C.cutlass_int8_dequant(*arguments, cuda.DTYPE_TO_CODE[BF16], stream):
-            raise RuntimeError("declined: no CUTLASS configuration for this shape")
-        return out
-
-    picked = getattr(cuda._C, "cutlass_int8_selected_config", lambda *_: "unknown")
-    return Entrant([partial(launch, w) for w in o.weights], f"configuration {picked(o.shape.m, o.shape.n, o.shape.k)}")
-
-
 def comfy_best(o: Operands, timer: gemm.Timer) -> Entrant | str:
-    """The fastest of its 14 tiles, timed from outside in three interleaved rounds; its entry point takes no bias."""
-    cuda, out, sx = comfy(), o.output(), o.sx[:, None]
+    """The fastest of its 14 tiles, timed here in three interleaved rounds; this entry point takes no bias."""
+    cuda, out, sx = peers.comfy_backend(), o.output(), o.sx[:, None]
     wrap = cuda._wrap_for_dlpack
 
     def launch(w: torch.Tensor, config: int) -> torch.Tensor:
         stream = torch.cuda.current_stream().cuda_stream
         arguments = map(wrap, (o.xq, w, sx, o.sw, out))
         if not cuda._C.cutlass_int8_dequant_config(*arguments, cuda.DTYPE_TO_CODE[BF16], config, stream):
-            raise RuntimeError("declined: no CUTLASS configuration for this shape")
+            raise RuntimeError(peers.DECLINED)
         return out
 
     runs = {}
@@ -118,14 +84,14 @@ def comfy_best(o: Operands, timer: gemm.Timer) -> Entrant | str:
             continue
         runs[config] = partial(launch, o.weights[0], config)
     if not runs:
-        return "declined: no CUTLASS configuration for this shape"
+        return peers.DECLINED
     times = timer(list(runs.values()), 3)
     best = min(zip(times, runs, strict=True), key=lambda pair: pair[0].p50)[1]
     return Entrant([partial(launch, w, best) for w in o.weights], f"configuration {best} of {len(runs)}")
 
 
 def comfy_linear(o: Operands, backend: str) -> Entrant:
-    """int8_linear of one of its back ends, without rotation."""
+    """int8_linear of one back end, without rotation."""
     import comfy_kitchen
 
     def launch(w: torch.Tensor) -> torch.Tensor:
@@ -133,14 +99,6 @@ def comfy_linear(o: Operands, backend: str) -> Entrant:
             return comfy_kitchen.int8_linear(o.x, w, o.sw, o.bias, BF16, convrot=False)
 
     return Entrant([partial(launch, w) for w in o.weights])
-
-
-def torchao_gemm(o: Operands) -> Entrant:
-    """Its Triton kernel, which tunes itself over 27 tiles."""
-    from torchao.prototype.quantized_training.int8_mm import scaled_int8_mm
-
-    sx, sw = o.sx.to(BF16), o.sw.to(BF16)
-    return Entrant([partial(scaled_int8_mm, o.xq, w.t(), sx, sw) for w in o.weights])
 
 
 def torchao_linear(o: Operands, compiled: bool) -> Entrant:
@@ -157,28 +115,11 @@ def torchao_linear(o: Operands, compiled: bool) -> Entrant:
     return Entrant([partial(layer, o.x) for layer in layers])
 
 
-def sdnq_scratch() -> None:
-    """Its descriptors are made on the device and need scratch memory that it never arranges for."""
-    import triton
-
-    triton.set_allocator(lambda size, _align, _stream: torch.empty(size, dtype=torch.int8, device="cuda"))
-
-
-def sdnq_gemm(o: Operands) -> Entrant:
-    """Its Triton kernel, which tunes itself over 18 tiles and compiles for every shape."""
-    from sdnq.kernels.triton_scaled_mm import sdnq_scaled_mm
-
-    sdnq_scratch()
-    sx, sw = o.sx[:, None].contiguous(), o.sw[None].contiguous()
-    call = partial(sdnq_scaled_mm, bias=o.bias, out_dtype=BF16)
-    return Entrant([partial(call, o.xq, w.t(), sx, sw) for w in o.weights])
-
-
 def sdnq_linear(o: Operands) -> Entrant:
-    """The function under its quantized linear: quantization as it does it, then the kernel."""
+    """The function under its quantized linear: its own quantization, then the kernel."""
     from sdnq.layers.linear.linear_int8 import int8_matmul
 
-    sdnq_scratch()
+    peers.give_triton_scratch(str(o.device))
     sw = o.sw[None].contiguous()
     return Entrant([partial(int8_matmul, o.x, w.t(), sw, bias=o.bias) for w in o.weights])
 
@@ -190,15 +131,6 @@ def gemlite_linear(o: Operands) -> Entrant:
     maker = A8W8_INT8_dynamic(device=str(o.x.device), dtype=BF16)
     layers = [maker.from_weights(w, bias=o.bias, scales=o.sw.view(-1, 1)) for w in o.weights]
     return Entrant([partial(layer, o.x) for layer in layers])
-
-
-def bitsandbytes_gemm(o: Operands) -> Entrant:
-    """cuBLASLt to int32, then its kernel for scales and bias, in fp16 inside."""
-    import bitsandbytes  # noqa: F401
-
-    product = torch.ops.bitsandbytes.int8_scaled_mm.default
-    call = partial(product, row_stats=o.sx * 127, col_stats=o.sw * 127, bias=o.bias.half(), dtype=BF16)
-    return Entrant([partial(call, o.xq, w) for w in o.weights])
 
 
 def bitsandbytes_linear(o: Operands) -> Entrant:
@@ -215,16 +147,16 @@ def bitsandbytes_linear(o: Operands) -> Entrant:
     return Entrant([partial(launch, w) for w in o.weights])
 
 
-def peers(inductor: bool, timer: gemm.Timer = interleave.interleave) -> list[Contestant]:
-    """Every peer that has an adapter, whether or not it is here."""
+def contestants_of(inductor: bool, timer: gemm.Timer = interleave.interleave) -> list[Contestant]:
+    """Every library that has an adapter, whether or not it is installed."""
     best = partial(comfy_best, timer=timer)
     found = [
-        Contestant("vllm", "gemm", "CUTLASS, scales and bias fused", vllm_gemm),
-        Contestant("comfy-kitchen", "gemm", "CUTLASS for sm_80, its own pick", comfy_gemm),
-        Contestant("comfy-best-of-14", "gemm", "the same, its fastest tile; no bias", best, result="no bias"),
-        Contestant("torchao", "gemm", "Triton, self-tuned; no bias, bf16 scales", torchao_gemm, result="no bias"),
-        Contestant("sdnq", "gemm", "Triton, self-tuned", sdnq_gemm),
-        Contestant("bitsandbytes", "gemm", "cuBLASLt, then scales and bias", bitsandbytes_gemm),
+        Contestant(peer.name, "gemm", peer.summary, partial(product, peer=peer), result=RESULTS[peer.returns])
+        for peer in peers.PEERS.values()
+        if not peer.name.startswith("torch.")  # which `contestants.standard` has
+    ]
+    found += [
+        Contestant("comfy-best-of-14", "gemm", "the fastest tile of comfy-kitchen; no bias", best, result="no bias"),
         Contestant("vllm", "linear", "its row quantization and GEMM", vllm_linear),
         Contestant("comfy-kitchen", "linear", "int8_linear, CUDA", partial(comfy_linear, backend="cuda")),
         Contestant("comfy-triton", "linear", "int8_linear, Triton", partial(comfy_linear, backend="triton")),
@@ -240,41 +172,49 @@ def peers(inductor: bool, timer: gemm.Timer = interleave.interleave) -> list[Con
 
 
 def invented(calls: Any, rounds: int) -> list[interleave.Times]:
-    """The dry run's timer: calls everything, measures nothing."""
+    """The timer of a dry run: it calls everything and measures nothing."""
     for call in calls:
         call()
     return [interleave.Times(10.0 + i, 11.0 + i, 12.0 + i) for i in range(len(calls))]
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; as `int8kit bench gemm`, and --peers, --skip and --dry-run."""
+    """The command line of `int8kit bench gemm`, with --peers, --skip and --dry-run added."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", type=Path, metavar="DIR", help="folder with the peers' packages")
+    parser.add_argument("--peers", type=Path, metavar="DIR", help="folder with the packages of the other projects")
     parser.add_argument("--shapes", type=Path, help="a shapes file; default: Ideogram 4's")
-    parser.add_argument("--shape", action="append", metavar="MxNxK", help="instead of a file's; repeatable")
-    parser.add_argument("--limit", type=int, help="so many of the file's shapes, spread over them")
-    parser.add_argument("--gpu", help="whose database")
+    parser.add_argument("--shape", action="append", metavar="MxNxK", help="a shape, instead of a file; repeatable")
+    parser.add_argument("--limit", type=int, help="at most this many shapes of the file, spread over it")
+    parser.add_argument("--gpu", help="GPU whose database is used; for an older GPU, its code runs on this one")
     parser.add_argument("--db", type=Path, help="a database file")
-    parser.add_argument("--arch", help="sm86: that architecture's code beside the card's own")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="int8kit and this one; repeatable")
-    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="all but this one; repeatable")
+    parser.add_argument("--arch", help="such as sm86: also the code of this architecture")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="only int8kit and this contestant; repeatable"
+    )
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="NAME", help="leave this contestant out; repeatable"
+    )
     parser.add_argument("--inductor", action="store_true", help="also torch.compile's max-autotune")
     parser.add_argument("--rounds", type=int, default=gemm.ROUNDS)
-    parser.add_argument("--sample-ms", type=float, default=4.0, help="length of a sample; from 20, power limits count")
+    parser.add_argument(
+        "--sample-ms", type=float, default=4.0, help="length of a sample; from 20 on, power limits have an effect"
+    )
     parser.add_argument("--no-graph", dest="graph", action="store_false", help="launch everything from the host")
-    parser.add_argument("--out", type=Path, help="the JSON document, kept after each shape")
+    parser.add_argument("--out", type=Path, help="file of the JSON document, written after each shape")
     parser.add_argument("--json", action="store_true", help="only the JSON on stdout")
     parser.add_argument("--force", action="store_true", help="overwrite a file that int8kit did not write")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, in Triton's interpreter, times invented")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="on the CPU, in Triton's interpreter, with invented times"
+    )
     return parser.parse_args(argv)
 
 
 def bench(args: argparse.Namespace) -> gemm.BenchResult:
-    """What the arguments ask for."""
-    card = gpus.present() or gpus.get("h200")
-    listed = contestants.ours(card, gpu=args.gpu, path=args.db, arch=args.arch)
+    """The benchmark that the arguments describe."""
+    gpu = gpus.present() or gpus.get("h200")
+    listed = contestants.ours(gpu, gpu=args.gpu, path=args.db, arch=args.arch)
     timer = invented if args.dry_run else interleave.interleave
-    listed += contestants.standard(args.inductor) + peers(args.inductor, timer)
+    listed += contestants.standard(args.inductor) + contestants_of(args.inductor, timer)
     for name in set(args.skip) - {c.name for c in listed}:
         raise UnknownName("contestant", name, {c.name for c in listed})
     listed = [c for c in contestants.only(listed, args.only) if c.ours or c.name not in args.skip]
@@ -282,7 +222,7 @@ def bench(args: argparse.Namespace) -> gemm.BenchResult:
     if args.dry_run:
         setting = gemm.Setting(args.rounds, device="cpu", copies=2, timer=timer)
         todo = gemm.wanted(args.shape or (None if args.shapes else DRY_SHAPES), args.shapes, args.limit)
-        return gemm.measure_shapes(todo, listed, card, setting, on_shape=gemm.keeper(args.out, note))
+        return gemm.measure_shapes(todo, listed, gpu, setting, on_shape=gemm.keeper(args.out, note))
     todo = gemm.wanted(args.shape, args.shapes, args.limit)
     setting = gemm.Setting(args.rounds, args.graph, sample_us=round(args.sample_ms * 1000))
     return gemm.benchmark(todo, listed, setting, output=args.out, force=args.force, note=note)
@@ -290,7 +230,7 @@ def bench(args: argparse.Namespace) -> gemm.BenchResult:
 
 def main() -> None:
     args = arguments()
-    if args.dry_run and "TRITON_INTERPRET" not in os.environ:  # triton reads it when imported, which has happened
+    if args.dry_run and "TRITON_INTERPRET" not in os.environ:  # triton has read it at its import
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "TRITON_INTERPRET": "1"})
     if args.peers:
         sys.path.insert(0, str(args.peers))

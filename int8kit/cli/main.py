@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from int8kit import __version__
-from int8kit.cli import db, verify
+from int8kit.cli import compare, db, verify
 from int8kit.cli.terminal import Force, Json, note, progress, quiet_libraries, show, stages
 from int8kit.errors import CheckFailed, InputError, Int8kitError
 
@@ -26,7 +26,8 @@ app = typer.Typer(
 bench = typer.Typer(rich_markup_mode=None, help="Time int8kit beside other kernels, in one run.")
 app.add_typer(bench, name="bench")
 app.add_typer(db.app, name="db")
-app.command()(verify.verify)
+app.add_typer(verify.app, name="verify")
+app.command()(compare.compare)
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 _EXTRAS = {
     "dask": "tune", "distributed": "tune", "diffusers": "run", "transformers": "run", "PIL": "run",

@@ -110,19 +110,19 @@ def verify_table(results: Iterable[Result], markdown: bool = False) -> str:
     return tabulate(rows, head, tablefmt=_format(markdown), disable_numparse=True)
 
 
-def subjects_table(columns: Iterable[Column], markdown: bool = False) -> str:
+def implementations_table(columns: Iterable[Column], markdown: bool = False) -> str:
     """Properties down, subjects across; below, why a property does not apply."""
     columns = list(columns)
     reasons = []
     for c in columns:
         if why := dict.fromkeys(r.reason for r in c.results if r.reason):
-            reasons.append(f"n/a for {c.subject}: {'; '.join(why)}")
+            reasons.append(f"n/a for {c.implementation}: {'; '.join(why)}")
 
     def cell(r: Result) -> str:
         return "n/a" if r.reason else "fails" if r.failure else f"holds ({r.examples})"
 
     rows = [(results[0].name, *map(cell, results)) for results in zip(*(c.results for c in columns), strict=True)]
-    head = ("property", *(c.subject for c in columns))
+    head = ("property", *(c.implementation for c in columns))
     return "\n".join([tabulate(rows, head, tablefmt=_format(markdown), disable_numparse=True), "", *reasons])
 
 
@@ -166,7 +166,7 @@ def mutation_table(verdicts: Iterable[Verdict], score: dict[str, Any], markdown:
     aligned = ("left",) * 4 + ("right",)
     table = tabulate(rows, head, tablefmt=_format(markdown), disable_numparse=True, colalign=aligned)
     share = f" ({score['score']:.0%})" if score["ran"] else ""
-    idle = {"needs a card": "need a card", "not applicable": "not applicable here"}
+    idle = {"needs a GPU": "need a GPU", "not applicable": "not applicable here"}
     counts = [f"{score['killed']} of {score['ran']} killed{share}"]
     counts += [f"{score['idle'][ending]} {text}" for ending, text in idle.items() if ending in score["idle"]]
     return "\n".join([table, "", ", ".join(counts), *survivors])

@@ -1,229 +1,223 @@
-"""The verb `verify`: the kernels proven, and with --mutate the proof itself, by faults that it must catch."""
+"""The verbs `verify`, `verify mutate` and `verify libraries`: the kernels, the verifier itself, and other libraries."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from int8kit.cli.terminal import Json, note, progress, quiet_libraries, show
+from int8kit.cli.terminal import Json, note, progress, show
 from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
 from int8kit.spec import TileConfig, legal_configs
 
+if TYPE_CHECKING:
+    from int8kit.gpus import Gpu
+    from int8kit.verify.executors import Executor
+    from int8kit.verify.runner import Result
 
+app = typer.Typer(rich_markup_mode=None)
+
+GpuOption = Annotated[
+    str | None, typer.Option("--gpu", help="GPU whose code is verified. Default: the present GPU, else rtx3090.")
+]
+Seed = Annotated[int, typer.Option(help="Random seed of the generated examples.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
+Old = typer.Option(hidden=True)
+
+
+@app.callback(invoke_without_command=True)
 def verify(
-    gpu: Annotated[str | None, typer.Option(help="The card. Default: --db's, else the one here, else rtx3090.")] = None,
+    context: typer.Context,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="GPU whose kernels are verified. Default: that of --db, else the present GPU, else rtx3090."),
+    ] = None,
     database: Annotated[Path | None, typer.Option("--db", help="Default: ./tuning_db/<gpu>.json, or shipped.")] = None,
-    shapes: Annotated[Path | None, typer.Option(help="Checked beside the database's. Default: Ideogram 4's.")] = None,
+    shapes: Annotated[
+        Path | None, typer.Option(help="Shapes that are verified beside the database's. Default: Ideogram 4's.")
+    ] = None,
     examples: Annotated[
         int | None,
-        typer.Option(help="Examples drawn for each property. Default: 150; 60 on a card, which compiles each."),
+        typer.Option(help="Generated examples of each property. Default: 150; 60 on a GPU, which compiles each."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draws other examples.")] = 0,
+    seed: Seed = 0,
     exhaustive: Annotated[
-        bool, typer.Option("--exhaustive", help="Ten times the examples, over every legal configuration: minutes.")
+        bool, typer.Option("--exhaustive", help="Ten times the examples, over every configuration: takes minutes.")
     ] = False,
-    stamp: Annotated[bool, typer.Option(help="Write what passed into the database.")] = True,
-    mutate: Annotated[
-        bool, typer.Option("--mutate", help="Verify the verifier: faults seeded into copies of the kernels.")
-    ] = False,
+    stamp: Annotated[bool, typer.Option(help="Write stamps of the entries that passed into the database.")] = True,
     only: Annotated[
-        list[str] | None,
-        typer.Option(help="This property alone, such as entries; with --mutate: this fault alone. Repeatable."),
+        list[str] | None, typer.Option(help="Verify this property alone, such as output or entries; repeatable.")
     ] = None,
-    subject: Annotated[
-        list[str] | None,
-        typer.Option(help="Judge this GEMM beside int8kit's: torch._int_mm, ..., or module:function; repeatable."),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Compare INT8 with bf16, layer by layer: tiny, a folder, or a hub id.")
-    ] = None,
-    inputs: Annotated[
-        Path | None, typer.Option(help="With --model: torch.save's file of the forwards' arguments. Default: random.")
-    ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    markdown: Markdown = False,
     as_json: Json = False,
+    mutate_: Annotated[bool, typer.Option("--mutate", hidden=True)] = False,
+    subject: Annotated[list[str] | None, Old] = None,
+    model: Annotated[str | None, Old] = None,
+    inputs: Annotated[Path | None, Old] = None,
 ) -> None:
     """Prove the kernels bit-exact against torch._int_mm, 64-bit integers and the reference.
 
-    Executes on the GPU, or at reduced sizes in Triton's interpreter on a CPU. Exit status 1 if anything differs, with
-    the smallest example that does. With --only, one property or several, in seconds: `--only entries` executes and
-    stamps the database's configurations alone.
+    Kernels run on the GPU, or at reduced sizes in Triton's interpreter on a CPU. If anything differs, the exit status
+    is 1, and the smallest example is printed with a command that repeats it. With --only, one property takes seconds.
 
-    With --mutate, faults are seeded one by one into copies of the kernels, and the same checks must catch each: exit
-    status 1 if one survives that could run here. Those that only a card shows are named. Minutes on a CPU.
-
-    With --subject, other INT8 GEMMs are held to the same properties, in a matrix. A function of your own takes
-    (xq, wq) and gives int32 sums, or (xq, wq, sx, sw, bias, out_dtype) and gives the output.
-
-    With --model, a model's linears in INT8 beside the originals, on random or given inputs: the layers that lose most.
+    Two commands verify something else: `verify mutate` seeds faults that the properties must catch, and `verify
+    libraries` checks the same properties of other INT8 GEMMs.
 
     Example: int8kit verify --gpu rtx3090
     """
+    _refuse_old_spellings(mutate_, subject, model, inputs)
+    if context.invoked_subcommand is not None:
+        for name in context.params:
+            if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
+                option = {"database": "--db", "as_json": "--json"}.get(name, f"--{name}")
+                raise InputError(f"{option} before {context.invoked_subcommand}: put options after the command")
+        return
+    _check_examples(examples)
+    named = _named_gpu(gpu)
+    if database is not None:
+        from int8kit.database import store
+
+        named = store.load(database, gpu).gpu
+    _refuse_faults(only or [])
+    if shapes is not None:
+        from int8kit import files, shapes_schema
+
+        files.read_json(shapes, shapes_schema.FORMAT, remedy="make one with `int8kit trace-shapes`")
+    _use_interpreter_without_gpu()
+    _verify(named, database, shapes, only or [], examples, seed, exhaustive, stamp, as_json, markdown)
+
+
+def _refuse_old_spellings(mutate: bool, subject: list[str] | None, model: str | None, inputs: Path | None) -> None:
+    """Raise InputError with the present command for an option of earlier versions."""
+    if mutate:
+        raise InputError("--mutate is a command now: `int8kit verify mutate`")
+    if subject:
+        raise InputError(f"--subject is a command now: `int8kit verify libraries {' '.join(subject)}`")
+    if model or inputs:
+        given = f" --inputs {inputs}" if inputs else ""
+        raise InputError(
+            f"--{'model' if model else 'inputs'} is a verb now: `int8kit compare {model or 'MODEL'}{given}`"
+        )
+
+
+def _check_examples(examples: int | None) -> None:
     if examples is not None and examples < 1:
-        raise InputError(f"--examples {examples}: legal is 1 or more")
-    if mutate and (database or shapes):
-        raise InputError("--mutate with --db or --shapes: faults bring configurations of their own; leave the file out")
-    if subject and (mutate or database or shapes):
-        raise InputError("--subject with --mutate, --db or --shapes: subjects bring no configurations; leave it out")
-    if model and (mutate or subject or database or shapes):
-        raise InputError("--model with --mutate, --subject, --db or --shapes: it compares layers; leave it out")
-    if inputs and not model:
-        raise InputError(f"--inputs {inputs}: of a model's forwards; add --model")
-    if only and (subject or model):
-        raise InputError("--only with --subject or --model: it names a property of int8kit's kernels; leave it out")
-    if exhaustive and (mutate or subject or model):
-        raise InputError("--exhaustive with --mutate, --subject or --model: it is of int8kit's kernels; leave it out")
+        raise InputError(f"--examples {examples}: expected 1 or more")
+
+
+def _named_gpu(alias: str | None) -> Gpu | None:
+    from int8kit import gpus
+
+    return gpus.get(alias) if alias else None
+
+
+def _gpu_or_default(named: Gpu | None) -> Gpu:
+    from int8kit import gpus
+
+    return named or gpus.present() or gpus.get("rtx3090")
+
+
+def _use_interpreter_without_gpu() -> None:
+    """Choose Triton's interpreter on a CPU, which is possible before triton is imported."""
     import torch
 
     if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the verb's process runs nothing else
-    if model:
-        _compare(model, inputs, seed, as_json, markdown)
-    elif mutate:
-        _mutate(gpu, only or [], examples, seed, as_json, markdown)
-    elif subject:
-        _judge(gpu, subject, examples, seed, as_json, markdown)
-    else:
-        _prove(gpu, database, shapes, only or [], examples, seed, exhaustive, stamp, as_json, markdown)
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
-def _prove(
-    gpu: str | None, database: Path | None, shapes: Path | None, only: list[str], examples: int | None, seed: int,
+def _refuse_faults(only: list[str]) -> None:
+    """Raise InputError for the name of a fault, before torch is imported."""
+    from int8kit.verify.mutation.catalogue import CATALOGUE
+
+    for name in only:
+        if name in {mutant.name for mutant in CATALOGUE}:
+            raise InputError(f"--only {name}: it is a fault, not a property; see `int8kit verify mutate --only {name}`")
+
+
+def _verify(
+    named: Gpu | None, database: Path | None, shapes: Path | None, only: list[str], examples: int | None, seed: int,
     exhaustive: bool, stamp: bool, as_json: bool, markdown: bool,
 ) -> None:  # fmt: skip
-    from int8kit import files, gpus, trace
+    from int8kit import files, trace
     from int8kit.cli import tables
     from int8kit.database import store
     from int8kit.kernels import gemm
-    from int8kit.verify import executors, process_pool, replay, runner
-    from int8kit.verify.properties import checks
+    from int8kit.verify import executors, property_runs, verify_kernels
+    from int8kit.verify.properties.budget import budget
 
-    if database is not None and gpu is None:
-        card = store.load(database).gpu
-    else:
-        card = gpus.get(gpu) if gpu else gpus.present() or gpus.get("rtx3090")
+    gpu = _gpu_or_default(named)
     toolchain = gemm.toolchain()
-    base, paths = store.merged_view(card, toolchain, database)
+    base, paths = store.merged_view(gpu, toolchain, database)
     wanted = trace.int8_shapes(trace.read(shapes or files.shipped("shapes") / "ideogram4.json"))
     unlisted = tuple(base.choices_without_entry(wanted, toolchain))
-    found = executors.available(card)
-    jobs = [process_pool.Job(name, executor) for executor in found for name in checks.names(executor, base, unlisted)]
+    found = executors.available(gpu)
+    runs = [
+        property_runs.PropertyRun(name, executor)
+        for executor in found
+        for name in verify_kernels.names(executor, base, unlisted)
+    ]
     if only:
-        _check_names(only, {job.name for job in jobs})
-        jobs = [job for job in jobs if job.name in only]
-    named = ", ".join(map(str, paths)) or "no database, so the defaults"
+        known = {run.name for run in runs}
+        for name in only:
+            if name not in known:
+                raise UnknownName("property", name, known)
+        runs = [run for run in runs if run.name in only]
+    files_used = ", ".join(map(str, paths)) or "no database, so the defaults"
+    count = len({e.shape for e in base.entries}) + len(unlisted)
     for executor in found:
         reduced = ", at reduced M, N and K" if executor.on == "interpreter" else ""
-        note(
-            f"executing on {executor}{reduced}; {len({e.shape for e in base.entries}) + len(unlisted)} shapes; {named}"
-        )
+        note(f"executing on {executor}{reduced}; {count} shapes; {files_used}")
     more: tuple[TileConfig, ...] = ()
     if exhaustive:
-        examples = 10 * checks.budget(found[-1], examples).examples
-        more = legal_configs(card.arch, card.shared_memory)
-        runnable = sum(checks.runs_on(config, found[0]) for config in more)
-        note(f"{examples} examples of each property, over {runnable} configurations")
-    results: list[runner.Result] = []
+        examples = 10 * budget(found[-1], examples).examples
+        more = legal_configs(gpu.arch, gpu.shared_memory)
+        note(f"{examples} examples of each property, over {sum(map(found[0].runs, more))} configurations")
     stamps: dict[Any, list[Any]] = {}
     with progress("verifying") as (bar, task):
-        outcomes = process_pool.run_all(
-            jobs,
-            process_pool.Proof(base, examples, seed, more, unlisted),
-            processes=process_pool.processes(found[-1]),
+        findings = property_runs.run_all(
+            runs,
+            property_runs.VerifyKernels(base, examples, seed, more, unlisted),
+            processes=property_runs.process_count(found[-1]),
             on_example=lambda: bar.advance(task),
         )
-        for result, passed in outcomes:
-            results.append(result)
-            for key, new in passed.items():
-                stamps.setdefault(key, []).extend(new)
+    for _, passed in findings:
+        for key, new in passed.items():
+            stamps.setdefault(key, []).extend(new)
+    results = [result for result, _ in findings]
     failures = [r for r in results if r.failure]
-    lines = [tables.verify_table(results, markdown)]
-    archs = {str(executor): executor.arch for executor in found}
-    for r in failures:
-        lines.append(f"\n{r.name} differs on {r.on}, smallest example:\n  {r.failure}")
-        if r.example:
-            lines.append(f"again by\n  {replay.command(r, arch=archs[r.on])}")
-            _keep(r.name, r.example)
-    show({"gpu": card.alias, "databases": paths, "results": [vars(r) for r in results]}, "\n".join(lines), as_json)
+    lines = [tables.verify_table(results, markdown), *_failure_lines(failures, found)]
+    show({"gpu": gpu.alias, "databases": paths, "results": [vars(r) for r in results]}, "\n".join(lines), as_json)
     if failures:
-        raise CheckFailed(f"{len(failures)} of {len(results)} properties differ: {', '.join(r.name for r in failures)}")
+        verb = "differs" if len(failures) == 1 else "differ"
+        raise CheckFailed(f"{len(failures)} of {len(results)} properties {verb}: {', '.join(r.name for r in failures)}")
     for path in paths if stamp and stamps else ():
         _stamp(path, stamps, base)
 
 
-def _check_names(only: list[str], known: set[str]) -> None:
-    """Raise InputError for the first of `only` that is no property of the kernels here."""
-    from int8kit.verify.mutation.catalogue import CATALOGUE
+def _failure_lines(failures: list[Result], found: list[Executor]) -> list[str]:
+    """Each failure with its smallest example, and the command that repeats it. The examples are stored, too."""
+    from int8kit.verify import replay
 
-    for name in only:
-        if name in {mutant.name for mutant in CATALOGUE} - known:
-            raise InputError(f"--only {name}: names a fault of --mutate; add --mutate")
-        if name not in known:
-            raise UnknownName("property", name, known)
+    lines = []
+    archs = {str(executor): executor.arch for executor in found}
+    for r in failures:
+        lines.append(f"\n{r.name} differs on {r.on}, smallest example:\n  {r.failure}")
+        if r.example:
+            lines.append(f"to repeat it:\n  {replay.command(r, arch=archs[r.on])}")
+            _store_example(r.name, r.example)
+    return lines
 
 
-def _keep(name: str, example: str, subject: str = "int8kit") -> None:
-    """Later runs begin with it."""
+def _store_example(name: str, example: str, implementation: str = "int8kit") -> None:
+    """Store a failed example, which later runs try first."""
     from int8kit.verify.examples import regressions
 
     try:
-        regressions.add(name, example, subject)
-    except (FileError, OSError) as error:  # the failure is reported, whether or not it can be kept
-        note(f"example not kept: {error}")
-
-
-def _compare(model: str, inputs: Path | None, seed: int, as_json: bool, markdown: bool) -> None:
-    from dataclasses import asdict
-
-    quiet_libraries()
-    from int8kit import models
-    from int8kit.cli import tables
-    from int8kit.runtime import layer_errors
-
-    side = 256 if model == models.TINY else 1024
-    case = models.Case(side, side, text_tokens=32 if model == models.TINY else 200)
-    with progress("comparing") as (bar, task):
-
-        def on_layer(total: int) -> None:
-            bar.update(task, total=total)
-            bar.advance(task)
-
-        branches = layer_errors.compare(model, case, seed=seed, inputs=inputs, on_layer=on_layer)
-    document = {"model": model, "inputs": "given" if inputs else "random", "branches": [asdict(b) for b in branches]}
-    show(document, tables.layers_table(branches, markdown), as_json)
-
-
-def _judge(gpu: str | None, names: list[str], examples: int | None, seed: int, as_json: bool, markdown: bool) -> None:
-    import sys
-
-    from int8kit import gpus
-    from int8kit.cli import tables
-    from int8kit.database.database import Database
-    from int8kit.verify import compare_implementations, executors, replay
-
-    sys.path.insert(0, os.getcwd())  # as `python -m` has it: where a user's module is
-    card = gpus.get(gpu) if gpu else gpus.present() or gpus.get("rtx3090")
-    executor = executors.available(card)[-1]
-    configs = compare_implementations.tiles(executor, Database(card))
-    with progress("judging") as (bar, task):
-        columns = compare_implementations.run(
-            names, executor, configs, examples=examples, random_seed=seed, on_example=lambda: bar.advance(task)
-        )
-    lines = [tables.subjects_table(columns, markdown)]
-    broken = [(column.subject, r) for column in columns for r in column.results if r.failure]
-    for name, r in broken:
-        lines.append(f"\n{name} breaks {r.name!r}, smallest example:\n  {r.failure}")
-        if r.example:
-            lines.append(f"again by\n  {replay.command(r, name)}")
-            _keep(r.name, r.example, name)
-    document = {"on": str(executor), "subjects": {c.subject: [vars(r) for r in c.results] for c in columns}}
-    show(document, "\n".join(lines), as_json)
-    if broken:
-        found = ", ".join(f"{name} ({r.name})" for name, r in broken)
-        raise CheckFailed(f"{len(broken)} properties do not hold: {found}")
+        regressions.add(name, example, implementation)
+    except (FileError, OSError) as error:  # the failure is reported all the same
+        note(f"example not stored: {error}")
 
 
 def _stamp(path: Path, stamps: dict[Any, Any], proven: Any) -> None:
@@ -235,39 +229,121 @@ def _stamp(path: Path, stamps: dict[Any, Any], proven: Any) -> None:
         return
     try:
         changed = store.stamp(path, stamps, proven)
-    except FileError as error:  # the proof holds, whether or not it can be written down
+    except FileError as error:  # the proof is valid all the same
         note(f"stamps not written: {error}")
     else:
         note(f"{'stamped' if changed else 'stamps are up to date in'} {path}")
 
 
-def _mutate(gpu: str | None, only: list[str], examples: int | None, seed: int, as_json: bool, markdown: bool) -> None:
-    from int8kit import gpus
+@app.command(short_help="Seed faults that the properties must catch.")
+def mutate(
+    gpu: GpuOption = None,
+    only: Annotated[list[str] | None, typer.Option(help="Seed this fault alone; repeatable.")] = None,
+    examples: Annotated[
+        int | None, typer.Option(help="Generated examples of each property. Default: 150; 60 on a GPU.")
+    ] = None,
+    seed: Seed = 0,
+    markdown: Markdown = False,
+    as_json: Json = False,
+) -> None:
+    """Verify the verifier: seed faults into copies of the kernels, one by one; a property must catch each of them.
+
+    The exit status is 1 if a fault survives that this machine can execute. Faults that need a GPU are listed with the
+    reason. A run takes minutes on a CPU; one fault with --only takes about a minute.
+
+    Example: int8kit verify mutate --only scales-joined
+    """
+    _check_examples(examples)
+    named = _named_gpu(gpu)
+    from int8kit.verify.mutation.catalogue import find
+
+    mutants = find(only or [])
+    _use_interpreter_without_gpu()
     from int8kit.cli import tables
     from int8kit.verify.mutation import campaign
 
-    mutants = campaign.find(only)
-    card = gpus.get(gpu) if gpu else gpus.present() or gpus.get("rtx3090")
+    target = _gpu_or_default(named)
     verdicts: list[campaign.Verdict] = []
 
-    def tell() -> None:
+    def show_verdicts() -> None:
         score = campaign.score(verdicts)
-        document = {"gpu": card.alias, **score, "mutants": [vars(v) for v in verdicts]}
+        document = {"gpu": target.alias, **score, "mutants": [vars(v) for v in verdicts]}
         show(document, tables.mutation_table(verdicts, score, markdown), as_json)
 
     try:
-        with progress("judging") as (bar, task):
+        with progress("seeding faults") as (bar, task):
             verdicts = campaign.run(
-                mutants, card, examples=examples, seed=seed, on_verdict=verdicts.append,
+                mutants, target, examples=examples, seed=seed, on_verdict=verdicts.append,
                 on_step=lambda done, total: bar.update(task, completed=done, total=total),
             )  # fmt: skip
     except KeyboardInterrupt:
-        note(f"{len(verdicts)} of {len(mutants)} faults judged before this was interrupted")
+        note(f"{len(verdicts)} of {len(mutants)} faults were tried before the interrupt")
         if verdicts:
-            tell()
+            show_verdicts()
         raise
-    tell()
-    survivors = [v.name for v in verdicts if v.ending == "survived"]
-    if survivors:
+    show_verdicts()
+    if survivors := [v.name for v in verdicts if v.ending == "survived"]:
         ran = campaign.score(verdicts)["ran"]
         raise CheckFailed(f"{len(survivors)} of {ran} faults survived: {', '.join(survivors)}")
+
+
+@app.command(short_help="Check the properties of other INT8 GEMMs.")
+def libraries(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME",
+            help="torch._int_mm, vllm, comfy-kitchen, torchao, sdnq, bitsandbytes, or your function, module:function.",
+            show_default=False,
+        ),
+    ] = None,
+    gpu: GpuOption = None,
+    examples: Annotated[int | None, typer.Option(help="Generated examples of each property. Default: 40.")] = None,
+    seed: Seed = 0,
+    markdown: Markdown = False,
+    as_json: Json = False,
+) -> None:
+    """Check the properties of other INT8 GEMMs beside int8kit's, in one table.
+
+    Your own function takes (xq, wq) and returns int32 accumulators, or takes (xq, wq, sx, sw, bias, out_dtype) and
+    returns the output. The exit status is 1 if a property does not hold.
+
+    Example: int8kit verify libraries torch._int_mm --examples 5
+    """
+    from int8kit import peers
+
+    _check_examples(examples)
+    if not names:
+        raise InputError(f"no library; name one or more of {', '.join(peers.PEERS)}, or your function, module:function")
+    peers.check_names(names)
+    named = _named_gpu(gpu)
+    _use_interpreter_without_gpu()
+    import sys
+
+    from int8kit.cli import tables
+    from int8kit.database.database import Database
+    from int8kit.verify import compare_implementations, executors, replay
+
+    sys.path.insert(0, os.getcwd())  # as `python -m` does: a user's module is there
+    target = _gpu_or_default(named)
+    executor = executors.available(target)[-1]
+    configs = compare_implementations.tiles(executor, Database(target))
+    with progress("verifying") as (bar, task):
+        columns = compare_implementations.run(
+            names, executor, configs, examples=examples, random_seed=seed, on_example=lambda: bar.advance(task)
+        )
+    lines = [tables.implementations_table(columns, markdown)]
+    broken = [(column.implementation, r) for column in columns for r in column.results if r.failure]
+    for name, r in broken:
+        lines.append(f"\n{name} breaks {r.name!r}, smallest example:\n  {r.failure}")
+        if r.example:
+            lines.append(f"to repeat it:\n  {replay.command(r, name)}")
+            _store_example(r.name, r.example, name)
+    document = {
+        "on": str(executor),
+        "implementations": {c.implementation: [vars(r) for r in c.results] for c in columns},
+    }
+    show(document, "\n".join(lines), as_json)
+    if broken:
+        count = "1 property does" if len(broken) == 1 else f"{len(broken)} properties do"
+        raise CheckFailed(f"{count} not hold: {', '.join(f'{name} ({r.name})' for name, r in broken)}")

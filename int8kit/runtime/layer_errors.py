@@ -1,17 +1,17 @@
-"""What INT8 does to a model, layer by layer: each linear in INT8 beside itself, on the inputs that the model gives it.
+"""The error of INT8 in a model: each linear in INT8 is compared with the original, on the inputs that it gets there.
 
-    compare("tiny", Case(256, 256, text_tokens=32))  ->  [Branch("cond", output=Error(...), layers=[Layer(...), ...])]
+    compare("tiny", Case(256, 256, text_tokens=32))  ->  [Branch("cond", output=Distance(...), layers=[Layer(...)])]
 
-Per layer, with y what the layer gives and e what INT8 changes of it:
+For a layer with the output y, the INT8 output y' and the error e = y' - y:
 
-    SQNR        10 log10(sum y^2 / sum e^2), decibels: 6 more are a bit more
+    SQNR        10 log10(sum y^2 / sum e^2), decibels; 6 dB are one bit
     cosine      sum y y' / (|y| |y'|)
     max error   max |e| / max |y|
-    saturated   share of the quantized input at +-127: at least one in K of each row, by construction
+    saturated   share of the quantized input at +-127; by construction at least one of the K elements of each row
 
-A layer is judged on its own input of the unchanged forward, so that its error is its own; the branch's output is of a
-whole INT8 forward, where errors meet. Keeping every layer's output of both forwards and comparing those was rejected: a
-full-size model has 20 GB of them, and what a late layer shows there is mostly what early ones did.
+Each layer gets its input from the unchanged forward, so that its error excludes the errors of earlier layers. The
+output of a branch comes from a whole INT8 forward, which accumulates all errors. Comparing every layer's output of both
+forwards was rejected: a full-size model has 20 GB of them, and a late layer would mostly show the errors of early ones.
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ from int8kit.runtime import ideogram4
 
 
 @dataclass(frozen=True)
-class Error:
-    """How far an INT8 result is from its original."""
+class Distance:
+    """The distance of an INT8 result from the original."""
 
-    sqnr_db: float  # infinite if nothing changed
+    sqnr_db: float  # infinite if the two are equal
     cosine: float
-    max_error: float  # of the largest magnitude
+    max_error: float  # relative to the largest magnitude
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear."""
+    """The error of one linear."""
 
     name: str
     n: int
     k: int
     rows: int
-    error: Error
+    error: Distance
     saturated: float  # share of the quantized input
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One transformer of the pipeline: its output after an INT8 forward, and its linears, the worst first."""
+    """One transformer of the pipeline: the error of its output, and of its linears, the largest first."""
 
     name: str
-    output: Error
+    output: Distance
     layers: tuple[Layer, ...]
 
 
-def error(original: torch.Tensor, changed: torch.Tensor) -> Error:
-    """Of two tensors of one shape; sums in float64."""
+def error(original: torch.Tensor, changed: torch.Tensor) -> Distance:
+    """The error of `changed`, which has the shape of `original`; sums are float64."""
     y, z = original.double(), changed.double()
     noise, signal = float((y - z).square().sum()), float(y.square().sum())
     ratio = signal / noise if noise else torch.inf
@@ -70,7 +70,7 @@ def error(original: torch.Tensor, changed: torch.Tensor) -> Error:
     norm = float(y.norm() * z.norm())
     cosine = float((y * z).sum()) / norm if norm else 1.0
     top = float(y.abs().max())
-    return Error(sqnr, cosine, float((y - z).abs().max()) / top if top else 0.0)
+    return Distance(sqnr, cosine, float((y - z).abs().max()) / top if top else 0.0)
 
 
 def compare(
@@ -81,10 +81,11 @@ def compare(
     inputs: Path | None = None,
     on_layer: Callable[[int], None] = lambda total: None,
 ) -> list[Branch]:
-    """Both branches of `model`, "tiny", a folder in diffusers' layout or a hub id, on the card if there is one.
+    """The errors of both branches of `model`, on the GPU if there is one.
 
-    inputs: a file that `torch.save` wrote of {"cond": {...}, "uncond": {...}}, the forwards' keyword arguments; random
-    ones of `case` without it. on_layer: called after each layer with the number of all. Raises FileError, UnknownName.
+    model: "tiny", a folder in diffusers' layout, or a hub id. inputs: a file that `torch.save` wrote, with the keyword
+    arguments of the two forwards, {"cond": {...}, "uncond": {...}}; without it, random inputs of `case`. on_layer:
+    called after each layer with the number of all layers. Raises FileError or UnknownName.
     """
     given = _read(inputs) if inputs else {}
     pipe = ideogram4.load(model)
@@ -112,7 +113,7 @@ def _branch(
 ) -> Branch:
     layers: list[Layer] = []
 
-    def judge(layer: str) -> Callable[[Any, Any, torch.Tensor], None]:
+    def compare_layer(layer: str) -> Callable[[Any, Any, torch.Tensor], None]:
         def hook(linear: Any, args: Any, y: torch.Tensor) -> None:
             x = args[0].reshape(-1, linear.in_features).contiguous()
             int8 = Int8Linear.from_linear(linear)
@@ -125,7 +126,7 @@ def _branch(
 
         return hook
 
-    hooks = [transformer.get_submodule(layer).register_forward_hook(judge(layer)) for layer in wanted]
+    hooks = [transformer.get_submodule(layer).register_forward_hook(compare_layer(layer)) for layer in wanted]
     with torch.no_grad():
         try:
             original = transformer(**arguments).sample

@@ -1,8 +1,11 @@
-"""Verification: what is drawn, what must hold, and which faults must be caught.
+"""Verification: generated examples, the properties that must hold, and the faults that they must catch.
 
-strategies · buffers    examples, and what surrounds their operands
-checks · hold           the properties, and what finds and writes a counterexample
-isolate                 their run in a process of its own
-foreign                 another card's code here
-mutants · mutate · judge    seeded faults, their run, and what a child of it does
+examples/            strategies, fixed examples, guarded buffers, stored regressions
+properties/          the registry of all properties, their checks, the budget, database entries and their stamps
+mutation/            seeded faults: the catalogue, the campaign, the work of its children
+runner               one property on many examples; `verify_kernels` runs it on int8kit's kernels
+process_pool         calls in child processes that may crash or hang; `property_runs` makes findings of them
+executors            native, cross_arch, interpreter
+implementations      int8kit, other libraries, a user's function; `compare_implementations` puts them side by side
+replay               a failed example, tried again
 """

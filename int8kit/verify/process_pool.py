@@ -1,198 +1,210 @@
-"""The checks in processes of their own: a kernel that ends its process is a failure with an example, like any other.
+"""Function calls in child processes that may crash, hang or fail to import: each call still gets an `Ending`.
 
-    run_all([Job("output", executor), ...], judge, processes=2)      -> [(Result, stamps), ...], in the jobs' order
+    run_all([Call(check, "output"), Call(check, "batch")], processes=2)      -> [Ending, Ending], in the calls' order
 
-A child is sent one job after another, and reports over its pipe: ("example", text) before each one, ("done", result,
-stamps) after the job. If it dies, or is silent for SILENCE_S as where a kernel waits for ever, the parent writes down
-the example that was being tried, and another child goes on with the jobs that are left. Several children at a time,
-since examples wait for the compiler, which uses one core.
+    parent -> child    the pickled call; a function travels by the name of its module, which the child imports
+    child -> parent    ("report", value) as often as the function reports progress
+                       ("done", result), or ("raised", "ValueError: ...") if it raised
+
+An ending without a last message is a crash: the child was ended by a signal or exited. A child that says nothing for
+the silence limit hangs, and is killed with the processes that it started. `Place` says where a child runs and which
+copy of the package it imports. This module imports nothing but the standard library, so that a child starts where the
+rest of a package is broken.
+
+asyncio's subprocesses were rejected: cancelled while it starts one, asyncio can wait for ever.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-import torch
+COMMAND = (sys.executable, "-P", "-m", "int8kit.verify.process_pool")
+SILENCE_S = 120.0  # between two messages of a child; a start of torch and the largest example take a tenth
+TICK_S = 1.0  # between two searches for silent children
 
-from int8kit.database.database import Choice, Database
-from int8kit.spec import TileConfig
-from int8kit.verify.examples import regressions
-from int8kit.verify.examples.guarded_buffers import FAR_ROOM
-from int8kit.verify.executors import Executor
-from int8kit.verify.properties import checks
-from int8kit.verify.properties.checks import Stamps
-from int8kit.verify.runner import Result
-
-MOST_PROCESSES = 16  # on a card: each keeps a context there
-SILENCE_S = 120.0  # between two reports of a child: a start of torch and the largest example take a tenth
-TICK_S = 1.0  # between looks for silent ones
+Report = Callable[[Any], None]
 
 
 @dataclass(frozen=True)
-class Job:
-    """One check on one executor."""
+class Call:
+    """A function and its argument. Both are pickled; the function is also given a way to report its progress."""
 
-    name: str
-    executor: Executor
-
-
-Outcome = tuple[Result, Stamps]
-Judge = Callable[[Job, Callable[[object], None]], Outcome]
-"""What a child runs, pickled: given a job, and what is told of each example before it is tried."""
+    function: Callable[[Any, Report], Any]
+    argument: Any
 
 
 @dataclass(frozen=True)
-class Proof:
-    """The judge of int8kit's own kernels: `checks.run` over a database's configurations and `more`."""
+class Ending:
+    """How a call ended, and the progress that it had reported."""
 
-    database: Database
-    examples: int | None = None
-    random_seed: int = 0
-    more: tuple[TileConfig, ...] = ()
-    unlisted: tuple[Choice, ...] = ()
-
-    def __call__(self, job: Job, on_example: Callable[[object], None]) -> Outcome:
-        """See `Judge`."""
-        return checks.run(
-            job.name, job.executor, self.database, examples=self.examples, random_seed=self.random_seed,
-            more=self.more, kept=regressions.load(job.name), unlisted=self.unlisted, on_example=on_example,
-        )  # fmt: skip
+    kind: Literal["done", "raised", "signal", "exited", "silent"]
+    result: Any = None  # of a call that is done
+    detail: str = ""  # of any other: "ValueError: planted", "SIGABRT", the last line on stderr, "15 s"
+    reports: tuple[Any, ...] = ()
+    seconds: float = 0.0
 
 
-@dataclass
-class _Child:
-    """A process, and the job that it was sent."""
+@dataclass(frozen=True)
+class Place:
+    """Where a child runs: its command, its working folder, its PYTHONPATH and more environment variables."""
 
-    process: SpawnProcess
-    pipe: Connection
-    index: int = -1
-    tried: int = 0
-    last: str = ""
-    busy: bool = False
-    heard: float = 0.0  # when, by the monotonic clock
-
-    def take(self, index: int, job: Job) -> None:
-        self.index, self.tried, self.last = index, 0, "before its first example"
-        self.busy, self.heard = True, time.monotonic()
-        self.pipe.send(job)
-
-    def hear(self) -> tuple[Any, ...]:
-        """Its next message. Raises EOFError or OSError if it has ended."""
-        message: tuple[Any, ...] = self.pipe.recv()
-        self.heard = time.monotonic()
-        if message[0] == "example":
-            self.tried, self.last = self.tried + 1, message[1]
-        else:
-            self.busy = False
-        return message
-
-    def end(self) -> None:
-        self.process.kill()  # also where it is inside a kernel that waits for ever
-        self.process.join()
-        self.pipe.close()
+    command: tuple[str, ...] = COMMAND
+    folder: Path | None = None
+    path: Sequence[str] = field(default_factory=lambda: tuple(sys.path))
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass
-class _Children:
-    """Those that are alive, by their pipes."""
-
-    judge: Judge
-    most: int
-    threads: int  # of torch, in each
-    alive: dict[Connection, _Child] = field(default_factory=dict)
-
-    def free(self, wanted: int) -> list[_Child]:
-        """Up to `wanted` that have nothing to do, started where there are fewer than `most`."""
-        idle = [child for child in self.alive.values() if not child.busy]
-        while len(idle) < wanted and len(self.alive) < self.most:
-            idle.append(self._start())
-        return idle[:wanted]
-
-    def silent(self) -> list[_Child]:
-        """Those that have said nothing for too long."""
-        now = time.monotonic()
-        return [child for child in self.alive.values() if child.busy and now - child.heard > SILENCE_S]
-
-    def lose(self, child: _Child, job: Job, why: str) -> Outcome:
-        """The failure of a job whose child has ended or is to end."""
-        del self.alive[child.pipe]
-        child.end()
-        return Result(job.name, str(job.executor), child.tried, f"{child.last}: {why}"), {}
-
-    def end(self) -> None:
-        for child in self.alive.values():
-            child.end()
-
-    def _start(self) -> _Child:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self.judge, self.threads), daemon=True)
-        process.start()
-        theirs.close()
-        return self.alive.setdefault(ours, _Child(process, ours))
-
-
-def processes(executor: Executor) -> int:
-    """How many children to run: one a core, and on a card no more than it can hold far matrices."""
-    cores = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
-    if executor.on == "interpreter":
-        return cores
-    return max(1, min(cores, torch.cuda.mem_get_info()[0] // FAR_ROOM))
+OpenPlace = Callable[[int], AbstractContextManager[Place]]
+"""Prepares the place of the call with that index, and clears it away after the call."""
 
 
 def run_all(
-    jobs: list[Job], judge: Judge, *, processes: int = 1, on_example: Callable[[], None] = lambda: None
-) -> list[Outcome]:
-    """Judge `jobs`, up to `processes` at a time -> what each came to, in order. Interrupted, it ends its children."""
-    found: dict[int, Outcome] = {}
-    todo = list(enumerate(jobs))[::-1]
-    children = _Children(judge, min(processes, len(jobs)), max(1, len(os.sched_getaffinity(0)) // processes))
+    calls: Sequence[Call],
+    *,
+    processes: int = 1,
+    open_place: OpenPlace | None = None,
+    silence: float | None = None,
+    on_report: Callable[[int, Any], None] = lambda index, value: None,
+    on_ending: Callable[[int, Ending], None] = lambda index, ending: None,
+) -> list[Ending]:
+    """Run `calls`, up to `processes` at a time, and return how each ended, in order.
+
+    open_place: each call gets a new child in that place; without it, children are used again. silence: seconds,
+    SILENCE_S by default. on_report and on_ending are given the index of the call. Whatever they raise, as an interrupt
+    does, ends all children and clears their places.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    waiting, endings = deque(range(len(calls))), dict[int, Ending]()
+    children: dict[Connection, _Child] = {}
     try:
-        for child in children.free(len(todo)):
-            child.take(*todo.pop())
-        while len(found) < len(jobs):
-            for pipe in wait(list(children.alive), timeout=TICK_S):
-                assert isinstance(pipe, Connection)
-                child = children.alive[pipe]
-                try:
-                    message = child.hear()
-                except (EOFError, OSError):
-                    child.process.join()
-                    how = f"the kernel ended its process ({_how(child.process.exitcode)})"
-                    found[child.index] = children.lose(child, jobs[child.index], how)
+        while len(endings) < len(calls):
+            idle = [child for child in children.values() if child.index is None]
+            while waiting and (idle or len(children) < processes):
+                index = waiting.popleft()
+                if not idle:
+                    child = _Child(open_place(index) if open_place else nullcontext(Place()), threads)
+                    idle, children[child.pipe] = [child], child
+                idle.pop().take(index, calls[index])
+            busy = [pipe for pipe, child in children.items() if child.index is not None]
+            ready = wait(busy, timeout=TICK_S)
+            limit = SILENCE_S if silence is None else silence
+            for child in list(children.values()):
+                ending = child.hear(on_report) if child.pipe in ready else child.check_silence(limit)
+                if ending is None:
                     continue
-                if message[0] == "example":
-                    on_example()
-                else:
-                    found[child.index] = message[1:]
-            for child in children.silent():
-                found[child.index] = children.lose(child, jobs[child.index], f"no end in {SILENCE_S:g} s")
-            for child in children.free(len(todo)):
-                child.take(*todo.pop())
+                if open_place or ending.kind not in ("done", "raised"):
+                    children.pop(child.pipe).end()
+                done, child.index = child.index, None
+                assert done is not None
+                endings[done] = ending
+                on_ending(done, ending)
     finally:
-        children.end()
-    return [found[index] for index in range(len(jobs))]
+        for child in children.values():
+            child.end()
+    return [endings[index] for index in range(len(calls))]
 
 
-def _how(exit_code: int | None) -> str:
-    if exit_code is not None and exit_code < 0:
-        return signal.Signals(-exit_code).name
-    return f"exit status {exit_code}"
+class _Child:
+    """A process, and the index of the call that it runs; None if it is idle."""
+
+    def __init__(self, place: AbstractContextManager[Place], threads: int) -> None:
+        self.index: int | None = None
+        self.heard = 0.0
+        with ExitStack() as stack:
+            where = stack.enter_context(place)
+            self.log = stack.enter_context(tempfile.TemporaryFile())
+            self.pipe, theirs = multiprocessing.Pipe()
+            stack.callback(self.pipe.close)
+            with theirs:
+                self.process = subprocess.Popen(
+                    [*where.command, str(theirs.fileno())],
+                    cwd=where.folder,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(where.path), "OMP_NUM_THREADS": str(threads),
+                         **where.environment},
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=self.log,  # the output of kernels and compilers; messages have a pipe
+                    stderr=self.log,
+                    start_new_session=True,  # Ctrl-C is for the parent
+                )  # fmt: skip
+            stack.callback(self._kill)
+            self.stack = stack.pop_all()
+
+    def take(self, index: int, call: Call) -> None:
+        self.index, self.reports = index, list[Any]()
+        self.started = self.heard = time.monotonic()
+        with suppress(OSError):  # it has ended already, which `hear` finds
+            self.pipe.send_bytes(pickle.dumps((call.function, call.argument)))
+
+    def hear(self, on_report: Callable[[int, Any], None]) -> Ending | None:
+        """The ending of its call, by its next message or its end; None after a report."""
+        try:
+            kind, value = self.pipe.recv()
+        except (EOFError, OSError):
+            return self._crash()
+        self.heard = time.monotonic()
+        if kind == "report":
+            assert self.index is not None
+            self.reports.append(value)
+            on_report(self.index, value)
+            return None
+        return self._ending(kind, result=value) if kind == "done" else self._ending(kind, detail=value)
+
+    def check_silence(self, limit: float) -> Ending | None:
+        """The ending of a call that has said nothing for more than `limit` seconds."""
+        if self.index is None or time.monotonic() - self.heard <= limit:
+            return None
+        return self._ending("silent", detail=f"{limit:g} s")
+
+    def end(self) -> None:
+        """Kill it, also inside a kernel that never ends, and clear its place."""
+        self.stack.close()
+
+    def _crash(self) -> Ending:
+        code = self.process.wait()
+        if code < 0:
+            return self._ending("signal", detail=signal.Signals(-code).name)
+        self.log.seek(0)
+        lines = [line.strip() for line in self.log.read().decode(errors="replace").splitlines()]
+        return self._ending("exited", detail=next((s[:300] for s in reversed(lines) if s), f"exit status {code}"))
+
+    def _ending(self, kind: Any, result: Any = None, detail: str = "") -> Ending:
+        return Ending(kind, result, detail, tuple(self.reports), time.monotonic() - self.started)
+
+    def _kill(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # with a compiler that it may have started
+        self.process.wait()
 
 
-def _serve(pipe: Connection, judge: Judge, threads: int) -> None:
-    """What a child does, until it is ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    torch.set_num_threads(threads)
+def serve(pipe: Connection) -> None:
+    """Run the calls that arrive on `pipe` until the parent closes it: the whole life of a child."""
     while True:
-        job: Job = pipe.recv()
-        pipe.send(("done", *judge(job, lambda example: pipe.send(("example", str(example))))))
-        torch.cuda.empty_cache()  # the other children's too is what the card has; nothing without a card
+        try:
+            text = pipe.recv_bytes()
+        except EOFError:
+            return
+        try:
+            function, argument = pickle.loads(text)
+            message = "done", function(argument, lambda value: pipe.send(("report", value)))
+        except Exception as error:
+            message = "raised", f"{type(error).__name__}: {error}"
+        pipe.send(message)
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""One example that failed, again: what a report prints as a command, and what that command calls.
+"""A failed example, tried again: the shell command that a report prints, and the function that the command calls.
 
 TRITON_INTERPRET=1 python -c 'from int8kit.verify import replay; replay.again("output", "{...}")'
 """
@@ -12,32 +12,30 @@ import torch
 
 from int8kit import gpus
 from int8kit.verify import executors, implementations
+from int8kit.verify.examples.fixed import SMALL_TILES
 from int8kit.verify.examples.strategies import from_json
-from int8kit.verify.properties import checks, general
-from int8kit.verify.runner import Result, strict
+from int8kit.verify.properties.registry import PROPERTIES
+from int8kit.verify.runner import Result, forbid_fallback
 
 
-def again(name: str, example: str, *, subject: str = "int8kit", arch: str | None = None) -> None:
-    """Try property `name` of `subject` on one example. Raises AssertionError with the difference, if there is one.
+def again(name: str, example: str, *, implementation: str = implementations.OURS, arch: str | None = None) -> None:
+    """Try property `name` of `implementation` on one example. Raises AssertionError if it fails.
 
-    example: as `strategies.to_json` writes it. arch: "sm86" for that card's code on a newer one.
+    example: as `strategies.to_json` writes it. arch: "sm86" for the code of that architecture on a newer GPU.
     """
     drawn = from_json(example)
     executor = next(e for e in executors.available(gpus.get("rtx3090")) if e.arch == arch)
-    with strict():
-        if subject == "int8kit" and name in checks.CHECKS:
-            why = checks.CHECKS[name](drawn, executor)
-        else:
-            judged = implementations.find(subject, executor, (drawn.config, *checks.SMALL_TILES))
-            why = general.ALL[name](judged.fit(drawn), judged)
+    found = implementations.find(implementation, executor, (drawn.config, *SMALL_TILES))
+    with forbid_fallback():
+        why = PROPERTIES[name].check(found.to_supported_domain(drawn), found)
     if why:
         raise AssertionError(f"{drawn}: {why}")
 
 
-def command(result: Result, subject: str = "int8kit", arch: str | None = None) -> str:
-    """A line for a shell that shows a failure again."""
-    more = "" if subject == "int8kit" else f', subject="{subject}"'
+def command(result: Result, implementation: str = implementations.OURS, arch: str | None = None) -> str:
+    """The shell command that shows a failure again."""
+    more = "" if implementation == implementations.OURS else f', implementation="{implementation}"'
     more += f', arch="{arch}"' if arch else ""
-    name, example = json.dumps(result.name), json.dumps(result.example)  # literals of Python too, and no single quotes
+    name, example = json.dumps(result.name), json.dumps(result.example)  # valid in Python, and without single quotes
     call = f"from int8kit.verify import replay; replay.again({name}, {example}{more})"
     return f"{'' if torch.cuda.is_available() else 'TRITON_INTERPRET=1 '}python -c {shlex.quote(call)}"

@@ -1,4 +1,4 @@
-"""One property on many examples, drawn and shrunk by hypothesis: a Result carries the smallest that fails."""
+"""The property runner: one property on many examples, which hypothesis draws and shrinks to the smallest failure."""
 
 from __future__ import annotations
 
@@ -23,31 +23,37 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Result:
-    """What one property came to."""
+    """The result of one property."""
 
     name: str
-    on: str  # the executor, for people
+    on: str  # the executor, in words
     examples: int
     failure: str | None = None  # the smallest failing example and how it differs
     skipped: int = 0  # entries that this executor cannot run
-    raised: str | None = None  # the exception's name, if it failed by one and not by a difference
-    example: str | None = None  # what failed, as `strategies.to_json` writes it, if it is of a GEMM
-    reason: str | None = None  # why the property does not apply
+    raised: str | None = None  # the name of the exception, if the failure is not a difference
+    example: str | None = None  # the failing example of a GEMM, as `strategies.to_json` writes it
+    reason: str | None = None  # if the property does not apply
 
 
-def hold(
+def run_property(
     name: str,
     on: Executor,
     strategy: st.SearchStrategy[T],
-    check: Callable[[T, Executor], str | None],
+    check: Callable[[T], str | None],
     *,
     examples: int,
     random_seed: int,
     always: Iterable[T] = (),
     on_example: Callable[[object], None] = lambda _: None,
 ) -> Result:
-    """Try `check` on `examples` drawn examples and on those of `always`; a Result with the smallest failure, if any."""
+    """Try `check` on `examples` drawn examples and on all of `always`; the Result has the smallest failure, if any."""
     tried: list[T] = []
+
+    def attempt(example: T) -> None:
+        tried.append(example)
+        on_example(example)
+        if why := check(example):
+            raise _Differs(why)
 
     @seed(random_seed)
     @settings(
@@ -59,22 +65,14 @@ def hold(
         report_multiple_bugs=False,
     )
     @given(strategy)
-    def attempt(example: T) -> None:
-        tried.append(example)
-        on_example(example)
-        why = check(example, on)
-        if why:
-            raise _Differs(why)
+    def search(example: T) -> None:
+        attempt(example)
 
     failure = raised = None
     try:
-        attempt()
+        search()
         for example in always:
-            tried.append(example)
-            on_example(example)
-            why = check(example, on)
-            if why:
-                raise _Differs(why)
+            attempt(example)
     except _Differs as error:
         failure = f"{tried[-1]}: {error}"
     except Exception as error:  # a kernel that does not compile or launch is a failure of the kernel, not of the run
@@ -86,19 +84,19 @@ def hold(
 
 
 class _Differs(Exception):
-    """A difference; a judged function may raise any other exception, AssertionError too."""
+    """A difference. The implementation under test may raise any other exception, AssertionError too."""
 
 
 def _where(error: BaseException) -> str:
-    """The line that raised an exception without a message."""
+    """The source line that raised an exception without a message."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{place.line} ({Path(place.filename).name}, line {place.lineno})"
 
 
 @contextmanager
-def strict() -> Iterator[None]:
-    """A context in which a kernel that stands in for the named one is an error, and overflows are data."""
+def forbid_fallback() -> Iterator[None]:
+    """A context in which a launch that falls back to another kernel is an error, and overflows are no warnings."""
     with np.errstate(all="ignore"), warnings.catch_warnings():
-        # the interpreter computes in numpy, which warns of the overflows drawn on purpose
-        warnings.simplefilter("error", gemm.Fallback)  # else another kernel than the named one would be judged
+        # the interpreter computes in numpy, which warns about the overflows drawn on purpose
+        warnings.simplefilter("error", gemm.Fallback)  # else another kernel than the named one would be tested
         yield

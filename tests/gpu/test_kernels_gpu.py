@@ -9,10 +9,10 @@ from int8kit import Int8Linear, Int8SwiGLU, gpus, reference
 from int8kit.kernels import gemm
 from int8kit.lookup import Plan
 from int8kit.spec import GemmShape, Kernel, TileConfig, why_illegal
-from int8kit.verify import executors
+from int8kit.verify import executors, implementations
 from int8kit.verify.compare import operands
 from int8kit.verify.examples.strategies import Draw
-from int8kit.verify.properties import checks
+from int8kit.verify.properties import gemm as gemm_properties
 
 
 def mma_sync(*tile, **more):
@@ -70,12 +70,12 @@ def cases():
 def test_every_shape(config, executor):
     for shape, kind in itertools.product(SHAPES, ("positive", "extremes")):
         d = Draw(shape, config, kind, 1, torch.bfloat16, torch.bfloat16, padding=16)
-        assert checks.check_accumulator(d, executor) is None
-        assert checks.check_output(d, executor) is None
+        assert gemm_properties.accumulators(d, implementations.int8kit(executor)) is None
+        assert gemm_properties.output(d, implementations.int8kit(executor)) is None
     for dtype in (torch.float32, torch.float16):
         d = Draw(GemmShape(129, 4616, 400), config, "normal", 2, None, dtype)
-        assert checks.check_output(d, executor) is None
-        assert checks.check_swiglu(d, executor) is None
+        assert gemm_properties.output(d, implementations.int8kit(executor)) is None
+        assert gemm_properties.swiglu(d, implementations.int8kit(executor)) is None
 
 
 @pytest.mark.parametrize(("config", "executor"), cases())

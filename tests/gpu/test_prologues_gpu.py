@@ -13,7 +13,7 @@ from int8kit.kernels.qk_norm_rope import HeadTile
 from int8kit.kernels.rms_norm_quantize import _rms_norm_quantize, rms_norm_quantize
 from int8kit.kernels.row_primitives import CHUNKS, WARPS, RowTile
 from int8kit.kernels.swiglu_quantize import swiglu_quantize
-from int8kit.verify.compare import difference
+from int8kit.verify.compare import bitwise_diff
 from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES
 from int8kit.verify.properties.row_kernels import KERNELS
 
@@ -82,7 +82,7 @@ def test_reciprocal_of_every_mantissa(exponent):
     d = (torch.arange(2**23, dtype=torch.int32, device="cuda") + ((127 + exponent) << 23)).view(torch.float32)
     got = torch.empty_like(d)
     _reciprocals[(2**13,)](d, got, BLOCK=1024, enable_fp_fusion=False)
-    assert difference(got, torch.ones_like(d) / d) is None
+    assert bitwise_diff(got, torch.ones_like(d) / d) is None
 
 
 @triton.jit
@@ -100,9 +100,9 @@ def test_silu_of_every_float():
         got = torch.empty_like(g)
         _silus[(step // 1024,)](g, got, BLOCK=1024, enable_fp_fusion=False)
         want = reference.silu(g)
-        assert difference(got, want) is None
+        assert bitwise_diff(got, want) is None
         some = slice(0, step, 4099)
-        assert difference(want[some].cpu(), reference.silu(g[some].cpu())) is None
+        assert bitwise_diff(want[some].cpu(), reference.silu(g[some].cpu())) is None
 
 
 @triton.jit

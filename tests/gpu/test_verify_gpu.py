@@ -1,4 +1,4 @@
-"""Bit-exactness on the card, of its own code and of sm_86 code, over properties and every shipped entry."""
+"""Bit-exactness on the GPU, of native code and of sm_86 code, over properties and every shipped entry."""
 
 import pytest
 import torch
@@ -7,21 +7,21 @@ from int8kit import files, gpus, reference
 from int8kit.database import store
 from int8kit.kernels import gemm, quantize
 from int8kit.spec import GemmShape, Kernel, TileConfig, legal_configs
-from int8kit.verify import executors, process_pool, runner
+from int8kit.verify import executors, implementations, property_runs, runner, verify_kernels
 from int8kit.verify.examples.strategies import Draw
-from int8kit.verify.properties import checks
+from int8kit.verify.properties import gemm as gemm_properties
 
 DATABASES = sorted(files.shipped("tuning_db").glob("*.json"))
 
 
-def here():
+def executors_here():
     return executors.available(gpus.get("rtx3090")) if torch.cuda.is_available() else []
 
 
-@pytest.mark.parametrize("executor", here(), ids=str)
+@pytest.mark.parametrize("executor", executors_here(), ids=str)
 @pytest.mark.parametrize("name", ["accumulator", "output", "swiglu", "quantize"])
 def test_properties(executor, name):
-    result, _ = checks.run(name, executor, store.load(DATABASES[-1]), examples=40, random_seed=1)
+    result, _ = verify_kernels.run(name, executor, store.load(DATABASES[-1]), examples=40, random_seed=1)
     assert result.failure is None
 
 
@@ -30,44 +30,44 @@ def test_properties(executor, name):
 def test_every_shipped_entry(path):
     database = store.load(path)
     for executor in executors.available(database.gpu):
-        result, stamps = checks.run("entries", executor, database)
+        result, stamps = verify_kernels.run("entries", executor, database)
         assert result.failure is None
         assert len(stamps) == len(database.usable_entries(gemm.toolchain()))
 
 
-HOPPER = [c for c in legal_configs(90, gpus.get("h200").shared_memory) if c.kernel is Kernel.WGMMA]
+CONFIGS = [c for c in legal_configs(90, gpus.get("h200").shared_memory) if c.kernel is Kernel.WGMMA]
 SHAPES = (GemmShape(300, 1160, 4112), GemmShape(2304, 2304, 272), GemmShape(81, 520, 1040))
-LOTS = 8  # processes that share them
+LOTS = 8  # processes that share the configurations
 
 
-def _each_is_exact(job, on_example):
-    """What a child of the next test runs: every LOTS'th tile, over tiles that fill no wave, many steps, and tails."""
-    failure = None
-    for config in HOPPER[int(job.name) :: LOTS]:
+def _check_each(run, report):
+    """A child's work in the next test: every LOTS'th tile, with part of a wave, many k-steps, and tails."""
+    failure, kernels = None, implementations.int8kit(run.executor)
+    for config in CONFIGS[int(run.name) :: LOTS]:
         for shape, kind in zip(SHAPES, ("extremes", "normal", "uniform"), strict=True):
             d = Draw(shape, config, kind, 1, torch.bfloat16, torch.bfloat16, padding=16)
-            on_example(d)
-            failure = failure or checks.check_accumulator(d, job.executor) or checks.check_output(d, job.executor)
-    return runner.Result(job.name, str(job.executor), len(HOPPER) // LOTS, failure), {}
+            report(str(d))
+            failure = failure or gemm_properties.accumulators(d, kernels) or gemm_properties.output(d, kernels)
+    return runner.Result(run.name, str(run.executor), len(CONFIGS) // LOTS, failure), {}
 
 
-def test_every_legal_tile_of_the_hopper_kernel_ends_and_is_exact():
-    """Its groups of warps wait for each other: a tile of too few stages once waited for ever."""
-    native = [executor for executor in here() if executor.arch is None]
+def test_every_tile_of_the_wgmma_kernel_ends_and_is_exact():
+    """Its warp groups wait for each other: a tile of too few stages once waited for ever."""
+    native = [executor for executor in executors_here() if executor.arch is None]
     if gpus.present().arch != 90:
         pytest.skip("no wgmma here")
-    jobs = [process_pool.Job(str(i), native[0]) for i in range(LOTS)]
-    outcomes = process_pool.run_all(jobs, _each_is_exact, processes=LOTS)
-    assert [result.failure for result, _ in outcomes] == [None] * LOTS
+    runs = [property_runs.PropertyRun(str(i), native[0]) for i in range(LOTS)]
+    findings = property_runs.run_all(runs, _check_each, processes=LOTS)
+    assert [result.failure for result, _ in findings] == [None] * LOTS
 
 
 @pytest.mark.parametrize("m", [1, 16, 17, 127, 129])
 @pytest.mark.parametrize("k", [53248, 131071])
-def test_deep_extremes(m, k):
-    """The largest sums: -128 everywhere, just inside int32, where saturation or overflow would show."""
+def test_largest_sums(m, k):
+    """-128 everywhere gives sums just inside int32, where saturation or overflow would show."""
     x = torch.full((m, k), -128, dtype=torch.int8, device="cuda")
     w = torch.full((136, k), -128, dtype=torch.int8, device="cuda")
-    for executor in here():
+    for executor in executors_here():
         for config in (TileConfig(64, 64, 128, 4, 3), TileConfig(128, 128, 64, 8, 4)):
             got = gemm.accumulate(x, w, config=config, arch=executor.arch)
             assert (got == 128 * 128 * k).all()
@@ -75,7 +75,7 @@ def test_deep_extremes(m, k):
 
 @pytest.mark.xdist_group("large")
 def test_offsets_beyond_32_bits():
-    """Rows whose first element lies past 2**31 in x and in out: the last of them against the same row alone."""
+    """Rows whose first element lies past 2**31 in x and in out: the last rows against the reference."""
     m, k = 2**31 // 53248 + 200, 53248
     x = torch.randint(-128, 128, (m, k), dtype=torch.int8, device="cuda")
     w = torch.randint(-128, 128, (64, k), dtype=torch.int8, device="cuda")
@@ -95,7 +95,7 @@ def test_offsets_beyond_32_bits():
 
 
 def test_cpu_and_gpu_reference_agree():
-    """The reference is the same function on both devices: the plain linear's bits do not depend on the device."""
+    """The reference is the same function on both devices, so the bits of a linear do not depend on the device."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(37, 416, generator=generator).bfloat16()
     q, s = reference.quantize(x)

@@ -1,1 +1,1 @@
-"""Generated inputs: strategies, guarded buffers, stored regressions."""
+"""The inputs of the properties: strategies, fixed examples, guarded buffers, stored regressions."""

@@ -1,10 +1,11 @@
-"""Examples that have failed once: later runs begin with them, since what broke once breaks again.
+"""Stored examples that have failed once. Later runs try them first, because a fault often returns.
 
-    {"property": "output", "subject": "int8kit", "example": {"shape": {"m": 1, ...}, "config": {...}, ...}}
+    {"property": "output", "implementation": "int8kit", "example": {"shape": {"m": 1, ...}, "config": {...}, ...}}
 
-A line each, in the user's data folder, the newest last, at most MOST. A line that this version cannot read is passed
-over: the file is a help and no database. Hypothesis' own example database was rejected: it keeps bytes that say nothing
-to a person and that another version of the strategies reads as something else.
+The file is in the user's data folder: one line for each example, the newest last, at most MAX_EXAMPLES lines. A line
+that this version cannot read is skipped, because the file is an aid and not a database. Earlier versions wrote
+"subject" for "implementation". Hypothesis' own example database was rejected: a person cannot read its bytes, and
+another version of the strategies reads them as another example.
 """
 
 from __future__ import annotations
@@ -18,26 +19,27 @@ from int8kit import files
 from int8kit.errors import InputError
 from int8kit.verify.examples.strategies import Draw, from_json, to_json
 
-MOST = 200
+MAX_EXAMPLES = 200
 
 
 def path() -> Path:
-    """Where the examples are kept."""
+    """The file that holds the examples."""
     return Path(platformdirs.user_data_dir("int8kit")) / "examples.jsonl"
 
 
-def load(name: str, subject: str = "int8kit") -> tuple[Draw, ...]:
-    """What broke property `name` of `subject` before, the newest first."""
-    found = (draw for kind, of, draw in _read() if (kind, of) == (name, subject))
+def load(name: str, implementation: str = "int8kit") -> tuple[Draw, ...]:
+    """The examples that broke property `name` of `implementation` in earlier runs, the newest first."""
+    found = (draw for kind, of, draw in _read() if (kind, of) == (name, implementation))
     return tuple(found)[::-1]
 
 
-def add(name: str, example: str, subject: str = "int8kit") -> None:
-    """Keep an example, as `to_json` writes it. Raises FileError if the folder cannot be written."""
-    rows = [row for row in _read() if (row[0], row[1], to_json(row[2])) != (name, subject, example)]
-    rows = [*rows, (name, subject, from_json(example))][-MOST:]
+def add(name: str, example: str, implementation: str = "int8kit") -> None:
+    """Store an example, as `to_json` writes it. Raises FileError if the folder cannot be written."""
+    rows = [row for row in _read() if (row[0], row[1], to_json(row[2])) != (name, implementation, example)]
+    rows = [*rows, (name, implementation, from_json(example))][-MAX_EXAMPLES:]
     lines = (
-        json.dumps({"property": kind, "subject": of, "example": json.loads(to_json(d))}) + "\n" for kind, of, d in rows
+        json.dumps({"property": kind, "implementation": of, "example": json.loads(to_json(d))}) + "\n"
+        for kind, of, d in rows
     )
     path().parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path(), "".join(lines))
@@ -52,7 +54,8 @@ def _read() -> list[tuple[str, str, Draw]]:
     for line in lines:
         try:
             row = json.loads(line)
-            rows.append((str(row["property"]), str(row["subject"]), from_json(json.dumps(row["example"]))))
+            of = row["implementation"] if "implementation" in row else row["subject"]
+            rows.append((str(row["property"]), str(of), from_json(json.dumps(row["example"]))))
         except (ValueError, TypeError, KeyError, AttributeError, InputError):
             continue
     return rows

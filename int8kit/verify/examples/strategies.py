@@ -1,7 +1,7 @@
-"""Hypothesis strategies of everything a kernel may be given, derived from `spec`, so that what is legal stands once.
+"""Hypothesis strategies for all inputs that a kernel accepts, derived from the limits in `spec`.
 
-Data are drawn as a kind and a seed, not element by element: a matrix of 10^5 elements is made in one call, and an
-example that fails still shrinks, in its shape, its configuration and its kind.
+Data are drawn as a kind and a seed, not element by element. So a matrix of 10^5 elements is made in one call, and a
+failing example still shrinks in its shape, its configuration and its kind.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 
 from int8kit.spec import GemmShape, Kernel, TileConfig, config_from
 
-INT8_KINDS = ("ones", "normal", "uniform", "extremes", "least", "positive")
+INT8_KINDS = ("ones", "normal", "uniform", "extremes", "all minus 128", "positive")
 SCALE_KINDS = ("ordinary", "ordinary", "signed", "tiny", "huge", "nan")
 FLOAT_KINDS = (
-    "normal", "zero rows", "halves", "tiny", "huge", "subnormal", "nan", "inf", "one hot", "last",
-    "brink",
+    "normal", "zero rows", "exact ties", "tiny", "huge", "subnormal", "nan", "inf", "one hot", "extreme last column",
+    "near half quotient",
 )  # fmt: skip
-Far = Literal["", "x", "w", "out"]
+HugeStride = Literal["", "x", "w", "out"]
 OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One example of a GEMM: shape, configuration, what the operands hold, the epilogue, and padding between rows."""
+    """One example of a GEMM: its shape, configuration, data, epilogue and the padding between rows."""
 
     shape: GemmShape
     config: TileConfig
@@ -35,29 +35,41 @@ class Draw:
     seed: int
     bias: torch.dtype | None
     out_dtype: torch.dtype
-    padding: int = 0  # poisoned elements between rows of x and out; twice as many between those of w
+    padding: int = 0  # poisoned elements between rows of x and out; twice as many between rows of w
     scales: str = "ordinary"
-    far: Far = ""  # whose rows lie beyond 2**31 elements
+    huge_stride: HugeStride = ""  # the matrix whose third row starts beyond 2**31 elements
 
     def __str__(self) -> str:
         bias = f"{_short(self.bias)} bias" if self.bias else "no bias"
         data = f"{self.kind} data of seed {self.seed}, {self.scales} scales"
-        rows = f"rows of {self.far} far apart" if self.far else f"padding {self.padding}"
+        rows = f"huge row stride in {self.huge_stride}" if self.huge_stride else f"padding {self.padding}"
         return f"{self.shape}, {self.config}, {data}, {bias}, {_short(self.out_dtype)}, {rows}"
 
 
 def to_json(d: Draw) -> str:
-    """`d` on one line, for `from_json`."""
+    """`d` as one line of JSON, which `from_json` reads."""
     row = asdict(d) | {"bias": d.bias and _short(d.bias), "out_dtype": _short(d.out_dtype)}
     return json.dumps(row)
 
 
 def from_json(text: str) -> Draw:
-    """The inverse of `to_json`. Raises ValueError, TypeError, KeyError or InputError for anything else."""
+    """The inverse of `to_json`, also for the spellings of earlier versions.
+
+    Raises ValueError, TypeError, KeyError or InputError for any other text.
+    """
     row = json.loads(text)
+    if "far" in row:
+        row["huge_stride"] = row.pop("far")
+    row["kind"] = _OLD_KINDS.get(row["kind"], row["kind"])
+    kernel = row["config"]["kernel"]
+    row["config"]["kernel"] = _OLD_KERNELS.get(kernel, kernel)
     bias = row["bias"] and getattr(torch, row["bias"])
     shape, config, out_dtype = GemmShape(**row["shape"]), config_from(row["config"]), getattr(torch, row["out_dtype"])
     return Draw(**{**row, "shape": shape, "config": config, "bias": bias, "out_dtype": out_dtype})
+
+
+_OLD_KINDS = {"least": "all minus 128"}
+_OLD_KERNELS = {"pointer": "triton", "ampere": "mma_sync", "hopper": "wgmma"}
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -65,29 +77,29 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def sizes(block: int, most: int) -> st.SearchStrategy[int]:
-    """An extent of up to `most` elements, often around a multiple of `block`, where tails begin."""
+    """An extent of up to `most` elements, often near a multiple of `block`, where tails begin."""
     around = st.builds(
         lambda times, off: max(1, min(most, times * block + off)),
         st.integers(0, max(1, most // block)),
-        st.sampled_from((-1, 0, 0, 1, 3, 16, 17, block // 2)),  # 16: what a tile may be copied in
+        st.sampled_from((-1, 0, 0, 1, 3, 16, 17, block // 2)),  # 16: the bytes of one asynchronous copy
     )
     return st.one_of(st.integers(1, most), around)
 
 
-def served(d: Draw, config: TileConfig) -> bool:
-    """False if another kernel than that of `config` would serve operands like those of `d`, and be judged."""
+def takes_operands(d: Draw, config: TileConfig) -> bool:
+    """False if the kernel of `config` rejects the alignment of `d`, so that another kernel would be tested."""
     aligned = d.shape.n % 8 == d.shape.k % 16 == d.padding % 16 == 0
     return aligned or config.kernel is Kernel.TRITON
 
 
 @st.composite
 def draws(draw: st.DrawFn, configs: tuple[TileConfig, ...], most: int, ops: int) -> Draw:
-    """An example with M and N up to `most` and 2 M N K up to about `ops`."""
+    """A GEMM example with M and N up to `most` and 2 M N K up to about `ops`."""
     config = draw(st.sampled_from(configs))
     m, n = draw(sizes(config.block_m, most)), draw(sizes(config.block_n, most))
     k = draw(sizes(config.block_k, max(config.block_k + 1, min(4096, ops // (2 * m * n)))))
     aligned = config.kernel is not Kernel.TRITON
-    if aligned:  # see `served`
+    if aligned:  # see `takes_operands`
         n, k = -(-n // 8) * 8, -(-k // 16) * 16
     return Draw(
         GemmShape(m, n, k),
@@ -103,14 +115,14 @@ def draws(draw: st.DrawFn, configs: tuple[TileConfig, ...], most: int, ops: int)
 
 @dataclass(frozen=True)
 class Rows:
-    """One example of a quantization."""
+    """One example of a row quantization."""
 
     m: int
     k: int
     kind: str
     seed: int
     dtype: torch.dtype
-    padding: int  # poisoned elements between rows of x; twice as many sentinels between those of q
+    padding: int  # poisoned elements between rows of x; twice as many sentinels between rows of q
 
     def __str__(self) -> str:
         return (
@@ -120,7 +132,7 @@ class Rows:
 
 @st.composite
 def rows(draw: st.DrawFn, most_k: int) -> Rows:
-    """An example of up to 5 rows of up to `most_k` elements."""
+    """A quantization example of up to 5 rows of up to `most_k` elements."""
     return Rows(
         draw(st.integers(1, 5)),
         draw(sizes(128, most_k)),
@@ -132,9 +144,14 @@ def rows(draw: st.DrawFn, most_k: int) -> Rows:
 
 
 def int8_matrix(m: int, k: int, kind: str, seed: int, device: str) -> torch.Tensor:
-    """[m, k] int8 of a kind: ones, quantized normal, every value, +-127 and -128 at random, -128 alone, or 90 to 127.
+    """An [m, k] int8 matrix of one of these kinds.
 
-    Of the last, sums pass 2**24 from K of about 1500 on, with their low bits set: float32 cannot hold them.
+    ones             1
+    normal           normal data, quantized
+    uniform          every value, at random
+    extremes         -128, -127 and 127, at random
+    all minus 128    -128
+    positive         90 to 127: from K of about 1500 on, sums pass 2**24 with low bits set, which float32 cannot hold
     """
     g = torch.Generator(device).manual_seed(seed)
     q = torch.empty(m, k, dtype=torch.int8, device=device)
@@ -143,7 +160,7 @@ def int8_matrix(m: int, k: int, kind: str, seed: int, device: str) -> torch.Tens
     return q
 
 
-_SLAB = 2**26  # elements drawn at once: normal ones are float32, and the largest entry's operand has 2**30
+_SLAB = 2**26  # elements drawn at once: normal data are float32, and the largest entry's operand has 2**30 elements
 
 
 def _slab(like: torch.Tensor, kind: str, g: torch.Generator) -> torch.Tensor:
@@ -162,10 +179,10 @@ def _slab(like: torch.Tensor, kind: str, g: torch.Generator) -> torch.Tensor:
 
 
 def scales(length: int, kind: str, seed: int, device: str) -> torch.Tensor:
-    """[length] fp32, all different and none a power of two: an exchanged or misplaced one shows.
+    """[length] fp32 scales, all different and none a power of two, so that an exchanged or misplaced scale shows.
 
-    kind: "ordinary"; "signed", every other one negative; "tiny" and "huge", whose products leave the ordinary range of
-    the output; "nan", every third one.
+    kind: "ordinary"; "signed", every second scale negative; "tiny" and "huge", whose products leave the normal range of
+    the output; "nan", every third scale NaN.
     """
     g = torch.Generator(device).manual_seed(seed + 1000)
     s = torch.rand(length, generator=g, device=device) * 0.011 + 0.0003
@@ -181,14 +198,14 @@ def scales(length: int, kind: str, seed: int, device: str) -> torch.Tensor:
 
 
 def float_matrix(m: int, k: int, kind: str, seed: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """[m, k] of a kind; the special rows are the odd ones, so that ordinary rows stand beside them."""
+    """An [m, k] matrix of a kind of FLOAT_KINDS. The odd rows are special, so that ordinary rows lie beside them."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(m, k, generator=g)
     odd = torch.arange(m) % 2 == (1 if m > 1 else 0)
     spot = torch.randint(0, k, (m,), generator=g)
     if kind == "zero rows":
         x[odd] = 0.0
-    elif kind == "halves":  # quotients that end in .5 exactly: ties
+    elif kind == "exact ties":  # quotients that end in .5 exactly
         x = torch.randint(-253, 254, (m, k), generator=g) * 0.5
         x[torch.arange(m), spot] = 127.0
     elif kind == "tiny":
@@ -205,10 +222,10 @@ def float_matrix(m: int, k: int, kind: str, seed: int, dtype: torch.dtype, devic
     elif kind == "one hot":
         x = torch.zeros(m, k)
         x[torch.arange(m), spot] = -3.0
-    elif kind == "brink":  # of fp32, y / s = 0.5 (1 + 2**-24): q is 1, and 0 for a quotient that is a bit too small
+    elif kind == "near half quotient":  # y / s = 0.5 (1 + 2**-24) in fp32: q is 1, or 0 if the quotient is one bit low
         one = 2.0 ** (seed - 24)
         x = torch.randint(0, 2, (m, k), generator=g) * 2.0**24 * one - 2.0**23 * one
         x[torch.arange(m), spot] = 127 * (2.0**24 - 1) * one
-    elif kind == "last":  # what a tail left out changes
+    elif kind == "extreme last column":  # a dropped tail changes the scale
         x[:, -1] = -9.0
     return x.to(dtype).to(device)

@@ -1,1 +1,1 @@
-"""Properties that a kernel must have."""
+"""The properties that every kernel must have: one table, `registry`, and the checks behind it."""

@@ -1,11 +1,12 @@
-"""A kernel that writes late: it lets the next one begin, waits, and only then writes what that one reads.
+"""A copy kernel that writes late, to show a GEMM that starts early and does not wait for its operands.
 
-    late.copy(target, source)    [M, K] int8 of one card; `target` holds `source` a millisecond later
-    y = gemm(target, ...)        must wait for it, as a kernel does unless it was launched to begin early
+    delayed_copy(target, source)    [M, K] int8 on one GPU; `target` holds `source` a millisecond later
+    y = gemm(target, ...)           must wait, as a kernel does unless it was launched to start early
 
-A card from sm_90 on starts a kernel that asks for it ("programmatic dependent launch") before the one ahead of it has
-ended, as soon as each of that one's programs has said `launch_dependents`. A GEMM that begins early and forgets to
-wait reads right operands all but always, since a kernel that says nothing lets nobody begin before its end: hence this.
+From sm_90 on, programmatic dependent launch (PDL) lets a kernel start before the kernel ahead has ended, as soon as
+each program of the kernel ahead has called `launch_dependents`. A GEMM that starts early but skips the wait usually
+still reads correct operands, because most kernels never call `launch_dependents`. This kernel calls it before it
+writes, so the fault shows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _BLOCK = 4096
 
 
 @triton.jit
-def _copy(target_ptr, source_ptr, size, DELAY: tl.constexpr, BLOCK: tl.constexpr):
+def _delayed_copy(target_ptr, source_ptr, size, DELAY: tl.constexpr, BLOCK: tl.constexpr):
     gdc_launch_dependents()
     start = globaltimer()
     now = start
@@ -32,13 +33,13 @@ def _copy(target_ptr, source_ptr, size, DELAY: tl.constexpr, BLOCK: tl.constexpr
 
 
 def overlaps(device: str) -> bool:
-    """True if a kernel can begin on `device` before the one ahead of it has ended."""
+    """True if a kernel can start on `device` before the kernel ahead of it has ended."""
     return device != "cpu" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Write `source` into `target`, both contiguous and of one size, late, on the present stream; see the module.
+def delayed_copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Write `source` into `target` after a delay, on the current stream. Both are contiguous and have one size.
 
-    One program: all other multiprocessors are free for a kernel that begins early.
+    It runs one program: all other multiprocessors are free for a kernel that starts early.
     """
-    _copy[(1,)](target, source, target.numel(), DELAY=DELAY_NS, BLOCK=_BLOCK)
+    _delayed_copy[(1,)](target, source, target.numel(), DELAY=DELAY_NS, BLOCK=_BLOCK)

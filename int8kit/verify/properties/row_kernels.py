@@ -1,12 +1,13 @@
-"""The kernels over rows that do more than quantize, held to their references: examples, operands, the check.
+"""Properties of the row kernels: each gives the bits of its reference.
 
+    quantize                x [M, K]                                                       -> q, s
     rms_norm_quantize       x [M, K], weight [K], modulation [B, K]                        -> q, s
     residual_norm_quantize  residual, branch [M, K], two weights, gate, modulation [B, K]  -> new, q, s
     swiglu_quantize         gu [M, 2 K]                                                    -> q, s
     qk_norm_rope            qkv [M, 3 H K], two weights [K], cos, sin [L, K]               -> q, k
 
-An example has B images of L rows, M = B L; K is a head's width in the last kernel. Matrices are rows of wider buffers
-of NaN. The kernels make their outputs themselves, so there is no canvas that would show a store beside them.
+An example of a fused kernel has B images of L rows, M = B L; K is the width of a head in the last kernel. Matrices are
+rows of wider buffers of NaN. The fused kernels allocate their outputs, so no sentinels show a store outside them.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ import torch
 from hypothesis import strategies as st
 
 from int8kit import reference
+from int8kit.kernels import quantize
 from int8kit.kernels.qk_norm_rope import HEAD_DIMS, HeadTile, qk_norm_rope
 from int8kit.kernels.residual_norm_quantize import residual_norm_quantize
 from int8kit.kernels.rms_norm_quantize import rms_norm_quantize
 from int8kit.kernels.row_primitives import CHUNKS, RowTile
 from int8kit.kernels.swiglu_quantize import swiglu_quantize
-from int8kit.verify.compare import difference
-from int8kit.verify.examples.guarded_buffers import chunk_guard, padded
-from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES, float_matrix, sizes
+from int8kit.verify.compare import bitwise_diff
+from int8kit.verify.examples.guarded_buffers import GuardedOutput, chunk_guard, in_poison
+from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES, Rows, float_matrix, sizes
 from int8kit.verify.executors import Executor
+from int8kit.verify.implementations import Implementation
 
 KERNELS: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {
     "rms_norm_quantize": rms_norm_quantize,
@@ -44,19 +47,19 @@ _LEFT_OUT: tuple[tuple[str, ...], ...] = ((), ("weight",), ("modulation",), ("we
 
 @dataclass(frozen=True)
 class Fused:
-    """One example of a kernel over rows."""
+    """One example of a fused row kernel."""
 
     kernel: str
     images: int
-    rows: int  # of an image
+    rows: int  # of each image
     k: int
-    kind: str  # of `strategies.FLOAT_KINDS`
+    kind: str  # one of `strategies.FLOAT_KINDS`
     seed: int
     dtype: torch.dtype  # of the matrices
     vectors: torch.dtype  # of weights, gates, modulations, cos and sin
     padding: int = 0
     heads: int = 1
-    left_out: tuple[str, ...] = ()  # of what `rms_norm_quantize` can do without
+    left_out: tuple[str, ...] = ()  # optional operands of `rms_norm_quantize` that are None
     eps: float = 1e-5
     tile: RowTile | HeadTile | None = None
 
@@ -75,7 +78,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def examples(kernel: str) -> st.SearchStrategy[Fused]:
-    """Examples of `kernel`, a name of KERNELS."""
+    """Strategy for examples of `kernel`, a name of KERNELS."""
     heads = kernel == "qk_norm_rope"
     return st.builds(
         Fused,
@@ -96,7 +99,7 @@ def examples(kernel: str) -> st.SearchStrategy[Fused]:
 
 
 def always(kernel: str) -> tuple[Fused, ...]:
-    """Examples of `kernel` that every run has: the model's width, and each kind in each dtype."""
+    """Examples of `kernel` that every run tries: the model's width, and each kind in each dtype."""
     k, heads = (64, 3) if kernel == "qk_norm_rope" else (300, 1)
     every = (Fused(kernel, 2, 2, k, kind, 1, dtype, dtype, 3, heads) for kind in FLOAT_KINDS for dtype in OUT_DTYPES)
     bf16 = torch.bfloat16
@@ -104,11 +107,11 @@ def always(kernel: str) -> tuple[Fused, ...]:
 
 
 def operands(f: Fused, device: str) -> tuple[Any, ...]:
-    """The arguments of the kernel, and of its reference, for `f`."""
+    """The arguments of the kernel and of its reference for `f`."""
 
     def matrix(width: int, salt: int = 0, kind: str = f.kind) -> torch.Tensor:
         plain = float_matrix(f.images * f.rows, width, kind, f.seed + salt, f.dtype, device)
-        return padded(plain, f.padding, chunk_guard(width))
+        return in_poison(plain, f.padding, chunk_guard(width))
 
     def vectors(count: int, around: float = 0.0) -> torch.Tensor:
         return (torch.randn(count, f.k, generator=g) * 0.5 + around).to(f.vectors).to(device)
@@ -129,14 +132,27 @@ def operands(f: Fused, device: str) -> tuple[Any, ...]:
     return residual, matrix(f.k), weights[0], vectors(f.images).tanh(), weights[1], modulation, f.eps
 
 
-def check(f: Fused, executor: Executor) -> str | None:
-    """How an output of the kernel differs from the reference's, or None."""
-    args = operands(f, executor.device)
+def check(f: Fused, on: Executor | Implementation) -> str | None:
+    """How an output of the fused kernel differs from the reference's output, or None."""
+    args = operands(f, on.device)
     got = KERNELS[f.kernel](*args, tile=f.tile)
     want = getattr(reference, f.kernel)(*args)
     for name, mine, theirs in zip(_OUTPUTS.get(f.kernel, ("q", "s")), got, want, strict=True):
         if mine.dtype is not theirs.dtype:
-            return f"{name}: {mine.dtype}, want {theirs.dtype}"
-        if why := difference(mine, theirs):
+            return f"{name}: {mine.dtype}, expected {theirs.dtype}"
+        if why := bitwise_diff(mine, theirs):
             return f"{name}: {why}"
     return None
+
+
+def check_quantize(r: Rows, on: Executor | Implementation) -> str | None:
+    """How q or s of `quantize` differs from the reference, or None."""
+    guard = chunk_guard(r.k)
+    x = in_poison(float_matrix(r.m, r.k, r.kind, r.seed, r.dtype, on.device), r.padding, guard)
+    values = GuardedOutput(r.m, r.k, 2 * r.padding, guard, torch.int8, on.device)  # another stride than that of x
+    column = GuardedOutput(1, r.m, 0, 1, torch.float32, on.device)
+    q, s = quantize.quantize(x, out=(values.view, column.view[0]))
+    want_q, want_s = reference.quantize(x)
+    why_s = bitwise_diff(s, want_s) or column.written_outside()
+    why_q = bitwise_diff(q, want_q) or values.written_outside()
+    return (why_s and f"scales: {why_s}") or (why_q and f"values: {why_q}")

@@ -1,0 +1,158 @@
+"""The table of all properties. To add a property, write its check and add one row here.
+
+`int8kit verify`, `verify --only`, `verify mutate` and `verify libraries` read this table. The property `entries` is not
+in it: it draws no examples, and it stamps the database (see `entries`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from hypothesis.strategies import SearchStrategy
+
+from int8kit.spec import Kernel, TileConfig
+from int8kit.verify.examples import fixed
+from int8kit.verify.examples.strategies import Draw, HugeStride, draws, rows
+from int8kit.verify.implementations import Implementation
+from int8kit.verify.properties import gemm, pdl_probe, row_kernels
+from int8kit.verify.properties.budget import Budget
+
+REPEAT_COST = 10  # these run the kernel several times, and look for faults that show at any extent
+FUSED_COST = 5
+Tiles = tuple[TileConfig, ...]
+
+
+def _gemms(tiles: Tiles, budget: Budget) -> SearchStrategy[Draw]:
+    return draws(tiles, budget.max_m_n, budget.max_ops)
+
+
+def _nothing(tiles: Tiles, budget: Budget) -> Iterable[Any]:
+    return ()
+
+
+def _extreme_gemms(*huge_strides: HugeStride, many_rows: bool) -> Callable[[Tiles, Budget], Iterable[Draw]]:
+    """The examples of extreme extents: for all kernels, and for the Triton kernel that takes any alignment."""
+
+    def always(tiles: Tiles, budget: Budget) -> Iterable[Draw]:
+        if many_rows:
+            yield from (*fixed.over_65536_rows(tiles), *fixed.stream_k_examples(tiles))
+        if any(config.kernel is Kernel.TRITON for config in tiles):
+            yield from (*fixed.LARGE_SUM_EXAMPLES, *(fixed.LARGE_K_EXAMPLES if budget.large_k else ()))
+            yield from fixed.over_2gib_strides(*huge_strides) if budget.huge_strides else ()
+
+    return always
+
+
+def _to_any(implementation: Implementation) -> str | None:
+    return None
+
+
+def _to_accumulators(implementation: Implementation) -> str | None:
+    return None if implementation.accumulators else "it returns no accumulators"
+
+
+def _to_output(implementation: Implementation) -> str | None:
+    return None if implementation.output else "it returns accumulators only"
+
+
+def _to_swiglu(implementation: Implementation) -> str | None:
+    return None if implementation.swiglu else "it has no SwiGLU epilogue"
+
+
+def _to_strides(implementation: Implementation) -> str | None:
+    return None if implementation.strides else "it takes contiguous operands"
+
+
+def _to_configurations(implementation: Implementation) -> str | None:
+    return None if implementation.tiles else "it has no configurations"
+
+
+def _to_early_starts(implementation: Implementation) -> str | None:
+    return None if pdl_probe.overlaps(implementation.device) else "no kernel starts here before the one ahead has ended"
+
+
+def _to_row_kernels(implementation: Implementation) -> str | None:
+    return None if implementation.row_kernels else "it has no row kernels, or the same as the native executor"
+
+
+@dataclass(frozen=True)
+class Property:
+    """One row of the table."""
+
+    name: str
+    statement: str  # true of every correct implementation
+    check: Callable[[Any, Implementation], str | None]  # how an example breaks the property, or None
+    why_not: Callable[[Implementation], str | None] = _to_any  # why it does not apply, or None
+    strategy: Callable[[Tiles, Budget], SearchStrategy[Any]] = _gemms
+    always: Callable[[Tiles, Budget], Iterable[Any]] = _nothing  # examples that every run of int8kit's kernels tries
+    cost: int = REPEAT_COST  # of an example; the number and the size of the examples are divided by it
+    scope: Literal["any GEMM", "int8kit"] = "any GEMM"  # `verify libraries` has the first
+    mutants_of: tuple[Kernel, ...] = ()  # `verify mutate` tries it on faults of these kernels
+
+
+def _fused(name: str) -> Property:
+    return Property(
+        name,
+        f"the outputs of `{name}` are bit-equal to its reference",
+        row_kernels.check,
+        _to_row_kernels,
+        strategy=lambda tiles, budget: row_kernels.examples(name),
+        always=lambda tiles, budget: row_kernels.always(name),
+        cost=FUSED_COST,
+        scope="int8kit",
+        mutants_of=(Kernel.TRITON,),
+    )
+
+
+_all_kernels = partial(Property, cost=1, mutants_of=tuple(Kernel))
+PROPERTIES: dict[str, Property] = {
+    row.name: row
+    for row in (
+        _all_kernels(
+            "accumulator", "the int32 accumulators equal int64-exact arithmetic", gemm.accumulators, _to_accumulators,
+            always=_extreme_gemms("x", "w", many_rows=True),
+        ),
+        _all_kernels(
+            "output", "the dequantized output is bit-equal to the reference; NaN equals NaN", gemm.output, _to_output,
+            always=_extreme_gemms("out", many_rows=True),
+        ),
+        _all_kernels(
+            "swiglu", "the output of the SwiGLU epilogue is bit-equal to the reference", gemm.swiglu, _to_swiglu,
+            always=_extreme_gemms("out", many_rows=False), scope="int8kit",
+        ),
+        Property("batch", "a row gives the same bits alone, permuted, and with more rows below it", gemm.batch),
+        Property("linearity", "accumulators(a + b) = accumulators(a) + accumulators(b)", gemm.linearity,
+                 _to_accumulators),
+        Property("zero rows", "a row of zeros with scale 0 gives the bias and nothing else", gemm.zero_rows,
+                 _to_output),
+        Property("nan rows", "a row whose scale is NaN is NaN, and changes no other row", gemm.nan_rows, _to_output),
+        Property("strided", "parts of larger matrices give the same bits as copies of them", gemm.strided,
+                 _to_strides),
+        Property("repeats", "three runs give the same bits", gemm.repeats),
+        Property("order", "operands that the kernel ahead writes late are read as it leaves them", gemm.order,
+                 _to_early_starts, mutants_of=(Kernel.WGMMA,)),
+        Property("configuration", "any two configurations give the same bits", gemm.configuration,
+                 _to_configurations),
+        Property(
+            "quantize", "q and s are bit-equal to the reference", row_kernels.check_quantize, _to_row_kernels,
+            strategy=lambda tiles, budget: rows(2000),
+            always=lambda tiles, budget: (*fixed.ALL_KINDS_AND_DTYPES, *fixed.LONG_ROWS),
+            cost=1, scope="int8kit", mutants_of=(Kernel.TRITON,),
+        ),
+        *map(_fused, row_kernels.KERNELS),
+    )
+}  # fmt: skip
+"""Every property by its name, in the order in which `int8kit verify` runs them."""
+
+
+def of_any_gemm() -> tuple[Property, ...]:
+    """The properties that `verify libraries` checks."""
+    return tuple(row for row in PROPERTIES.values() if row.scope == "any GEMM")
+
+
+def of_mutants(kernel: Kernel) -> tuple[str, ...]:
+    """The names of the properties that may catch a fault of `kernel`."""
+    return tuple(row.name for row in PROPERTIES.values() if kernel in row.mutants_of)

@@ -1,0 +1,84 @@
+"""Properties in child processes: a kernel that crashes or hangs is a failure with an example, like any other failure.
+
+run_all([PropertyRun("output", executor), ...], VerifyKernels(database), processes=2)  -> [(Result, stamps), ...]
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from int8kit.database.database import Choice, Database
+from int8kit.spec import TileConfig
+from int8kit.verify import process_pool, verify_kernels
+from int8kit.verify.examples import regressions
+from int8kit.verify.examples.guarded_buffers import HUGE_STRIDE_BYTES
+from int8kit.verify.executors import Executor
+from int8kit.verify.process_pool import Call, Ending, Report
+from int8kit.verify.properties.entries import Stamps
+from int8kit.verify.runner import Result
+
+MAX_PROCESSES = 16  # on a GPU: each keeps a context there
+
+
+@dataclass(frozen=True)
+class PropertyRun:
+    """One property on one executor."""
+
+    name: str
+    executor: Executor
+
+
+Finding = tuple[Result, Stamps]
+Verifier = Callable[[PropertyRun, Report], Finding]
+"""A child's work, pickled: it reports each example, as text, before it tries it."""
+
+
+@dataclass(frozen=True)
+class VerifyKernels:
+    """The verifier of int8kit's own kernels: `verify_kernels.run` over a database's configurations and `more`."""
+
+    database: Database
+    examples: int | None = None
+    random_seed: int = 0
+    more: tuple[TileConfig, ...] = ()
+    unlisted: tuple[Choice, ...] = ()
+
+    def __call__(self, run: PropertyRun, report: Report) -> Finding:
+        """Verify one property. See `Verifier`."""
+        finding = verify_kernels.run(
+            run.name, run.executor, self.database, examples=self.examples, random_seed=self.random_seed,
+            more=self.more, kept=regressions.load(run.name), unlisted=self.unlisted,
+            on_example=lambda example: report(str(example)),
+        )  # fmt: skip
+        torch.cuda.empty_cache()  # several children share one GPU; no effect without one
+        return finding
+
+
+def process_count(executor: Executor) -> int:
+    """Number of children to run: one for each core, and on a GPU no more than its memory can serve."""
+    cores = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+    if executor.on == "interpreter":
+        return cores
+    return max(1, min(cores, torch.cuda.mem_get_info()[0] // HUGE_STRIDE_BYTES))
+
+
+def run_all(
+    runs: list[PropertyRun], verifier: Verifier, *, processes: int = 1, on_example: Callable[[], None] = lambda: None
+) -> list[Finding]:
+    """Verify `runs`, up to `processes` at a time, and return the findings in order. An interrupt ends the children."""
+    calls = [Call(verifier, run) for run in runs]
+    endings = process_pool.run_all(calls, processes=processes, on_report=lambda index, text: on_example())
+    return [_finding(run, ending) for run, ending in zip(runs, endings, strict=True)]
+
+
+def _finding(run: PropertyRun, ending: Ending) -> Finding:
+    if ending.kind == "done":
+        return ending.result  # type: ignore[no-any-return]
+    last = ending.reports[-1] if ending.reports else "before its first example"
+    reasons = {"silent": f"no end in {ending.detail}", "raised": ending.detail}
+    why = reasons.get(ending.kind, f"the kernel ended its process ({ending.detail})")
+    return Result(run.name, str(run.executor), len(ending.reports), f"{last}: {why}"), {}
