@@ -20,7 +20,7 @@ from int8kit.database import schema
 from int8kit.lookup import LEVELS as LEVELS_OF_LOOKUP
 from int8kit.spec import TileConfig
 from int8kit.verify.mutation.catalogue import CATALOGUE
-from int8kit.verify.properties import checks, general, row_kernels
+from int8kit.verify.properties.registry import PROPERTIES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "int8kit"
@@ -205,7 +205,7 @@ def test_pages_describe_the_code():
             assert f"`{name}`" in page["database-format"], name
     for name in [field.name for field in fields(TileConfig)]:
         assert f"`{name}`" in page["database-format"], name
-    for name in {*general.ALL, *checks.CHECKS, "quantize", *row_kernels.KERNELS, "entries"}:
+    for name in {*PROPERTIES, "entries"}:
         assert f"`{name}`" in page["verification"], name
     assert [level.name for level in LEVELS_OF_LOOKUP] == re.findall(
         r"^\| `([a-z-]+)` \| (?:an|the|`)", page["architecture"], re.M
