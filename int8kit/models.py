@@ -8,7 +8,7 @@ Ideogram 4 packs one sequence `[pad | text | image]` of `slots + (height / 16) *
 conditional branch and of the image tokens alone for the unconditional one. The stock pipeline pads the text to 2048
 slots; int8kit runs it tight, slots = text_tokens.
 
-diffusers and transformers are imported when a function needs them: `import int8kit.models` needs neither.
+torch, diffusers and transformers are imported when a function needs them: `import int8kit.models` needs none.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from int8kit.errors import FileError, InputError, UnknownName
+
+if TYPE_CHECKING:
+    import torch
 
 BRANCHES = ("cond", "uncond")
 PATCH = 16  # pixels of an image token's side: VAE factor 8, patches of 2 x 2
@@ -51,14 +52,14 @@ class Case:
             if pixels < PATCH or pixels % PATCH:
                 low = max(pixels // PATCH, 1) * PATCH
                 raise InputError(
-                    f"{name} {pixels}: legal is a positive multiple of {PATCH}; the nearest are {low} and {low + PATCH}"
+                    f"{name} {pixels}: expected a positive multiple of {PATCH}; the nearest are {low} and {low + PATCH}"
                 )
         if self.batch < 1 or self.text_tokens < 1:
             raise InputError(f"batch {self.batch}, text tokens {self.text_tokens}: both must be at least 1")
         if self.branch not in BRANCHES:
             raise UnknownName("branch", self.branch, BRANCHES)
         if self.slots is not None and self.slots < self.text_tokens:
-            raise InputError(f"{self.slots} text slots: legal is {self.text_tokens} (the text tokens) or more")
+            raise InputError(f"{self.slots} text slots: expected {self.text_tokens} (the text tokens) or more")
 
     @property
     def text_slots(self) -> int:
@@ -88,6 +89,8 @@ class Model:
 
 
 def _ideogram4_inputs(transformer: torch.nn.Module, case: Case) -> dict[str, Any]:
+    import torch
+
     slots, image = case.text_slots, case.image_tokens
     dtype = next(transformer.parameters()).dtype
     config: Any = transformer.config
@@ -118,6 +121,7 @@ def _ideogram4_inputs(transformer: torch.nn.Module, case: Case) -> dict[str, Any
 
 def _ideogram4(name: str, **config: Any) -> Model:
     def build() -> torch.nn.Module:
+        import torch
         from diffusers import Ideogram4Transformer2DModel
 
         with _default_dtype(torch.bfloat16):
@@ -172,6 +176,8 @@ def _from_folder(folder: Path) -> Model:
 
 @contextlib.contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    import torch
+
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -187,6 +193,7 @@ def tiny_pipeline(seed: int = 0) -> Any:
     factor are the real ones, and K = 416 of the text projection is no multiple of any tile.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
     from diffusers import (
         AutoencoderKLFlux2,
         FlowMatchEulerDiscreteScheduler,

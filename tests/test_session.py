@@ -208,7 +208,7 @@ def test_several_cards_feed_their_own_files(tmp_path):
     outcomes = session.run(SHAPES[:2], targets, pool)
     assert [o.target.source for o in outcomes] == [Source.PROXY, Source.MEASURED, Source.PROXY, Source.MODELLED]
     for outcome in outcomes:
-        found = store.load(tmp_path / "tuning_db" / f"{outcome.target.gpu.alias}.json")
+        found = store.load(store.user_path(outcome.target.gpu.alias))
         assert len(found.entries) == 2
         assert {e.source for e in found.entries} == {outcome.target.source}
     assert {key[1] for key in pool.calls if key[0] == "compile"} == {86, 89, 90, 120}

@@ -10,25 +10,24 @@ from __future__ import annotations
 import json
 import math
 import platform
-import resource
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
-from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from typing import TYPE_CHECKING, Any
 
 from int8kit import __version__, files, gpus, lookup
 from int8kit.database import store
 from int8kit.database.database import Choice
 from int8kit.errors import CheckFailed, InputError, UnknownName
-from int8kit.kernels import gemm
-from int8kit.models import Case
-from int8kit.runtime import ideogram4
+from int8kit.models import TINY, Case
+from int8kit.toolchain import ANY_TOOLCHAIN, Toolchain
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -85,27 +84,55 @@ class Outcome:
     peak_gib: float  # of the card; of the process on a CPU
 
 
-def generate(request: Request) -> Outcome:
-    """Make an image. Raises UnknownName, InputError or FileError before any long work where the request is off."""
+def check(request: Request) -> int:
+    """The number of steps of a request. Raises UnknownName or InputError for what `generate` cannot make.
+
+    Needs neither torch nor diffusers, so a mistake is reported before they are imported.
+    """
     if request.preset not in PRESETS:
         raise UnknownName("preset", request.preset, PRESETS)
     preset = PRESETS[request.preset]
     steps = preset.steps if request.steps is None else request.steps
     if steps < 1:
-        raise InputError(f"{steps} steps: legal is 1 or more")
+        raise InputError(f"{steps} steps: expected 1 or more")
     Case(request.height, request.width)
+    if request.guidance is not None and not math.isfinite(request.guidance):
+        raise InputError(f"guidance {request.guidance}: expected a finite number, such as 7")
+    if not -(2**63) <= request.seed < 2**64:
+        raise InputError(f"seed {request.seed}: expected a number of 64 bits, such as 0")
+    if "/" not in request.model and request.model != TINY and not Path(request.model).is_dir():
+        raise UnknownName("model", request.model, [TINY], "or name a local folder in diffusers' layout, or a hub id")
+    return steps
+
+
+Stage = Callable[[str, int], Callable[[], None]]
+"""Progress: called with a description and a number of steps, it returns the function to call after each step."""
+
+
+def generate(request: Request, stage: Stage = lambda *_: lambda: None) -> Outcome:
+    """Make an image. Raises UnknownName, InputError or FileError before any long work for a wrong request."""
+    steps = check(request)
+    preset = PRESETS[request.preset]
+    import torch
+
+    from int8kit.runtime import ideogram4
+
     card = gpus.present()
-    gpu = gpus.get(request.gpu) if request.gpu else card or gpus.get("rtx3090")
-    toolchain = gemm.toolchain()
+    gpu = gpus.resolve(request.gpu)
+    toolchain = _toolchain()
     database, paths = store.gather(gpu, toolchain, request.database)
     device = torch.device("cpu" if card is None else "cuda")
 
     start = time.perf_counter()
+    step = stage(f"loading {request.model}", 1)
     stock = ideogram4.load(request.model)
+    step()
     tokens = ideogram4.count_tokens(stock, request.prompt)
     case = Case(request.height, request.width, text_tokens=tokens)
     loaded = time.perf_counter()
+    step = stage("encoding the prompt, quantizing", 1)
     pipe, choices = ideogram4.prepare(stock, request.prompt, case, database, device, toolchain)
+    step()
     if request.strict and (unproven := unproven_of(choices)):
         raise CheckFailed(
             f"{len(unproven)} of {len(choices)} configurations are not proven under Triton {toolchain.triton} as "
@@ -115,14 +142,16 @@ def generate(request: Request) -> Outcome:
     prepared = time.perf_counter()
 
     ends: list[float] = []
+    step = stage("denoising", steps)
 
     def on_step(_pipe: Any, _step: int, _t: Any, values: dict[str, Any]) -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
+        step()
         return values
 
-    pipe.set_progress_bar_config(desc="denoising", unit="step")
+    pipe.set_progress_bar_config(disable=True)
     schedule = [request.guidance] * steps if request.guidance is not None else preset.guidance(steps)
     image = pipe(
         request.prompt,
@@ -165,6 +194,8 @@ def save(outcome: Outcome, path: Path) -> None:
     request = {k: v for k, v in asdict(outcome.request).items() if k not in ("database", "strict") and v is not None}
     if Path(outcome.request.model).is_dir():
         request["model"] = Path(outcome.request.model).resolve().name  # a picture is shown around: no path in it
+    from PIL.PngImagePlugin import PngInfo
+
     info = PngInfo()
     info.add_text("int8kit", json.dumps({**request, "steps": outcome.steps, "versions": versions()}))
     with files.replacing(path) as temporary:
@@ -173,6 +204,8 @@ def save(outcome: Outcome, path: Path) -> None:
 
 def is_ours(path: Path) -> bool:
     """True if `path` is a PNG that `save` wrote."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with Image.open(path) as image:
             return "int8kit" in image.info
@@ -189,7 +222,24 @@ def versions() -> dict[str, str]:
     }
 
 
+def _toolchain() -> Toolchain:
+    """The toolchain of this process. Without Triton only the CPU's reference runs, and entries compare with nothing."""
+    try:
+        from int8kit.kernels import gemm
+    except ImportError:
+        return ANY_TOOLCHAIN
+    return gemm.toolchain()
+
+
 def _peak_bytes(device: torch.device) -> int:
+    """Peak memory of the GPU, or of this process on a CPU; 0 on Windows, which does not count it this way."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

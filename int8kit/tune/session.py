@@ -91,11 +91,11 @@ class Outcome:
 
 
 def plan(gpus: Iterable[Gpu], cards: Sequence[Gpu], path: Path | None = None) -> list[Target]:
-    """A target for each of `gpus`, where there are `cards`. path: the file of one; None: ./tuning_db/<alias>.json."""
+    """A target for each of `gpus`, where there are `cards`. path: the file of one; None: the user's own."""
     targets = []
     for gpu in gpus:
         source, card = search.how(gpu, cards)
-        targets.append(Target(gpu, path or Path("tuning_db") / f"{gpu.alias}.json", source, card))
+        targets.append(Target(gpu, path or store.user_path(gpu.alias), source, card))
     return targets
 
 
