@@ -153,7 +153,7 @@ def get(name: str) -> Model:
     if name in MODELS:
         return MODELS[name]
     folder = Path(name)
-    if folder.is_dir():
+    if name and folder.is_dir():
         return _from_folder(folder)
     raise UnknownName("model", name, MODELS, "or name a local folder that holds transformer/config.json")
 

@@ -13,6 +13,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from int8kit import __version__
 from int8kit.cli import bench, db, doctor, run, trace, tune, verify
@@ -84,7 +85,7 @@ def _run(argv: list[str] | None) -> tuple[int, str | None]:
     except Int8kitError as error:
         return error.exit_status, _with_help(error, argv)
     except usage_error as error:
-        return 2, f"{error.format_message()} See `{_command_of(argv)} --help`."
+        return 2, _usage(error, argv)
     except ModuleNotFoundError as error:
         return 2, _missing(error)
     except (KeyboardInterrupt, typer.Abort):
@@ -95,6 +96,17 @@ def _run(argv: list[str] | None) -> tuple[int, str | None]:
         if error.errno not in FULL:
             raise
         return 1, f"cannot write ({error.strerror}); free some space, or name another file"
+
+
+def _usage(error: Any, argv: list[str] | None) -> str:
+    """The message of a usage error, with the value and the verb's help."""
+    text = error.format_message().rstrip(".")
+    if isinstance(error.__cause__, ValidationError) and error.param is not None:  # typer leaves out the value
+        first = error.__cause__.errors()[0]
+        kinds = {"int": "a whole number", "float": "a number"}
+        expected = kinds.get(first["type"].partition("_")[0], first["msg"])
+        text = f"{error.param.opts[0]} {first['input']!r}: expected {expected}"
+    return f"{text[:1].lower()}{text[1:]}; see `{_command_of(argv)} --help`"
 
 
 def _command_of(argv: list[str] | None) -> str:

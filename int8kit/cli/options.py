@@ -28,12 +28,16 @@ Db = Annotated[
     Path | None, typer.Option("--db", help="A database file. Default: ./tuning_db or the shipped one, then your own.")
 ]
 
+MAX_SIDE = 1 << 15  # M of such an image still fits the kernels' domain
+
 
 def parse_size(text: str) -> tuple[int, int]:
     """WxH in pixels -> (height, width). Raises InputError."""
     width, x, height = text.lower().partition("x")
     if not (x and all(side.isascii() and side.isdecimal() and len(side) < 7 for side in (width, height))):
         raise InputError(f"size {text!r}: expected WIDTHxHEIGHT in pixels, multiples of 16, such as 1024x1024")
+    if max(int(width), int(height)) > MAX_SIDE:
+        raise InputError(f"size {text!r}: expected at most {MAX_SIDE} pixels a side")
     return int(height), int(width)
 
 

@@ -121,7 +121,7 @@ def shapes_table(document: dict[str, Any]) -> str:
         title = (
             f"{case['width']}x{case['height']} px, batch {case['batch']}, {case['branch']}, "
             f"{count(case['slots'], 'text slot')}, {count(case['tokens'], 'token')}: "
-            f"{case['gemm_flops'] / 1e12:.2f} TFLOP in GEMMs, {case['attention_flops'] / 1e12:.2f} in attention"
+            f"{case['gemm_flops'] / 1e12:.4g} TFLOP in GEMMs, {case['attention_flops'] / 1e12:.4g} in attention"
         )
         parts.append(f"{wrapped(title)}\n{fit(rows, head, drop=('GFLOP',), wrap='layers', left='layers')}")
     return "\n\n".join(parts)

@@ -47,12 +47,13 @@ def tune(
     Example: int8kit tune --gpu rtx3090 --shape 16x4608x4600
     """
     from int8kit import files, gpus
+    from int8kit.cli.tables import count
     from int8kit.database import store
 
     if gpu and gpu_spec:
         raise InputError(f"--gpu {', '.join(gpu)} and --gpu-spec {gpu_spec}: expected one of them")
     named = [gpus.read_spec(gpu_spec)] if gpu_spec else list(dict.fromkeys(map(gpus.get, gpu or ())))
-    wanted = _wanted(shapes, size, shape, limit)
+    wanted, where = _wanted(shapes, size, shape, limit)
     if output is not None and len(named) > 1:
         raise InputError(f"--output {output} and {len(named)} GPUs: each has a file of its own; leave out --output")
     for one in named:  # a damaged or foreign database is refused before the work, not after it
@@ -62,6 +63,7 @@ def tune(
             if path.exists() and store.is_ours(path):
                 store.load(path, one.alias)
     need("tune", "torch", "triton", "distributed")
+    note(f"tuning {count(len(wanted), 'shape')}{where}")
     if not named and scheduler is None and gpus.present() is None:
         raise InputError(f"no GPU here to tune for; name one with --gpu: {', '.join(sorted(gpus.GPUS))}")
     if output != STDOUT:
@@ -76,18 +78,18 @@ def tune(
                 print(path.read_text(encoding="utf-8"), end="")
 
 
-def _wanted(shapes: Path | None, size: list[str] | None, shape: list[str] | None, limit: int | None) -> list[Any]:
-    """The shapes to tune for. Raises InputError for options that contradict each other, or if nothing is left."""
+def _wanted(
+    shapes: Path | None, size: list[str] | None, shape: list[str] | None, limit: int | None
+) -> tuple[list[Any], str]:
+    """The shapes to tune for, and a note on their file. Raises InputError for options that contradict each other."""
     from int8kit import shapes_file
-    from int8kit.cli.tables import count
 
     if shape and (shapes or size):
         other = f"--shapes {shapes}" if shapes else f"--size {', '.join(size or ())}"
         raise InputError(f"--shape {shape[0]} and {other}: expected one of them; --shape replaces the file")
     path = shapes or shapes_file.find()
     wanted = shapes_file.select(shape, path, limit, [parse_size(text) for text in size or ()])
-    note(f"tuning {count(len(wanted), 'shape')}" + ("" if shape else f" of {path}"))
-    return wanted
+    return wanted, "" if shape else f" of {path}"
 
 
 def _tune(

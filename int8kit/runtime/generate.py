@@ -48,6 +48,9 @@ class Preset:
 PRESETS = {"quality": Preset(48, 0.0, 1.5, 3), "default": Preset(20, 0.0, 1.75, 2), "turbo": Preset(12, 0.5, 1.75, 1)}
 
 
+MAX_STEPS = 10_000
+
+
 @dataclass(frozen=True)
 class Request:
     """One call of `int8kit run`."""
@@ -93,14 +96,15 @@ def check(request: Request) -> int:
         raise UnknownName("preset", request.preset, PRESETS)
     preset = PRESETS[request.preset]
     steps = preset.steps if request.steps is None else request.steps
-    if steps < 1:
-        raise InputError(f"{steps} steps: expected 1 or more")
+    if not 1 <= steps <= MAX_STEPS:
+        raise InputError(f"{steps} steps: expected 1 to {MAX_STEPS}")
     Case(request.height, request.width)
     if request.guidance is not None and not math.isfinite(request.guidance):
         raise InputError(f"guidance {request.guidance}: expected a finite number, such as 7")
     if not -(2**63) <= request.seed < 2**64:
         raise InputError(f"seed {request.seed}: expected a number of 64 bits, such as 0")
-    if "/" not in request.model and request.model != TINY and not Path(request.model).is_dir():
+    is_folder = bool(request.model) and Path(request.model).is_dir()
+    if "/" not in request.model and request.model != TINY and not is_folder:
         raise UnknownName("model", request.model, [TINY], "or name a local folder in diffusers' layout, or a hub id")
     return steps
 
