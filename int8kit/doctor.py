@@ -31,7 +31,6 @@ from int8kit.errors import Int8kitError
 from int8kit.gpus import Gpu
 from int8kit.toolchain import ANY_TOOLCHAIN, OLDEST, Toolchain, release
 
-FORMAT = "int8kit.doctor/1"
 GIB = 2**30
 DISK_GIB = 5  # Triton's cache and the results of a tuning run
 MEMORY_GIB = 8  # a compiling process takes about 0.5 GiB, the tiny pipeline 2
@@ -57,7 +56,6 @@ def examine(gpu: str | None = None) -> list[Finding]:
 def document(findings: Sequence[Finding]) -> dict[str, Any]:
     """The JSON document of an examination."""
     return {
-        "format": FORMAT,
         "works": all(finding.status != "failed" for finding in findings),
         "findings": [asdict(finding) for finding in findings],
     }

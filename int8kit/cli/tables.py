@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # a verb needs the packages of its own stage, not those of al
     from int8kit.verify.runner import Result
 
 
+LEAST_ROOM = 10  # characters of a column of text, and a quarter of the narrowest screen
+
+
 def screen_width() -> int:
     """Width to print in: COLUMNS, else the terminal's, else 80."""
     return max(shutil.get_terminal_size((80, 24)).columns, 40)
@@ -42,7 +45,7 @@ def wrapped(text: str) -> str:
 
 
 def _broken(text: str, width: int) -> str:
-    lines = textwrap.wrap(text, max(width, 10), break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(text, max(width, LEAST_ROOM), break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines) or text
 
 
@@ -60,16 +63,19 @@ def fit(
         if table.width > width and (value := table.constant(name)) is not None:
             table.remove(name)
             if value:
-                constant.append(f"{name} {value}")
-    for name in drop:
-        if table.width > width and name in table.head:
-            table.remove(name)
-            dropped.append(name)
-    if wrap and table.width > width:
-        table.wrap(wrap, width)
+                constant.append(f"{name}: {value}")
+    left_out = [name for name in drop if name in table.head]
+    while table.width > width:
+        if wrap and (table.can_wrap(wrap, width) or not left_out):
+            table.wrap(wrap, width)
+            break
+        if not left_out:
+            break
+        table.remove(left_out[0])
+        dropped.append(left_out.pop(0))
     lines = [table.text()]
     if constant:
-        lines.append(wrapped(f"in every row: {', '.join(constant)}"))
+        lines.append(wrapped(f"the same in every row: {'; '.join(constant)}"))
     if dropped:
         lines.append(wrapped(f"with --json or in a wider terminal also: {', '.join(reversed(dropped))}"))
     return "\n".join(lines)
@@ -100,10 +106,19 @@ class _Table:
         for cells in (self.head, *self.rows):
             del cells[at]
 
-    def wrap(self, name: str, width: int) -> None:
+    def room(self, name: str, width: int) -> int:
+        """Characters that a column may have so that the table fits."""
         at = self.head.index(name)
         widest = max((len(row[at]) for row in self.rows), default=0)
-        room = widest - (self.width - width)
+        return max(widest, len(name)) - (self.width - width)
+
+    def can_wrap(self, name: str, width: int) -> bool:
+        """Whether every word of a column of text fits its room."""
+        at, room = self.head.index(name), self.room(name, width)
+        return room >= LEAST_ROOM and all(len(word) <= room for row in self.rows for word in (name, *row[at].split()))
+
+    def wrap(self, name: str, width: int) -> None:
+        at, room = self.head.index(name), self.room(name, width)
         for row in self.rows:
             row[at] = _broken(row[at], room)
 
@@ -123,7 +138,8 @@ def shapes_table(document: dict[str, Any]) -> str:
             f"{count(case['slots'], 'text slot')}, {count(case['tokens'], 'token')}: "
             f"{case['gemm_flops'] / 1e12:.4g} TFLOP in GEMMs, {case['attention_flops'] / 1e12:.4g} in attention"
         )
-        parts.append(f"{wrapped(title)}\n{fit(rows, head, drop=('GFLOP',), wrap='layers', left='layers')}")
+        table = fit(rows, head, drop=("GFLOP", "bias", "runs in", "count"), wrap="layers", left="layers")
+        parts.append(f"{wrapped(title)}\n{table}")
     return "\n\n".join(parts)
 
 

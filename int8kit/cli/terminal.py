@@ -94,10 +94,10 @@ class LineProgress:
 
 def _line(task: _Task, now: float) -> str:
     count = ""
-    if task.total is not None and task.total > 1:
-        count = f" {task.completed:g} of {task.total:g}"
-    elif task.completed:
+    if task.total is None and task.completed:
         count = f" {task.completed:g}"
+    elif task.total is not None and task.total > 1:
+        count = f" {task.completed:g} of {task.total:g}"
     return f"{task.description}{count}, {duration(now - task.since)}"
 
 
