@@ -125,7 +125,8 @@ def test_document(outcome):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("bench-outcome")
-def test_tables(outcome):
+def test_tables(outcome, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     text = tables.bench_tables(outcome.document())
     for word in (
         "33x64x96",

@@ -1,5 +1,6 @@
 """The verbs as a user calls them: in a process of their own, in an empty folder, on good and on bad input."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,7 @@ from int8kit.cli import main
 from int8kit.database import store
 from int8kit.kernels.gemm import kernel_hash
 from int8kit.spec import GemmShape, Kernel, default_config
+from int8kit.tune import session, workers
 from int8kit.verify import process_pool
 from int8kit.verify.properties import pdl_probe
 
@@ -147,9 +150,7 @@ def test_verify_stamps_what_it_proved(workshop, tmp_path, monkeypatch, verb):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.json").write_text(text)
     shape = base.entries[0].shape
-    row = {"m": shape.m, "n": shape.n, "k": shape.k, "count": 1, "bias": False, "layers": ["a"], "int8": True}
-    case = {"height": 64, "width": 64, "batch": 1, "text_tokens": 1, "branch": "cond", "gemms": [row]}
-    (tmp_path / "s.json").write_text(json.dumps({"format": trace.FORMAT, "model": "m", "cases": [case]}))
+    shapes_file(tmp_path / "s.json", (shape.m, shape.n, shape.k))
     monkeypatch.setattr(process_pool, "run_all", lambda jobs, judge, **_: [judge(job, lambda _: None) for job in jobs])
     args = ("verify", "--gpu", "rtx3090", "--db", "p.json", "--shapes", "s.json", "--examples", "15")
     verb(*args, "--only", "batch")
@@ -363,6 +364,133 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capfd, args, words):
     written = {path for path in tmp_path.rglob("*") if path.is_file()} - set(before)
     assert written == set()
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def shapes_file(path, *shapes):
+    """A shapes file of one case."""
+    rows = [{**vars(GemmShape(*s)), "count": 1, "bias": False, "layers": ["a"], "int8": True} for s in shapes]
+    case = {"height": 64, "width": 64, "batch": 1, "text_tokens": 1, "branch": "cond", "gemms": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"format": trace.FORMAT, "model": "m", "cases": [case]}))
+    return path
+
+
+class Stopped(Exception):
+    """Raised in place of the work."""
+
+
+@pytest.fixture
+def tuned(monkeypatch, tmp_path):
+    """A folder and a function: the shapes and targets that a call of `tune` comes to."""
+    monkeypatch.chdir(tmp_path)
+
+    class Workers(contextlib.nullcontext):
+        def __enter__(self):
+            return self
+
+        def cards(self):
+            return []
+
+    def run(shapes, targets, pool, **_):
+        found.append((list(shapes), [(target.gpu.alias, target.path) for target in targets]))
+        raise Stopped
+
+    def call(*args):
+        with pytest.raises(Stopped):
+            main.main(["tune", *map(str, args)])
+        return found.pop()
+
+    found = []
+    monkeypatch.setattr(workers, "Workers", Workers)
+    monkeypatch.setattr(session, "run", run)
+    return call
+
+
+def test_tune_finds_the_shapes_that_were_traced_here(tuned, tmp_path, capfd):
+    """Those that `trace-shapes` wrote, else those of this folder, else the shipped ones."""
+    every, targets = tuned("--gpu", "RTX 3090")
+    assert len(every) == 48
+    assert targets == [("rtx3090", store.user_path("rtx3090"))]
+    shapes_file(tmp_path / "shapes" / "ideogram4.json", (1, 2, 3))
+    assert tuned("--gpu", "rtx3090")[0] == [GemmShape(1, 2, 3)]
+    shapes_file(tmp_path / "out" / "shapes" / "ideogram4.json", (4, 5, 6), (7, 8, 9))
+    capfd.readouterr()
+    assert tuned("--gpu", "rtx3090")[0] == [GemmShape(4, 5, 6), GemmShape(7, 8, 9)]
+    assert "tuning 2 shapes of out/shapes/ideogram4.json" in capfd.readouterr().err
+    assert tuned("--gpu", "rtx3090", "--shapes", "shapes/ideogram4.json")[0] == [GemmShape(1, 2, 3)]
+    assert tuned("--gpu", "rtx3090", "--limit", "1")[0] == [GemmShape(7, 8, 9)]
+
+
+def test_tune_takes_shapes_of_the_call_and_a_number_of_them(tuned):
+    shapes, targets = tuned("--gpu", "a100", "--gpu", "A100", "--shape", "1x2x3", "--shape", "4X5x6", "-o", "t.json")
+    assert shapes == [GemmShape(1, 2, 3), GemmShape(4, 5, 6)]
+    assert targets == [("a100", Path("t.json"))]
+    shapes, targets = tuned("--gpu", "a100", "--gpu", "h200", "--limit", "5")
+    assert len(shapes) == 5
+    assert targets == [(alias, store.user_path(alias)) for alias in ("a100", "h200")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
+def test_tune_without_a_gpu_starts_no_worker(monkeypatch, verb):
+    monkeypatch.setattr(workers, "Workers", None)  # which cannot be called
+    _, err = verb("tune", status=2)
+    assert "no GPU here to tune for; name one with --gpu: a100, h100" in err
+
+
+def test_the_defaults_overwrite_no_committed_file(tmp_path, monkeypatch, verb):
+    """In a clone: the commands of the quick start leave the folders that are under version control alone."""
+    monkeypatch.chdir(tmp_path)
+    committed = shapes_file(tmp_path / "shapes" / "tiny.json", (1, 2, 3))
+    before = committed.read_bytes()
+    verb("trace-shapes", "tiny", "--size", "64x64")
+    assert committed.read_bytes() == before
+    assert trace.read(tmp_path / "out" / "shapes" / "tiny.json")["model"] == "tiny"
+    out, _ = verb("trace-shapes", "tiny", "--size", "64x64", "-o", "-")
+    assert json.loads(out) == trace.read(tmp_path / "out" / "shapes" / "tiny.json")
+
+
+def test_a_mistake_is_reported_before_torch_is_imported():
+    """Every check that needs no torch comes first: a wrong option costs a fraction of a second."""
+    calls = (
+        "tune --gpu rtx9", "tune --gpu rtx3090 --shapes no.json", "tune --gpu rtx3090 -o .", "run --preset x",
+        "run --db no.json", "run -o .", "run --gpu x", "run --size 1x1", "trace-shapes --size 1x1", "trace-shapes x",
+        "trace-shapes -o .", "bench gemm --gpu x", "bench gemm --rounds 0", "db show --db no.json",
+        "db merge no.json --user", "db show --kernel x", "db explain 0 1 1", "db migrate no.json", "doctor --gpu x",
+    )  # fmt: skip
+    code = f"""
+import sys
+from int8kit.cli.main import main
+for call in {[call.split() for call in calls]}:
+    try:
+        main(call)
+    except SystemExit as ended:
+        assert ended.code == 2, call
+    heavy = {{"torch", "triton", "diffusers", "transformers", "distributed"}} & set(sys.modules)
+    assert not heavy, (call, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == len(calls)
+
+
+def test_the_root_help_lists_verbs_in_the_order_of_work(verb):
+    text, _ = verb("--help")
+    assert text == verb("-h")[0]
+    verbs = re.findall(r"^  ([a-z][a-z-]+)  +[A-Z]", text, re.MULTILINE)
+    order = ["doctor", "trace-shapes", "tune", "verify", "run", "compare", "bench", "db"]
+    assert verbs == [name for name in order if name in verbs]
+    assert {"doctor", "tune", "verify", "db"} <= set(verbs)
+    assert "..." not in text.replace("[ARGS]...", "")
+    assert text.index("Verbs:") < text.index("--install-completion")
+    for status in ("0 done", "1 the check failed", "2 usage error", "130 interrupted"):
+        assert status in text
+
+
+def test_completion_knows_the_verbs(monkeypatch, verb):
+    monkeypatch.setenv("_INT8KIT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "int8kit db sh")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    assert verb()[0].split() == ["show"]
 
 
 @pytest.mark.process

@@ -389,11 +389,23 @@ def _bench_shape(document: dict[str, Any], shape: dict[str, Any]) -> str:
              row["differs"] if exact else "-", row["timed_by"], row["note"])
         )  # fmt: skip
     ratios = [f"{name} is" for name in names]
-    head = ("contestant", "kind", "p20 us", "p50 us", "p80 us", "TOP/s", "of peak", *ratios, "differs", "by", "note")
+    head = (
+        "contestant",
+        "kind",
+        "p20 us",
+        "p50 us",
+        "p80 us",
+        "TOP/s",
+        "of int8 peak",
+        *ratios,
+        "differs",
+        "by",
+        "note",
+    )
     state = ""
     if gpu := shape["card"]:
         state = f", {gpu['sm_mhz']} MHz, {gpu['power_w']} W, {', '.join(gpu['throttle'] or ['not throttled'])}"
-    drop = ("by", "note", "p20 us", "p80 us", "of peak", "TOP/s")
+    drop = ("by", "note", "p20 us", "p80 us", "of int8 peak", "TOP/s")
     table = fit(rows, head, drop=drop, left="contestant,kind,note")
     title = f"{shape['m']}x{shape['n']}x{shape['k']}{state}"
     return f"{wrapped(title)}\n{table}"
