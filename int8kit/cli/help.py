@@ -1,4 +1,4 @@
-"""The help of the program: verbs in the order of work with whole sentences, shell completion in a group of its own."""
+"""The help of the program: verbs in the order of work with whole sentences, shell completion in a group."""
 
 from __future__ import annotations
 

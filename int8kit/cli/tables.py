@@ -17,7 +17,7 @@ from int8kit.database.database import Choice, Database
 from int8kit.database.schema import Entry
 from int8kit.toolchain import Toolchain
 
-if TYPE_CHECKING:  # a verb needs the packages of its own stage, not those of all
+if TYPE_CHECKING:  # a verb needs only the packages of its stage
     from int8kit.doctor import Finding
     from int8kit.runtime.generate import Outcome
     from int8kit.runtime.layer_errors import Branch

@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -208,6 +209,19 @@ def show(document: dict[str, Any], table: str, as_json: bool, output: Path | Non
         files.write_text(output, text + "\n")
         note(f"wrote {output}")
     print(text if as_json or output == STDOUT else table)
+
+
+@contextmanager
+def interrupt_deferred() -> Iterator[None]:
+    """Deliver Ctrl-C after the block. Processes that the block starts never see it: they would print tracebacks."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def quiet() -> None:

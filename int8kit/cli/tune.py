@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from int8kit.cli.options import Limit, Shape, Shapes, Sizes, need, parse_size
-from int8kit.cli.terminal import STDOUT, Force, Json, note, stages
+from int8kit.cli.terminal import STDOUT, Force, Json, interrupt_deferred, note, stages
 from int8kit.errors import CheckFailed, InputError
 
 
@@ -55,7 +55,7 @@ def tune(
     named = [gpus.read_spec(gpu_spec)] if gpu_spec else list(dict.fromkeys(map(gpus.get, gpu or ())))
     wanted, where = _wanted(shapes, size, shape, limit)
     if output is not None and len(named) > 1:
-        raise InputError(f"--output {output} and {len(named)} GPUs: each has a file of its own; leave out --output")
+        raise InputError(f"--output {output} and {len(named)} GPUs: each has another file; leave out --output")
     for one in named:  # a damaged or foreign database is refused before the work, not after it
         path = output or store.user_path(one.alias)
         if path != STDOUT:
@@ -102,15 +102,14 @@ def _tune(
     with workers.Workers(scheduler) as pool:
         with stages() as stage:
             step = stage("starting workers", 1)
-            present = pool.cards()
+            with interrupt_deferred():
+                present = pool.cards()
             step()
         listed = named or list(dict.fromkeys(present))
         if not listed:
             raise InputError(f"no worker of {scheduler} has a GPU to tune for; name one with --gpu")
         if output and len(listed) > 1:
-            raise InputError(
-                f"--output {output} and {len(listed)} GPUs: each has a file of its own; leave out --output"
-            )
+            raise InputError(f"--output {output} and {len(listed)} GPUs: each has another file; leave out --output")
         targets = session.plan(listed, present, output)
         for target in targets:
             note(_how(target.source, target.gpu.alias))
