@@ -1,6 +1,19 @@
-"""`python -m int8kit`: the command line."""
+"""`python -m int8kit`, and the entry point of the program `int8kit`: the command line."""
 
-from int8kit.cli.main import main
+import os
+import sys
+
+
+def main() -> None:
+    """Run the command line. An interrupt while it is imported ends the program without a traceback."""
+    try:
+        from int8kit.cli.main import main as run
+    except KeyboardInterrupt:
+        sys.stderr.write("int8kit: interrupted\n")
+        sys.stderr.flush()
+        os._exit(130)
+    run()
+
 
 if __name__ == "__main__":
     main()

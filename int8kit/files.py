@@ -1,13 +1,15 @@
-"""Files that int8kit writes: whole or not at all, and never over somebody else's.
+"""Files: written in one step or not at all, and never over a file that int8kit did not write.
 
-Every JSON file names its format in its first key, `{"format": "int8kit.shapes/1", ...}`; that is how a file is
-recognised as ours. `shipped("shapes")` and `shipped("tuning_db")` are the folders that come with the package: inside
-it when installed from a wheel, at the top of the checkout otherwise.
+Every JSON file names its format in its first key, `{"format": "int8kit.shapes/1", ...}`. The format identifies a file
+that int8kit wrote. Only regular files are read and written: a FIFO would block, and a device has no content to keep.
+`shipped("shapes")` and `shipped("tuning_db")` are the folders that come with the package. They are inside the package
+when it was installed from a wheel, and at the top of the checkout otherwise.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -22,7 +24,7 @@ from int8kit.errors import FileError
 
 
 def shipped(folder: str) -> Path:
-    """The folder `shapes` or `tuning_db` that this installation came with."""
+    """The folder `shapes` or `tuning_db` of this installation."""
     package = Path(__file__).parent
     inside = package / folder
     return inside if inside.is_dir() else package.parent / folder
@@ -31,14 +33,16 @@ def shipped(folder: str) -> Path:
 def read_json(path: Path, *formats: str, remedy: str) -> dict[str, Any]:
     """The document in `path`, whose "format" must be one of `formats`. Raises FileError with `remedy` otherwise.
 
-    A key that stands twice in one object, and a number that is not finite, are damage: other programs read something
-    else from such a file, or nothing.
+    A duplicate key in one object and a number that is not finite are damage, because other programs read such a file
+    differently or refuse it.
     """
+    if (kind := kind_of(path)) is not None:
+        raise FileError(f"cannot read {str(path)!r}: it is a {kind}; {remedy}")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise FileError(f"no file {str(path)!r}; {remedy}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a null character in the path, bytes that are no UTF-8
         raise FileError(f"cannot read {str(path)!r} ({_reason(error)}); {remedy}") from None
     try:
         document = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
@@ -47,7 +51,7 @@ def read_json(path: Path, *formats: str, remedy: str) -> dict[str, Any]:
     except _Ambiguous as error:
         raise FileError(f"damaged JSON in {str(path)!r} ({error}); {remedy}") from None
     except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
-        raise FileError(f"damaged JSON in {str(path)!r} (no sane document); {remedy}") from None
+        raise FileError(f"damaged JSON in {str(path)!r} (nested too deep, or a number too long); {remedy}") from None
     found = document.get("format") if isinstance(document, dict) else None
     if found not in formats:
         expected = " or ".join(map(repr, formats))
@@ -64,7 +68,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise _Ambiguous(f"the key {twice!r} stands twice in one object")
+        raise _Ambiguous(f"duplicate key {twice!r} in one object")
     return found
 
 
@@ -83,11 +87,32 @@ def is_ours(path: Path, *formats: str) -> bool:
     return True
 
 
+def kind_of(path: Path) -> str | None:
+    """Name of the kind of `path` where it is no regular file: folder, FIFO, device or socket; None otherwise."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # whoever opens it reports the reason
+        return None
+    if stat.S_ISREG(mode):
+        return None
+    return "folder" if stat.S_ISDIR(mode) else "FIFO" if stat.S_ISFIFO(mode) else _other_kind(mode)
+
+
+def _other_kind(mode: int) -> str:
+    return "socket" if stat.S_ISSOCK(mode) else "device"
+
+
 def check_target(path: Path, *, ours: Callable[[Path], bool], force: bool) -> None:
-    """Raise FileError unless `path` can be written, before any long work starts."""
-    if path.is_dir():
+    """Raise FileError unless `path` can be written. A verb calls this before any long work starts."""
+    if not path.name:  # "" and "." name the present folder
         raise FileError(f"cannot write {str(path)!r}: it is a folder; name a file")
-    if path.exists() and not force and not ours(path):
+    if (kind := kind_of(path)) is not None:
+        raise FileError(f"cannot write {str(path)!r}: it is a {kind}; name a file")
+    try:
+        exists = path.exists()
+    except (OSError, ValueError) as error:
+        raise _cannot_write(path, error) from None
+    if exists and not force and not ours(path):
         raise FileError(
             f"{str(path)!r} exists and was not written by int8kit, or is damaged; name another file, or use --force"
         )
@@ -98,24 +123,40 @@ def check_target(path: Path, *, ours: Callable[[Path], bool], force: bool) -> No
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".int8kit-"):
             pass
     except OSError as error:
-        raise FileError(f"cannot write {str(path)!r} ({_reason(error)}); name a file in a writable folder") from None
+        raise _cannot_write(path, error) from None
+
+
+def _cannot_write(path: Path, error: Exception) -> FileError:
+    """The error for a file that cannot be written. A full disk is no mistake of the call: exit status 1."""
+    full = isinstance(error, OSError) and error.errno in FULL
+    remedy = "free some space" if full else "name a file in a writable folder"
+    found = FileError(f"cannot write {str(path)!r} ({_reason(error)}); {remedy}")
+    found.exit_status = 1 if full else FileError.exit_status
+    return found
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _check_writable(path: Path) -> None:
-    """Raise FileError for a file that its owner made read-only: a replacement asks the folder alone."""
+    """Raise FileError for a read-only file. A replacement would ask only the folder's permission."""
     if path.exists() and not path.stat().st_mode & 0o222:
         raise FileError(f"cannot write {str(path)!r}: it is read-only; name another file, or chmod u+w it")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and vanishes when it does not.
+    """A temporary path beside `path`. It replaces `path` when the block ends, and is removed when the block raises.
 
-    A symbolic link stays one: the file that it names is replaced. A file keeps its mode and its owner.
+    A symbolic link stays a link: the file that it names is replaced. A file keeps its mode and its owner. Raises
+    FileError.
     """
     target = Path(os.path.realpath(path))
     _check_writable(target)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".int8kit-", suffix=target.suffix)
+    try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".int8kit-", suffix=target.suffix)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -129,20 +170,23 @@ def replacing(path: Path) -> Iterator[Path]:
             os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
     except OSError as error:
-        raise FileError(f"cannot write {str(path)!r} ({_reason(error)}); name a file in a writable folder") from error
+        raise _cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` in one step. Raises FileError."""
-    Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def dump_rows(document: dict[str, Any], rows: str) -> str:
-    """`document` as JSON with each item of its list `rows` on one line, so that a diff shows the items that changed."""
+    """`document` as JSON with each item of its list `rows` on one line. A diff then shows only the changed items."""
     head = {key: value for key, value in document.items() if key != rows}
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
     items = ",\n".join(f"    {json.dumps(item)}" for item in document[rows])
@@ -151,7 +195,7 @@ def dump_rows(document: dict[str, Any], rows: str) -> str:
 
 
 def lacks(error: Exception) -> str:
-    """What is wrong with a document, for people: the key that a KeyError missed, or the error's own words."""
+    """Reason why a document is damaged: the key that a KeyError missed, or the error's text."""
     return f"no {error}" if isinstance(error, KeyError) else str(error)
 
 

@@ -1,11 +1,10 @@
-"""What a card is: one record by alias, and which of them is in this machine.
+"""GPU records by alias, and the GPU of this machine.
 
-    >>> get("rtx3090").arch
+    >>> get("RTX 3090").arch
     86
 
-Figures are the vendors' data sheets (dense rates, boost clocks); `l2_gb_s` is 32 bytes a clock and slice, a lead for
-the model and not a promise. To add a card, add a record: nothing else names one. The one place that asks the driver
-anything is `present`.
+Figures are from the vendors' data sheets (dense rates, boost clocks). `l2_gb_s` is 32 bytes a clock and slice, an
+estimate for the cost model. To add a GPU, add a record: no other module names one. Only `present` asks the driver.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ SPEC_FORMAT = "int8kit.gpu/1"
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card's limits and rates."""
+    """Limits and rates of a GPU."""
 
     alias: str
     name: str  # as the driver spells it
@@ -42,12 +41,13 @@ class Gpu:
 
 def _ampere(alias: str, name: str, arch: int, sms: int, l2_mib: int, gib: int, dram: float, l2: float, clock: int,
             tops: float, tflops: float) -> Gpu:  # fmt: skip
-    """A card with the shared memory of GA102 and its successors: 100 KiB a multiprocessor, 1 KiB of it reserved."""
+    """A GPU with the shared memory of GA102 and its successors: 100 KiB a multiprocessor, 1 KiB of it reserved."""
     return Gpu(alias, name, arch, sms, 101376, 102400, 1536, l2_mib << 20, gib, dram, l2, clock, tops, tflops)
 
 
 def _datacenter(alias: str, name: str, arch: int, sms: int, kib: int, l2_mib: int, gib: int, dram: float, l2: float,
                 clock: int, tops: float, tflops: float) -> Gpu:  # fmt: skip
+    """A GPU with `kib` KiB of shared memory a multiprocessor, 1 KiB of it reserved."""
     return Gpu(alias, name, arch, sms, (kib - 1) << 10, kib << 10, 2048, l2_mib << 20, gib, dram, l2, clock, tops,
                tflops)  # fmt: skip
 
@@ -68,18 +68,33 @@ GPUS: dict[str, Gpu] = {
 }
 
 
-def get(alias: str) -> Gpu:
-    """The record of `alias`. Raises UnknownName with the list."""
-    try:
-        return GPUS[alias]
-    except KeyError:
-        raise UnknownName("card", alias, GPUS, "describe another in a file for `tune --gpu-spec`") from None
+def get(name: str) -> Gpu:
+    """The record of an alias or of a driver's name: "rtx3090", "RTX 3090", "NVIDIA GeForce RTX 3090".
+
+    Case, spaces and punctuation do not count. Raises UnknownName with the list of aliases.
+    """
+    wanted = _plain(name)
+    for gpu in GPUS.values():
+        if wanted in (_plain(gpu.alias), _plain(gpu.name)):
+            return gpu
+    raise UnknownName("GPU", name, GPUS, "describe another one in a file for `int8kit tune --gpu-spec`")
+
+
+def _plain(name: str) -> str:
+    """Letters and digits of a name without the vendor and the product line."""
+    text = re.sub("[^a-z0-9]", "", name.lower())
+    return text.removeprefix("nvidia").removeprefix("geforce")
+
+
+def resolve(name: str | None) -> Gpu:
+    """The named GPU; without a name the one of this machine; where there is none, the record of the RTX 3090."""
+    return get(name) if name is not None else present() or get("rtx3090")
 
 
 def read_spec(path: Path) -> Gpu:
-    """A card out of a JSON file: "format" and the fields of `Gpu`. Raises FileError.
+    """The GPU that a JSON file describes: "format" and the fields of `Gpu`. Raises FileError.
 
-    {"format": "int8kit.gpu/1", "alias": "mycard", "name": "NVIDIA ...", "arch": 86, "sms": 46, ...}
+    {"format": "int8kit.gpu/1", "alias": "mygpu", "name": "NVIDIA ...", "arch": 86, "sms": 46, ...}
     """
     row = files.read_json(path, SPEC_FORMAT, remedy=f"write {SPEC_FORMAT!r} and the fields of int8kit/gpus.py's Gpu")
     wanted = {field.name: field.type for field in fields(Gpu)}
@@ -87,18 +102,17 @@ def read_spec(path: Path) -> Gpu:
     if missing := sorted(set(wanted) - set(row)):
         raise FileError(f"{str(path)!r} lacks {', '.join(missing)}")
     if unknown := sorted(set(row) - set(wanted)):
-        raise FileError(f"{str(path)!r} has the unknown field {unknown[0]!r}; legal are {', '.join(wanted)}")
+        raise FileError(f"{str(path)!r} has the unknown field {unknown[0]!r}; expected {', '.join(wanted)}")
     for name, kind in wanted.items():
         value = row[name]
-        legal = isinstance(value, str) and value if kind == "str" else _is_rate(value, whole=kind == "int")
-        if not legal:
-            what = {"str": "a name", "int": "a whole number above 0", "float": "a number above 0"}[str(kind)]
-            raise FileError(f"{str(path)!r}: {name} = {value!r}; legal is {what}")
+        if not (isinstance(value, str) and value if kind == "str" else _is_rate(value, whole=kind == "int")):
+            expected = {"str": "a name", "int": "a whole number above 0", "float": "a number above 0"}[str(kind)]
+            raise FileError(f"{str(path)!r}: {name} = {value!r}; expected {expected}")
     gpu = Gpu(**row)
     if not re.fullmatch("[a-z0-9][a-z0-9_-]*", gpu.alias):  # it names a file
-        raise FileError(f"{str(path)!r}: alias {gpu.alias!r}; legal are small letters, digits, - and _")
+        raise FileError(f"{str(path)!r}: alias {gpu.alias!r}; expected small letters, digits, - and _")
     if gpu.arch < 80:
-        raise FileError(f"{str(path)!r}: arch {gpu.arch}; legal is 80 or more, 86 for sm_86")
+        raise FileError(f"{str(path)!r}: arch {gpu.arch}; expected 80 or more, such as 86 for sm_86")
     return gpu
 
 
@@ -107,13 +121,15 @@ def _is_rate(value: object, *, whole: bool) -> bool:
 
 
 def present() -> Gpu | None:
-    """The record of the current CUDA device, or None without one.
+    """The record of the current CUDA device; None without a device, or where torch cannot be imported.
 
-    A card that has no record gets one from what the driver tells, named after itself, with the rates of the most
-    similar known card scaled by multiprocessors.
+    A GPU without a record gets one from the driver's properties and under its own name. Its rates are those of the
+    most similar known GPU, scaled by multiprocessors.
     """
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError):  # an OSError: a shared library of torch is missing
+        return None
     if not torch.cuda.is_available():
         return None
     p = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -11,7 +11,7 @@ Ideogram 4 packs its tokens into one sequence `[pad | text | image]`. The condit
 `slots + (height / 16) * (width / 16)` tokens, the unconditional branch only the image tokens. The stock pipeline pads
 the text to 2048 slots; int8kit uses one slot per text token.
 
-diffusers and transformers are imported only by the functions that need them.
+torch, diffusers and transformers are imported only by the functions that need them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from int8kit.errors import FileError, InputError, UnknownName
+
+if TYPE_CHECKING:
+    import torch
 
 BRANCHES = ("cond", "uncond")
 PATCH = 16  # side of an image token in pixels: VAE factor 8, patches of 2 x 2
@@ -93,6 +94,8 @@ class Model:
 
 
 def _ideogram4_inputs(transformer: torch.nn.Module, case: Case) -> dict[str, Any]:
+    import torch
+
     slots, image = case.text_slots, case.image_tokens
     dtype = next(transformer.parameters()).dtype
     config: Any = transformer.config
@@ -123,6 +126,7 @@ def _ideogram4_inputs(transformer: torch.nn.Module, case: Case) -> dict[str, Any
 
 def _ideogram4(name: str, **config: Any) -> Model:
     def build() -> torch.nn.Module:
+        import torch
         from diffusers import Ideogram4Transformer2DModel
 
         with _default_dtype(torch.bfloat16):
@@ -154,7 +158,7 @@ def get(name: str) -> Model:
     if name in MODELS:
         return MODELS[name]
     folder = Path(name)
-    if folder.is_dir():
+    if name and folder.is_dir():
         return _from_folder(folder)
     raise UnknownName("model", name, MODELS, "or name a local folder that holds transformer/config.json")
 
@@ -177,6 +181,8 @@ def _from_folder(folder: Path) -> Model:
 
 @contextlib.contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    import torch
+
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -192,6 +198,7 @@ def tiny_pipeline(seed: int = 0) -> Any:
     are those of the full model. K = 416 of the text projection is not a multiple of any tile.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
     from diffusers import (
         AutoencoderKLFlux2,
         FlowMatchEulerDiscreteScheduler,

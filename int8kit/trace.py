@@ -22,28 +22,23 @@ at `scaled_dot_product_attention`, because its decomposition into products depen
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from int8kit import files, shapes_schema
-from int8kit.errors import FileError
 from int8kit.models import Case, Model
-from int8kit.shapes_schema import ShapesDocument, check
-from int8kit.spec import GemmShape
-
-FORMAT = shapes_schema.FORMAT
+from int8kit.shapes_file import int8_shapes as int8_shapes
+from int8kit.shapes_file import read as read
+from int8kit.shapes_file import write as write
+from int8kit.shapes_schema import FORMAT as FORMAT
 
 _ATEN = torch.ops.aten
 # Positions of the two factors among an operator's arguments.
@@ -237,45 +232,3 @@ def _case_document(model: Model, case: Case, recorder: Recorder) -> dict[str, An
         "gemms": gemms,
         "attention": attention,
     }
-
-
-def write(document: dict[str, Any], path: Path) -> None:
-    """Write a shapes document with one GEMM per line. Raises FileError."""
-    cases = []
-    for case in document["cases"]:
-        inner = files.dump_rows({**case, "attention": case["attention"], "gemms": case["gemms"]}, "gemms")
-        cases.append("\n".join("    " + line for line in inner.splitlines()))
-    head = files.dump_rows({**document, "cases": []}, "cases")
-    files.write_text(path, head.replace('"cases": []', '"cases": [\n' + ",\n".join(cases) + "\n  ]"))
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The shapes document in `path`. Raises FileError if it is damaged, ShapeError for an impossible GEMM."""
-    remedy = "make one with `int8kit trace-shapes`"
-    document = files.read_json(path, FORMAT, remedy=remedy)
-    try:
-        check(ShapesDocument.model_validate_json(json.dumps(document), strict=True))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise FileError(f"{str(path)!r} is damaged ({place}: {first['msg']}); {remedy}") from None
-    except ValueError as error:
-        raise FileError(f"{str(path)!r} is damaged ({error}); {remedy}") from None
-    return document
-
-
-def int8_shapes(document: dict[str, Any], size: tuple[int, int] | None = None) -> dict[GemmShape, int]:
-    """The shapes that `run` quantizes, with their FLOPs summed over the cases.
-
-    size: height and width in pixels; only cases of this size count. In documents of other tracers, without the "int8"
-    field, every product with M, N and K over 128 counts.
-    """
-    shapes: Counter[GemmShape] = Counter()
-    for case in document["cases"]:
-        if size is not None and (case["height"], case["width"]) != size:
-            continue
-        for gemm in case["gemms"]:
-            shape = GemmShape(gemm["m"], gemm["n"], gemm["k"])
-            if gemm.get("int8", min(shape.m, shape.n, shape.k) > 128):
-                shapes[shape] += shape.ops * gemm["count"]
-    return dict(shapes)

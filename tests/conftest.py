@@ -7,6 +7,7 @@ workers of pytest-xdist and the children of tests inherit them, so a kernel is c
 import atexit
 import functools
 import json
+import logging
 import os
 import random
 import shutil
@@ -101,8 +102,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(autouse=True)
 def _as_if_alone():
-    """What a test finds does not depend on those before it: no data of theirs, and the same random numbers."""
-    environment, path = dict(os.environ), list(sys.path)
+    """Isolate a test from the ones before it: no data of theirs, and the same random numbers."""
+    environment, path, handler = dict(os.environ), list(sys.path), logging.lastResort
     os.environ["XDG_DATA_HOME"] = str(SESSION / "data" / uuid.uuid4().hex)
     random.seed(0)
     np.random.seed(0)
@@ -110,6 +111,7 @@ def _as_if_alone():
     if gemm := sys.modules.get("int8kit.kernels.gemm"):
         gemm._notice.cache_clear()
     yield
+    logging.lastResort = handler  # a verb silences it
     sys.path[:] = path
     for name in os.environ.keys() - environment.keys() - {"PYTEST_CURRENT_TEST"}:  # a verb sets some
         del os.environ[name]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from int8kit import gpus, trace
+from int8kit import gpus, shapes_file, trace
 from int8kit.bench import contestants, gemm
 from int8kit.bench.contestants import Contestant
 from int8kit.cli import tables
@@ -125,7 +125,8 @@ def test_document(result):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("bench-result")
-def test_tables(result):
+def test_tables(result, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     text = tables.bench_tables(result.document())
     for word in (
         "33x64x96",
@@ -276,28 +277,28 @@ def test_poison(dtype):
 
 
 def test_shapes_to_measure():
-    assert gemm.parse_shape("1x2X3") == GemmShape(1, 2, 3)
+    assert shapes_file.parse_shape("1x2X3") == GemmShape(1, 2, 3)
     for text in ("1x2", "1x2x", "axbxc", "1x2x3x4", "-1x2x3", "1x2x" + "9" * 5000):
         with pytest.raises(InputError, match="expected MxNxK"):
-            gemm.parse_shape(text)
-    assert gemm.wanted(["4x5x6", "1x2x3"]) == [GemmShape(1, 2, 3), GemmShape(4, 5, 6)]
-    every = gemm.wanted(None)
+            shapes_file.parse_shape(text)
+    assert shapes_file.select(["4x5x6", "1x2x3"]) == [GemmShape(1, 2, 3), GemmShape(4, 5, 6)]
+    every = shapes_file.select(None)
     assert len(every) == 48
-    few = gemm.wanted(None, limit=8)
+    few = shapes_file.select(None, limit=8)
     assert len(few) == 8 == len(set(few))
     assert {(s.n, s.k) for s in few} == {(s.n, s.k) for s in every}  # every layer is there
     assert max(s.m for s in few) > 4 * min(s.m for s in few)
-    assert gemm.wanted(None, limit=1000) == every
+    assert shapes_file.select(None, limit=1000) == every
     with pytest.raises(InputError, match="limit 0"):
-        gemm.wanted(None, limit=0)
+        shapes_file.select(None, limit=0)
 
 
 def test_shapes_of_other_models():
-    shapes = gemm.wanted(None, OTHER_MODELS)
+    shapes = shapes_file.select(None, OTHER_MODELS)
     assert len(shapes) == 16
     document = trace.read(OTHER_MODELS)
     assert all(case["source"] for case in document["cases"])
-    assert not set(shapes) & set(gemm.wanted(None))
+    assert not set(shapes) & set(shapes_file.select(None))
 
 
 @pytest.mark.parametrize(

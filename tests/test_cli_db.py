@@ -87,9 +87,55 @@ def test_show(capfd):
     assert len(document["entries"]) == len(store.load(files.shipped("tuning_db") / "h200.json").entries)
 
 
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--shape", "4296x12288x4608"], lambda e: e.shape == SHAPE),
+        (
+            ["--shape", "4296X12288X4608", "--shape", "1x4608x4608"],
+            lambda e: e.shape in (SHAPE, GemmShape(1, 4608, 4608)),
+        ),
+        (["--kernel", "MMA-sync"], lambda e: e.config.kernel is Kernel.MMA_SYNC),
+        (["--kernel", "triton", "--kernel", "mma_sync"], lambda e: True),
+        (["--source", "measured"], lambda e: False),
+        (["--source", "proxy", "--shape", "1x4608x4608"], lambda e: e.shape == GemmShape(1, 4608, 4608)),
+        (["--unproven"], lambda e: not e.proofs(gemm.toolchain(), 86)),
+    ],
+    ids=str,
+)
+def test_show_filters(capfd, options, wanted):
+    every = store.load(SHIPPED).entries
+    document = json.loads(call(capfd, "db", "show", "--gpu", "RTX 3090", *options, "--json")[0])
+    found = [Entry.model_validate(row) for row in document["entries"]]
+    assert [e.identity for e in found] == [e.identity for e in every if wanted(e)]
+    out, _ = call(capfd, "db", "show", "--gpu", "rtx3090", *options)
+    assert f"{len(found)} entries of {len(every)} for NVIDIA GeForce RTX 3090" in out
+
+
+def test_show_counts_one_entry(home, capfd):
+    store.update(home / "a.json", RTX3090, [entry()])
+    assert "\n1 entry for NVIDIA GeForce RTX 3090, from a.json" in call(capfd, "db", "show", "--db", "a.json")[0]
+
+
+def test_results_go_to_a_file_or_to_stdout(home, capfd):
+    out, err = call(capfd, "db", "explain", 1, 2, 3, "--gpu", "a100", "-o", "e.json")
+    assert "->" in out
+    assert "wrote e.json" in err
+    text = (home / "e.json").read_text()
+    assert call(capfd, "db", "explain", 1, 2, 3, "--gpu", "a100", "-o", "-")[0] == text
+    assert call(capfd, "db", "explain", 1, 2, 3, "--gpu", "a100", "--json")[0] == text
+    merged = call(capfd, "db", "merge", SHIPPED, SHIPPED, "-o", "-")[0]
+    assert merged == store.load(SHIPPED).dumps()
+    call(capfd, "db", "schema", "-o", "s.json")
+    assert (home / "s.json").read_text() == call(capfd, "db", "schema")[0]
+    (home / "mine.json").write_text("{}")
+    call(capfd, "db", "schema", "-o", "mine.json", status=2)
+    assert (home / "mine.json").read_text() == "{}"
+
+
 def test_check(home, capfd):
     out, _ = call(capfd, "db", "check", status=1)
-    assert out.count("sound") == len(out.splitlines()) - 1 == len(list(SHIPPED.parent.glob("*.json"))) - 1
+    assert out.count("no problem") == len(out.splitlines()) - 1 == len(list(SHIPPED.parent.glob("*.json"))) - 1
     assert "rtx5090.json: 4096x128x4608" in out  # whose own code nobody has executed yet
     timed = {"p20_us": 88.0, "p80_us": 92.0, "measured_on": "NVIDIA H200", "policy": 3}
     store.update(home / "bad.json", RTX3090, [entry(time_us=90.0, default_us=80.0, **timed)])
@@ -142,9 +188,13 @@ def test_explain(capfd):
     out, _ = call(capfd, "db", "explain", 4296, 12288, 4608, "--gpu", "rtx3090", "--strict")
     assert "->  exact" in out
     assert f"proven: cross_arch on NVIDIA H200 (Triton {triton.__version__}" in out
+    assert out.count("->") == 1
     out, err = call(capfd, "db", "explain", 4000, 12288, 4608, "--gpu", "rtx3090", "--strict", status=1)
     assert "->  nearest-m" in out
-    assert "was not tuned for rtx3090, nearest-m serves; tune it with `int8kit tune --gpu rtx3090" in err
+    assert (
+        "was not tuned for rtx3090, nearest-m serves; tune it with `int8kit tune --gpu rtx3090 --shape 4000x12288x4608`"
+        in err
+    )
     document = json.loads(call(capfd, "db", "explain", 7, 100, 64, "--gpu", "h200", "--json")[0])
     assert (document["level"], document["proven"]) == ("default", False)
     assert document["levels"] == dict.fromkeys(("exact", "nearest-m", "nearest", "default"))
@@ -159,7 +209,7 @@ def test_the_published_schema_is_the_models(capfd):
 @pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.xdist_group("compilers")
-def test_carry_takes_what_compiles_as_well_here_and_says_what_does_not(tmp_path, capfd, compilers, monkeypatch):
+def test_migrate_copies_entries_that_need_no_more_resources(tmp_path, capfd, compilers, monkeypatch):
     """The entries' Triton is said to be of another generation than the one that is here."""
     monkeypatch.setattr(workers, "Workers", lambda: contextlib.nullcontext(compilers))
     other = "3.9.0" if generation(triton.__version__) == "3.6" else "3.6.0"
@@ -175,7 +225,7 @@ def test_carry_takes_what_compiles_as_well_here_and_says_what_does_not(tmp_path,
     ]
     path = tmp_path / "t.json"
     store.update(path, gpus.get("rtx3090"), entries)
-    command = ("db", "carry", path, "--json")
+    command = ("db", "migrate", path, "--json")
     left = json.loads(call(capfd, *command)[0])["left"]
     assert "blocks per multiprocessor" in left["2x64x64"]
     assert "has changed since" in left["3x64x64"]
@@ -184,7 +234,7 @@ def test_carry_takes_what_compiles_as_well_here_and_says_what_does_not(tmp_path,
     (new,) = [e for e in found if e.triton == triton.__version__]
     assert (new.shape.m, new.timed_with, new.time_us, new.verified) == (1, other, 9.0, None)
     assert 16 < new.resources.registers < 255
-    assert json.loads(call(capfd, *command)[0])["carried"] == 0
+    assert json.loads(call(capfd, *command)[0])["migrated"] == 0
     store.update(path, gpus.get("rtx3090"), [entries[0].model_copy(update={"time_us": 8.0})])  # tuned anew
-    assert json.loads(call(capfd, *command)[0])["carried"] == 1
+    assert json.loads(call(capfd, *command)[0])["migrated"] == 1
     assert [e.time_us for e in store.load(path).entries if e.triton == triton.__version__] == [8.0]

@@ -1,3 +1,6 @@
+import errno
+import os
+
 import pytest
 
 from int8kit import files
@@ -67,9 +70,9 @@ def test_written_files_have_ordinary_permissions(tmp_path):
         (b"\xff\xfe", "cannot read"),
         ("[" * 100_000, "damaged JSON"),
         ('{"a": ' + "1" * 5000 + "}", "damaged JSON"),
-        ('{"format": "ours/1", "a": 1, "a": 1}', "the key 'a' stands twice"),
-        ('{"format": "ours/1", "a": [{"b": 1, "c": {"d": 1, "e": 2, "d": 3}}]}', "the key 'd' stands twice"),
-        ('{"format": "other/1", "format": "ours/1"}', "the key 'format' stands twice"),
+        ('{"format": "ours/1", "a": 1, "a": 1}', "duplicate key 'a'"),
+        ('{"format": "ours/1", "a": [{"b": 1, "c": {"d": 1, "e": 2, "d": 3}}]}', "duplicate key 'd'"),
+        ('{"format": "other/1", "format": "ours/1"}', "duplicate key 'format'"),
         ('{"format": "ours/1", "a": NaN}', "the number NaN is not finite"),
         ('{"format": "ours/1", "a": [-Infinity]}', "the number -Infinity is not finite"),
         ('{"format": "ours/1", "a": 1e999}', "the number 1e999 is not finite"),
@@ -107,3 +110,34 @@ def test_target_is_checked_before_the_work(tmp_path):
 def test_rows_stand_on_lines_of_their_own():
     text = files.dump_rows({"format": "x", "rows": [{"a": 1}, {"a": 2}]}, "rows")
     assert text == '{\n  "format": "x",\n  "rows": [\n    {"a": 1},\n    {"a": 2}\n  ]\n}\n'
+
+
+def test_a_fifo_a_device_and_a_folder_are_no_files(tmp_path):
+    """A FIFO would block for ever, and a device has nothing to replace."""
+    os.mkfifo(tmp_path / "fifo")
+    for path, kind in ((tmp_path / "fifo", "FIFO"), (tmp_path, "folder"), (files.Path("/dev/null"), "device")):
+        with pytest.raises(FileError, match=f"cannot read .*it is a {kind}; make it so"):
+            files.read_json(path, "ours/1", remedy="make it so")
+        with pytest.raises(FileError, match=f"cannot write .*it is a {kind}; name a file"):
+            files.check_target(path, ours=lambda _: True, force=True)
+    with pytest.raises(FileError, match=r"it is a folder"):
+        files.check_target(files.Path(""), ours=lambda _: True, force=True)
+
+
+@pytest.mark.parametrize("name", ["\0.json", "x" * 300 + ".json"])
+def test_an_impossible_name_is_one_error(tmp_path, name):
+    with pytest.raises(FileError, match="cannot write"):
+        files.check_target(tmp_path / name, ours=lambda _: True, force=False)
+    with pytest.raises(FileError, match="cannot read"):
+        files.read_json(tmp_path / name, "ours/1", remedy="")
+
+
+def test_a_full_disk_is_no_mistake_of_the_call(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.Path, "write_text", full)
+    with pytest.raises(FileError, match=r"cannot write .*No space left on device\); free some space") as caught:
+        files.write_text(tmp_path / "a.json", "text")
+    assert caught.value.exit_status == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,5 @@
 import json
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -17,13 +18,41 @@ def test_every_record_is_sound():
     assert len(set(names)) == len(names)
 
 
-def test_unknown_card_lists_the_known():
-    with pytest.raises(UnknownName, match=r"unknown card 'rtx9'.*rtx3090.*--gpu-spec`"):
-        gpus.get("rtx9")
+@pytest.mark.parametrize(
+    "name", ["rtx3090", "RTX3090", "RTX 3090", "rtx-3090", "GeForce RTX 3090", "NVIDIA GeForce RTX 3090", " rtx_3090 "]
+)
+def test_a_name_is_found_without_regard_to_case_and_spaces(name):
+    assert gpus.get(name) == gpus.GPUS["rtx3090"]
+
+
+def test_every_gpu_is_found_by_its_drivers_name():
+    for gpu in gpus.GPUS.values():
+        assert gpus.get(gpu.name) == gpus.get(gpu.name.lower()) == gpu
+
+
+@pytest.mark.parametrize("name", ["rtx9", "", " ", "RTX 3090 Ti", "nvidia", "GeForce", "3090", "rtx\uff13090"])
+def test_an_unknown_gpu_lists_the_known(name):
+    with pytest.raises(UnknownName, match=rf"unknown GPU '{name}'.*rtx3090.*--gpu-spec`"):
+        gpus.get(name)
+
+
+def test_resolve_takes_the_name_then_the_present_gpu_then_the_rtx3090(monkeypatch):
+    monkeypatch.setattr(gpus, "present", lambda: gpus.GPUS["h200"])
+    assert gpus.resolve("a100").alias == "a100"
+    assert gpus.resolve(None).alias == "h200"
+    monkeypatch.setattr(gpus, "present", lambda: None)
+    assert gpus.resolve(None).alias == "rtx3090"
+    with pytest.raises(UnknownName):
+        gpus.resolve("")
+
+
+def test_without_torch_no_gpu_is_present(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert gpus.present() is None
 
 
 def test_present_matches_the_whole_name(monkeypatch):
-    """A 3090 Ti is not a 3090: identification by a part of the name has sent cards the wrong file elsewhere."""
+    """A 3090 Ti is not a 3090: a part of the name does not identify a GPU."""
 
     class Properties:
         name, major, minor, multi_processor_count = "NVIDIA GeForce RTX 3090 Ti", 8, 6, 84
@@ -33,40 +62,40 @@ def test_present_matches_the_whole_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
-    card = gpus.present()
-    assert card is not None
-    assert (card.alias, card.arch, card.sms) == ("nvidiageforcertx3090ti", 86, 84)
+    gpu = gpus.present()
+    assert gpu is not None
+    assert (gpu.alias, gpu.arch, gpu.sms) == ("nvidiageforcertx3090ti", 86, 84)
     Properties.name = "NVIDIA GeForce RTX 3090"
     assert gpus.present() == gpus.get("rtx3090")
-    assert replace(card, alias="x") != card
+    assert replace(gpu, alias="x") != gpu
 
 
-SPEC = {"format": gpus.SPEC_FORMAT, **asdict(replace(gpus.get("rtx3080"), alias="mycard", name="NVIDIA My Card"))}
+SPEC = {"format": gpus.SPEC_FORMAT, **asdict(replace(gpus.get("rtx3080"), alias="mygpu", name="NVIDIA My GPU"))}
 
 
-def test_a_card_out_of_a_file(tmp_path):
-    path = tmp_path / "card.json"
+def test_a_gpu_from_a_file(tmp_path):
+    path = tmp_path / "gpu.json"
     path.write_text(json.dumps(SPEC))
-    assert gpus.read_spec(path) == replace(gpus.get("rtx3080"), alias="mycard", name="NVIDIA My Card")
+    assert gpus.read_spec(path) == replace(gpus.get("rtx3080"), alias="mygpu", name="NVIDIA My GPU")
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"sms": 0}, r"sms = 0; legal is a whole number above 0"),
-        ({"sms": True}, r"sms = True; legal is a whole number"),
-        ({"sms": 68.5}, r"sms = 68.5; legal is a whole number"),
-        ({"int8_tops": "many"}, r"int8_tops = 'many'; legal is a number above 0"),
-        ({"name": ""}, r"name = ''; legal is a name"),
-        ({"alias": "../x"}, r"alias '\.\./x'; legal are small letters"),
-        ({"arch": 75}, r"arch 75; legal is 80 or more"),
-        ({"hbm": 1}, r"unknown field 'hbm'; legal are alias, name"),
-        ({"sms": None, "arch": None}, r"arch = None; legal is a whole number"),
+        ({"sms": 0}, r"sms = 0; expected a whole number above 0"),
+        ({"sms": True}, r"sms = True; expected a whole number"),
+        ({"sms": 68.5}, r"sms = 68.5; expected a whole number"),
+        ({"int8_tops": "many"}, r"int8_tops = 'many'; expected a number above 0"),
+        ({"name": ""}, r"name = ''; expected a name"),
+        ({"alias": "../x"}, r"alias '\.\./x'; expected small letters"),
+        ({"arch": 75}, r"arch 75; expected 80 or more"),
+        ({"hbm": 1}, r"unknown field 'hbm'; expected alias, name"),
+        ({"sms": None, "arch": None}, r"arch = None; expected a whole number"),
         ({"format": "x"}, r"has the format 'x'"),
     ],
 )
-def test_a_bad_card_file_is_one_clear_error(tmp_path, change, reason):
-    path = tmp_path / "card.json"
+def test_a_bad_gpu_file_is_one_clear_error(tmp_path, change, reason):
+    path = tmp_path / "gpu.json"
     path.write_text(json.dumps({**SPEC, **change}))
     with pytest.raises(FileError, match=reason):
         gpus.read_spec(path)
@@ -75,6 +104,6 @@ def test_a_bad_card_file_is_one_clear_error(tmp_path, change, reason):
         gpus.read_spec(path)
 
 
-def test_no_card(monkeypatch):
+def test_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpus.present() is None

@@ -1,5 +1,3 @@
-"""models.py: cases, inputs, the registry and the tiny pipeline."""
-
 import json
 
 import pytest
@@ -16,16 +14,16 @@ def test_sizes_are_multiples_of_16(height, width):
         Case(height, width)
 
 
-def test_text_slots_are_at_least_the_text_tokens():
+def test_slots_hold_the_text():
     assert Case(64, 64, text_tokens=5).text_slots == 5
     assert Case(64, 64, text_tokens=5, slots=9).text_slots == 9
     assert Case(64, 64, text_tokens=5, slots=9, branch="uncond").text_slots == 0
-    with pytest.raises(InputError, match="4 text slots: expected at least 5"):
+    with pytest.raises(InputError, match="4 text slots: expected 5"):
         Case(64, 64, text_tokens=5, slots=4)
 
 
-def test_inputs_equal_the_pipelines():
-    """Against diffusers' `_prepare_ids`, with and without padding."""
+def test_inputs_are_those_of_the_pipeline():
+    """Layout against diffusers' own `_prepare_ids`, padded and not."""
     from diffusers import Ideogram4Pipeline
 
     model = models.get("tiny")
@@ -59,7 +57,7 @@ def test_unknown_model():
         models.get("sdxl")
 
 
-def test_layers_that_stay_in_bf16():
+def test_what_stays_in_bf16():
     model = models.get("ideogram4")
     assert model.quantizes("layers.3.attention.to_q")
     assert model.quantizes("llm_cond_proj")
@@ -67,7 +65,7 @@ def test_layers_that_stay_in_bf16():
         assert not model.quantizes(name)
 
 
-def test_tiny_pipeline_is_reproducible_and_keeps_the_global_state():
+def test_tiny_pipeline_is_reproducible_and_leaves_no_trace():
     torch.manual_seed(5)
     before, dtype = torch.random.get_rng_state(), torch.get_default_dtype()
     first, second = models.tiny_pipeline(), models.tiny_pipeline()

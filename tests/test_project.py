@@ -24,9 +24,9 @@ TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 # A module imports modules of earlier layers and of its own layer.
 LAYERS = [
     {"errors"}, {"spec"}, {"canonical", "files", "fingerprint", "gpus", "lookup", "reference", "models", "toolchain"},
-    {"shapes_schema"}, {"kernels", "database"}, {"cost_model", "ops"},
+    {"shapes_schema"}, {"shapes_file"}, {"kernels", "database"}, {"cost_model", "ops"},
     {"layers", "peers", "timing"},
-    {"trace", "tune", "verify", "runtime"}, {"bench"}, {"cli"}, {"__main__"},
+    {"trace", "tune", "verify", "runtime"}, {"bench"}, {"doctor"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 
 

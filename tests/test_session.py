@@ -211,7 +211,7 @@ def test_each_target_has_its_own_file(tmp_path):
     results = session.tune(SHAPES[:2], targets, pool)
     assert [r.target.source for r in results] == [Source.PROXY, Source.MEASURED, Source.PROXY, Source.MODELLED]
     for result in results:
-        found = store.load(tmp_path / "tuning_db" / f"{result.target.gpu.alias}.json")
+        found = store.load(store.user_path(result.target.gpu.alias))
         assert len(found.entries) == 2
         assert {e.source for e in found.entries} == {result.target.source}
     assert {key[1] for key in pool.calls if key[0] == "compile"} == {86, 89, 90, 120}

@@ -128,7 +128,7 @@ def test_default_call_writes_the_shipped_file(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         main.main(["trace-shapes"])
     assert ended.value.code == 0
-    assert (tmp_path / "shapes" / "ideogram4.json").read_text() == SHIPPED.read_text()
+    assert (tmp_path / "out" / "shapes" / "ideogram4.json").read_text() == SHIPPED.read_text()
     assert "2048x2048 px" in capsys.readouterr().out
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from int8kit import gpus, peers
+from int8kit import gpus, peers, shapes_file
 from int8kit.bench import contestants, gemm
 from int8kit.bench.contestants import Contestant
 from int8kit.cli import tables
@@ -221,9 +221,9 @@ def bench(args: argparse.Namespace) -> gemm.BenchResult:
     note = partial(print, "bench_peers:", file=sys.stderr, flush=True)
     if args.dry_run:
         setting = gemm.Setting(args.rounds, device="cpu", copies=2, timer=timer)
-        todo = gemm.wanted(args.shape or (None if args.shapes else DRY_SHAPES), args.shapes, args.limit)
+        todo = shapes_file.select(args.shape or (None if args.shapes else DRY_SHAPES), args.shapes, args.limit)
         return gemm.measure_shapes(todo, listed, gpu, setting, on_shape=gemm.keeper(args.out, note))
-    todo = gemm.wanted(args.shape, args.shapes, args.limit)
+    todo = shapes_file.select(args.shape, args.shapes, args.limit)
     setting = gemm.Setting(args.rounds, args.graph, sample_us=round(args.sample_ms * 1000))
     return gemm.benchmark(todo, listed, setting, output=args.out, force=args.force, note=note)
 

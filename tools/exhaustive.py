@@ -29,10 +29,10 @@ from typing import Any
 from tabulate import tabulate
 
 from int8kit import files, gpus
-from int8kit.bench.gemm import wanted
 from int8kit.database import store
 from int8kit.database.database import Database
 from int8kit.errors import InputError, Int8kitError
+from int8kit.shapes_file import select
 from int8kit.spec import GemmShape, TileConfig, default_config
 from int8kit.timing import interleave
 from int8kit.timing.interleave import Times
@@ -153,7 +153,7 @@ def judge(
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The document of all shapes."""
-    shapes = wanted(args.shape or (None if args.shapes else SHAPES), args.shapes, args.limit)
+    shapes = select(args.shape or (None if args.shapes else SHAPES), args.shapes, args.limit)
     rows: list[dict[str, Any]] = []
     with workers.Workers() as pool, tempfile.TemporaryDirectory() as folder:
         present = pool.gpus()

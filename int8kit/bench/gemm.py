@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 
-from int8kit import __version__, files, trace
+from int8kit import __version__, files
 from int8kit.bench.contestants import Contestant
 from int8kit.errors import CheckFailed, InputError
 from int8kit.gpus import Gpu, present
@@ -117,47 +117,6 @@ class BenchResult:
             for row in shape["absent"]:
                 if (row["name"], row["kind"]) in own:
                     raise CheckFailed(f"{row['name']} ({row['kind']}) did not run on {where}: {row['reason']}")
-
-
-def parse_shape(text: str) -> GemmShape:
-    """MxNxK -> GemmShape. Raises InputError."""
-    parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdecimal() and len(part) < 11 for part in parts):
-        raise InputError(f"shape {text!r}: expected MxNxK, such as 4352x12288x4608")
-    return GemmShape(*map(int, parts))
-
-
-def wanted(texts: Iterable[str] | None, path: Path | None = None, limit: int | None = None) -> list[GemmShape]:
-    """The shapes given as MxNxK, else the int8 shapes of a shapes file; `limit` of them. Raises InputError.
-
-    path: the shapes file; default: Ideogram 4's, which int8kit ships.
-    """
-    path = path or files.shipped("shapes") / "ideogram4.json"
-    if limit is not None and limit < 1:
-        raise InputError(f"limit {limit}: expected 1 or more shapes")
-    given = [parse_shape(text) for text in texts or ()]
-    weights = dict.fromkeys(given, 1) or trace.int8_shapes(trace.read(path))
-    if not weights:
-        raise InputError(f"no int8 shape in {str(path)!r}; trace it with `int8kit trace-shapes`")
-    return sorted(weights) if limit is None else representative(weights, limit)
-
-
-def representative(weights: dict[GemmShape, int], limit: int) -> list[GemmShape]:
-    """`limit` of the shapes, sorted. Takes the layers in turn, the one with most FLOPs first.
-
-    weights: FLOPs by shape. Of each layer it takes the shape whose m is the furthest from the m already taken.
-    """
-    layers: dict[tuple[int, int], list[GemmShape]] = {}
-    for shape in sorted(weights, key=lambda s: (-weights[s], s)):
-        layers.setdefault((shape.n, shape.k), []).append(shape)
-    taken: list[GemmShape] = []
-    while len(taken) < min(limit, len(weights)):
-        for (n, k), remaining in layers.items():
-            if remaining and len(taken) < limit:
-                same = [s.m for s in taken if (s.n, s.k) == (n, k)]
-                far = [min((abs(math.log(s.m / m)) for m in same), default=0.0) for s in remaining]
-                taken.append(remaining.pop(far.index(max(far))))
-    return sorted(taken)
 
 
 def benchmark(

@@ -1,8 +1,14 @@
-"""Tables for people: what the verbs print on stdout."""
+"""Tables for people: the results that the verbs print on stdout, within the width of the terminal or 80 columns.
+
+A table that is too wide first moves a column of equal values below it, then leaves out the columns that matter least,
+and then breaks a column of text between words. The JSON document of a verb holds everything.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import shutil
+import textwrap
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
@@ -11,12 +17,110 @@ from int8kit.database.database import Choice, Database
 from int8kit.database.schema import Entry
 from int8kit.toolchain import Toolchain
 
-if TYPE_CHECKING:  # a verb needs the packages of its own stage, not those of all
+if TYPE_CHECKING:  # a verb needs only the packages of its stage
+    from int8kit.doctor import Finding
     from int8kit.runtime.generate import GeneratedImage
     from int8kit.runtime.layer_errors import Branch
     from int8kit.verify.compare_implementations import Column
     from int8kit.verify.mutation.campaign import Verdict
     from int8kit.verify.runner import Result
+
+
+LEAST_ROOM = 10  # characters of a column of text, and a quarter of the narrowest screen
+
+
+def screen_width() -> int:
+    """Width to print in: COLUMNS, else the terminal's, else 80."""
+    return max(shutil.get_terminal_size((80, 24)).columns, 40)
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """1 entry, 2 entries."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def wrapped(text: str) -> str:
+    """`text` within the width, broken between words."""
+    return "\n".join(_broken(line, screen_width()) for line in text.split("\n"))
+
+
+def _broken(text: str, width: int) -> str:
+    lines = textwrap.wrap(text, max(width, LEAST_ROOM), break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines) or text
+
+
+def fit(
+    rows: Iterable[Sequence[Any]], head: Sequence[str], *, drop: Sequence[str] = (), wrap: str = "", left: str = ""
+) -> str:
+    """A table within the width.
+
+    drop: columns to leave out where they do not fit, the least important first; wrap: the column of text to break
+    between words; left: columns to align left, by their names in one text, "*" for all.
+    """
+    table = _Table(list(head), [[str(cell) for cell in row] for row in rows], left)
+    width, constant, dropped = screen_width(), [], []
+    for name in drop:
+        if table.width > width and (value := table.constant(name)) is not None:
+            table.remove(name)
+            if value:
+                constant.append(f"{name}: {value}")
+    left_out = [name for name in drop if name in table.head]
+    while table.width > width:
+        if wrap and (table.can_wrap(wrap, width) or not left_out):
+            table.wrap(wrap, width)
+            break
+        if not left_out:
+            break
+        table.remove(left_out[0])
+        dropped.append(left_out.pop(0))
+    lines = [table.text()]
+    if constant:
+        lines.append(wrapped(f"the same in every row: {'; '.join(constant)}"))
+    if dropped:
+        lines.append(wrapped(f"with --json or in a wider terminal also: {', '.join(reversed(dropped))}"))
+    return "\n".join(lines)
+
+
+class _Table:
+    """Cells as text, while a table is made to fit."""
+
+    def __init__(self, head: list[str], rows: list[list[str]], left: str) -> None:
+        self.head, self.rows, self.left = head, rows, left
+
+    @property
+    def width(self) -> int:
+        return max(map(len, self.text().splitlines()), default=0)
+
+    def text(self) -> str:
+        aligned = ["left" if self.left == "*" or name in self.left.split(",") else "right" for name in self.head]
+        return tabulate(self.rows, self.head, disable_numparse=True, colalign=aligned if self.rows else None)
+
+    def constant(self, name: str) -> str | None:
+        """The value of a column whose rows are equal, where there are several rows."""
+        at = self.head.index(name)
+        values = {row[at] for row in self.rows}
+        return values.pop() if len(values) == 1 and len(self.rows) > 1 else None
+
+    def remove(self, name: str) -> None:
+        at = self.head.index(name)
+        for cells in (self.head, *self.rows):
+            del cells[at]
+
+    def room(self, name: str, width: int) -> int:
+        """Characters that a column may have so that the table fits."""
+        at = self.head.index(name)
+        widest = max((len(row[at]) for row in self.rows), default=0)
+        return max(widest, len(name)) - (self.width - width)
+
+    def can_wrap(self, name: str, width: int) -> bool:
+        """Whether every word of a column of text fits its room."""
+        at, room = self.head.index(name), self.room(name, width)
+        return room >= LEAST_ROOM and all(len(word) <= room for row in self.rows for word in (name, *row[at].split()))
+
+    def wrap(self, name: str, width: int) -> None:
+        at, room = self.head.index(name), self.room(name, width)
+        for row in self.rows:
+            row[at] = _broken(row[at], room)
 
 
 def shapes_table(document: dict[str, Any]) -> str:
@@ -31,10 +135,11 @@ def shapes_table(document: dict[str, Any]) -> str:
         head = ("M", "N", "K", "count", "bias", "runs in", "GFLOP", "share", "layers")
         title = (
             f"{case['width']}x{case['height']} px, batch {case['batch']}, {case['branch']}, "
-            f"{case['slots']} text slots, {case['tokens']} tokens: {case['gemm_flops'] / 1e12:.2f} TFLOP in GEMMs, "
-            f"{case['attention_flops'] / 1e12:.2f} in attention"
+            f"{count(case['slots'], 'text slot')}, {count(case['tokens'], 'token')}: "
+            f"{case['gemm_flops'] / 1e12:.4g} TFLOP in GEMMs, {case['attention_flops'] / 1e12:.4g} in attention"
         )
-        parts.append(f"{title}\n{tabulate(rows, head, disable_numparse=True, stralign='right')}")
+        table = fit(rows, head, drop=("GFLOP", "bias", "runs in", "count"), wrap="layers", left="layers")
+        parts.append(f"{wrapped(title)}\n{table}")
     return "\n\n".join(parts)
 
 
@@ -42,92 +147,119 @@ def _some(layers: list[str]) -> str:
     return layers[0] if len(layers) == 1 else f"{layers[0]} and {len(layers) - 1} more"
 
 
+def _ratio(other: float | None, own: float | None) -> str:
+    """How many times as fast as another one."""
+    return f"{other / own:.2f}x" if other and own else ""
+
+
 def tuning_table(entries: Iterable[Entry]) -> str:
-    """Entries of a tuning run: each shape's configuration, what it takes, and its time."""
-    rows, cards = [], set()
+    """Entries of a tuning run: each shape's configuration, its resources and its time."""
+    rows, gpus = [], set()
     for e in entries:
-        cards.add(e.measured_on or "the model: no card was timed")
+        gpus.add(e.measured_on or "the cost model; no GPU was timed")
         us = e.time_us or e.model_us or 0.0
         rows.append(
             (e.shape, e.config, e.source, e.tried, e.resources.registers, e.resources.shared_bytes // 1024,
-             f"{us:.0f}", f"{e.shape.ops / us / 1e6:.0f}" if us else "",
-             f"{e.default_us / e.time_us:.2f}x" if e.default_us and e.time_us else "",
-             f"{e.bf16_us / e.time_us:.2f}x" if e.bf16_us and e.time_us else "")
+             f"{us:.0f}", f"{e.shape.ops / us / 1e6:.0f}" if us else "", _ratio(e.default_us, e.time_us),
+             _ratio(e.bf16_us, e.time_us))
         )  # fmt: skip
     head = ["M x N x K", "tile", "source", "tried", "regs", "KiB", "us", "TOP/s", "vs default", "vs bf16"]
     while rows and not any(row[len(head) - 1] for row in rows):  # nothing was timed: no ratios to show
         head.pop()
-    table = tabulate([row[: len(head)] for row in rows], head, disable_numparse=True, stralign="right")
-    return f"{table}\ntimes by {', '.join(sorted(cards))}"
+    drop = [name for name in ("source", "tried", "regs", "KiB", "TOP/s", "vs bf16", "vs default") if name in head]
+    table = fit([row[: len(head)] for row in rows], head, drop=drop)
+    return f"{table}\n{wrapped('times by ' + ', '.join(sorted(gpus)))}"
 
 
 def database_table(database: Database, toolchain: Toolchain) -> str:
-    """Every entry of a database: where it is from, what it gained, and whether it is of the present kernels."""
-    rows = []
+    """Entries of a database: source, time, gain, and whether the present kernel and Triton prove them."""
+    rows, proofs = [], set()
     for e in database.entries:
         us = e.time_us or e.model_us
+        proven = proven_by(e, toolchain, database.gpu.arch)
+        proofs |= {proven} - {"no"}
         rows.append(
             (e.shape, e.config, e.source, f"{us:.0f}" if us else "", f"{e.shape.ops / us / 1e6:.0f}" if us else "",
-             f"{e.default_us / e.time_us:.2f}x" if e.default_us and e.time_us else "",
-             f"{e.bf16_us / e.time_us:.2f}x" if e.bf16_us and e.time_us else "",
-             e.triton, proven_by(e, toolchain, database.gpu.arch), "changed" if e.is_stale(toolchain) else "")
+             _ratio(e.default_us, e.time_us), _ratio(e.bf16_us, e.time_us), e.triton,
+             "no" if proven == "no" else "yes", "changed" if e.is_stale(toolchain) else "present")
         )  # fmt: skip
     head = ("M x N x K", "tile", "source", "us", "TOP/s", "vs default", "vs bf16", "Triton", "proven", "kernel")
-    return tabulate(rows, head, disable_numparse=True, stralign="right")
+    drop = ("kernel", "source", "Triton", "vs bf16", "vs default", "TOP/s", "us")
+    table = fit(rows, head, drop=drop)
+    return f"{table}\n{wrapped('proven: ' + '; '.join(sorted(proofs)))}" if proofs else table
 
 
 def proven_by(entry: Entry, toolchain: Toolchain, arch: int) -> str:
-    """What proves an entry as code of `arch`, such as "native on NVIDIA H200"; "no" without a proof."""
+    """The proofs of an entry as code of `arch`, such as "native on NVIDIA H200"; "no" without a proof."""
     proofs = dict.fromkeys(f"{s.executor} on {s.device}" for s in entry.proofs(toolchain, arch))
     return ", ".join(proofs) or "no"
 
 
 def levels_table(levels: Iterable[tuple[str, Choice | None, Entry | None]]) -> str:
-    """How a configuration is found, level by level; an arrow marks the one that serves."""
+    """The configuration that each level of the lookup finds; an arrow marks the one that serves."""
     rows, served = [], False
     for level, choice, entry in levels:
         if choice is None:
             rows.append(("", level, "", "no entry"))
         else:
-            why = choice.provenance if entry else "legal everywhere"
+            why = choice.provenance if entry else "runs on every GPU"
             rows.append(("" if served else "->", level, str(choice.config), why))
             served = True
-    return tabulate(rows, ("", "level", "tile", "why"), disable_numparse=True)
+    return fit(rows, ("", "level", "tile", "why"), wrap="why", left="*")
 
 
 def verify_table(results: Iterable[Result], markdown: bool = False) -> str:
-    """What each property came to."""
+    """The verdict on each property."""
 
     def verdict(r: Result) -> str:
         if r.failure:
             return "differs"
+        need = f"{r.skipped} {'needs' if r.skipped == 1 else 'need'} a GPU"
         if r.skipped:
-            return f"holds; {r.skipped} need a card" if r.examples else f"not run: {r.skipped} need a card"
+            return f"holds; {need}" if r.examples else f"not run: {need}"
         return "holds"
 
     rows = [(r.name, r.on, r.examples, verdict(r)) for r in results]
     head = ("property", "executed by", "examples", "verdict")
-    return tabulate(rows, head, tablefmt=_format(markdown), disable_numparse=True)
+    return _report(rows, head, markdown, drop=("executed by",), left="property,executed by,verdict")
 
 
 def implementations_table(columns: Iterable[Column], markdown: bool = False) -> str:
-    """Properties down, subjects across; below, why a property does not apply."""
+    """A row for each property and a column for each implementation; below, why a property does not apply."""
     columns = list(columns)
     reasons = []
     for c in columns:
         if why := dict.fromkeys(r.reason for r in c.results if r.reason):
-            reasons.append(f"n/a for {c.implementation}: {'; '.join(why)}")
+            reasons.append(wrapped(f"n/a for {c.implementation}: {'; '.join(why)}"))
 
     def cell(r: Result) -> str:
         return "n/a" if r.reason else "fails" if r.failure else f"holds ({r.examples})"
 
-    rows = [(results[0].name, *map(cell, results)) for results in zip(*(c.results for c in columns), strict=True)]
-    head = ("property", *(c.implementation for c in columns))
-    return "\n".join([tabulate(rows, head, tablefmt=_format(markdown), disable_numparse=True), "", *reasons])
+    names = [r.name for r in columns[0].results] if columns else []
+    groups = [columns] if markdown else _side_by_side(columns)
+    tables = []
+    for group in groups:
+        rows = [(name, *(cell(c.results[at]) for c in group)) for at, name in enumerate(names)]
+        tables.append(_report(rows, ("property", *(c.implementation for c in group)), markdown, left="*"))
+    return "\n".join(["\n\n".join(tables), "", *reasons])
+
+
+def _side_by_side(found: list[Column]) -> list[list[Column]]:
+    """Groups of columns that fit beside the names of the properties."""
+    groups: list[list[Column]] = [[]]
+    room = start = screen_width() - 24  # the longest name of a property
+    for column in found:
+        need = max(len(column.implementation), len("holds (1500)")) + 2
+        if groups[-1] and need > room:
+            groups.append([])
+            room = start
+        groups[-1].append(column)
+        room -= need
+    return groups
 
 
 def layers_table(branches: Iterable[Branch], markdown: bool = False, most: int = 12) -> str:
-    """Each branch's output, and its `most` worst layers: those most worth protecting."""
+    """Each branch's output, and the `most` layers with the largest errors."""
     parts = []
     for b in branches:
         rows = [
@@ -135,21 +267,28 @@ def layers_table(branches: Iterable[Branch], markdown: bool = False, most: int =
              f"{one.error.max_error:.2%}", f"{one.saturated:.3%}") for one in b.layers[:most]
         ]  # fmt: skip
         head = ("layer", "N x K", "SQNR dB", "cosine", "max error", "saturated")
-        table = tabulate(rows, head, tablefmt=_format(markdown), disable_numparse=True, stralign="right")
+        table = _report(rows, head, markdown, drop=("saturated", "cosine", "N x K"), left="layer")
         out = b.output
-        parts.append(
+        title = (
             f"{b.name}: output {out.sqnr_db:.1f} dB, cosine {out.cosine:.6f}, max error {out.max_error:.2%}; "
-            f"the {len(rows)} of {len(b.layers)} layers most worth protecting\n{table}"
+            f"the {len(rows)} of {count(len(b.layers), 'layer')} with the largest errors"
         )
+        parts.append(f"{wrapped(title)}\n{table}")
     return "\n\n".join(parts)
 
 
-def _format(markdown: bool) -> str:
-    return "pipe" if markdown else "simple"
+def _report(
+    rows: Sequence[Sequence[Any]], head: Sequence[str], markdown: bool, *, drop: Sequence[str] = (), wrap: str = "",
+    left: str = "",
+) -> str:  # fmt: skip
+    """A table within the width, or with every column in Markdown."""
+    if markdown:
+        return tabulate(rows, head, tablefmt="pipe", disable_numparse=True)
+    return fit(rows, head, drop=drop, wrap=wrap, left=left)
 
 
 def mutation_table(verdicts: Iterable[Verdict], score: dict[str, Any], markdown: bool = False) -> str:
-    """What became of each seeded fault; the score; and of survivors what was tried."""
+    """The verdict on each seeded fault, the score, and the examples that each survivor passed."""
 
     def verdict(v: Verdict) -> str:
         if v.ending == "killed":
@@ -160,11 +299,11 @@ def mutation_table(verdicts: Iterable[Verdict], score: dict[str, Any], markdown:
     for v in verdicts:
         rows.append((v.name, v.file, v.fault, verdict(v), f"{v.seconds:.1f}" if v.seconds else ""))
         if v.ending == "survived":
-            tried = ", ".join(f"{count} examples of {name}" for name, count in v.tried.items())
-            survivors.append(f"survived: {v.name} ({v.fault}); tried {tried}")
+            tried = ", ".join(f"{number} examples of {name}" for name, number in v.tried.items())
+            survivors.append(wrapped(f"survived: {v.name} ({v.fault}); tried {tried}"))
     head = ("mutant", "file", "fault", "verdict", "seconds")
-    aligned = ("left",) * 4 + ("right",)
-    table = tabulate(rows, head, tablefmt=_format(markdown), disable_numparse=True, colalign=aligned)
+    table = _report(rows, head, markdown, drop=("seconds", "file", "fault"), wrap="verdict",
+                    left="mutant,file,fault,verdict")  # fmt: skip
     share = f" ({score['score']:.0%})" if score["ran"] else ""
     idle = {"needs a GPU": "need a GPU", "not applicable": "not applicable here"}
     counts = [f"{score['killed']} of {score['ran']} killed{share}"]
@@ -172,17 +311,30 @@ def mutation_table(verdicts: Iterable[Verdict], score: dict[str, Any], markdown:
     return "\n".join([table, "", ", ".join(counts), *survivors])
 
 
+def doctor_table(findings: Iterable[Finding]) -> str:
+    """A line for each finding, and its remedy below it."""
+    findings = list(findings)
+    width = max(len(finding.name) for finding in findings)
+    lines = []
+    for one in findings:
+        for label, text in ((f"{one.status:6}  {one.name:{width}}", one.found), (" " * (width + 8), one.remedy)):
+            if text:
+                indent = f"{label}  " + ("-> " if text is one.remedy else "")
+                room = max(screen_width() - len(indent), 20)
+                first, *rest = _broken(text, room).split("\n")
+                lines += [indent + first, *(" " * len(indent) + line for line in rest)]
+    return "\n".join(lines)
+
+
 def run_tables(outcome: GeneratedImage) -> str:
-    """The configurations of an image and what it took."""
-    rows = [
-        (c.shape, count, c.config, c.level, "yes" if c.verified else "no", c.provenance) for c, count in outcome.choices
-    ]
-    head = ("M x N x K", "layers", "tile", "level", "verified", "from")
-    configs = tabulate(rows, head, disable_numparse=True)
+    """The configurations of an image, and the time and memory that it took."""
+    rows = [(c.shape, n, c.config, c.level, "yes" if c.verified else "no", c.provenance) for c, n in outcome.choices]
+    head = ("M x N x K", "layers", "tile", "level", "proven", "from")
+    configs = fit(rows, head, drop=("from",), wrap="from", left="tile,level,proven,from")
     took = [
         ("load", f"{outcome.load_s:.2f} s"),
         ("encode and quantize", f"{outcome.prepare_s:.2f} s"),
-        (f"{outcome.steps} steps", f"{outcome.denoise_s:.2f} s (median {outcome.step_ms:.0f} ms)"),
+        (count(outcome.steps, "step"), f"{outcome.denoise_s:.2f} s (median {outcome.step_ms:.0f} ms)"),
         ("decode", f"{outcome.decode_s:.2f} s"),
         ("peak memory", f"{outcome.peak_gib:.2f} GiB ({outcome.device})"),
     ]
@@ -199,23 +351,25 @@ def bench_tables(document: dict[str, Any]) -> str:
             key = row["name"], row["kind"], row["reason"]
             absent[key] = absent.get(key, 0) + 1
     if absent:
-        missing = [(*key, count) for key, count in absent.items()]
-        parts.append(
-            "did not run\n" + tabulate(missing, ("contestant", "kind", "reason", "shapes"), disable_numparse=True)
-        )
+        missing = [(name, kind, shapes, reason) for (name, kind, reason), shapes in absent.items()]
+        head = ("contestant", "kind", "shapes", "reason")
+        parts.append("did not run\n" + fit(missing, head, wrap="reason", left="contestant,kind,reason"))
     rows = [
         (s["of"], s["over"], s["kind"], s["shapes"], f"{s['geomean']:.3f}x", f"{s['min']:.3f}x", s["min_at"],
          f"{s['max']:.3f}x", s["max_at"], f"{s['faster']}/{s['ties']}/{s['slower']}", s["timed_differently"] or "")
         for s in document["summary"]
     ]  # fmt: skip
-    head = ("speed of", "over", "kind", "shapes", "geometric mean", "min", "at", "max", "at", "faster/tie/slower",
-            "timed otherwise")  # fmt: skip
-    parts.append(tabulate(rows, head, disable_numparse=True, stralign="right"))
+    names = ("speed of", "over", "kind", "shapes", "geometric mean", "min", "min at", "max", "max at", "win/tie/loss",
+             "timed otherwise")  # fmt: skip
+    drop = ("timed otherwise", "max at", "min at", "speed of", "kind", "shapes")
+    parts.append(fit(rows, names, drop=drop, left="speed of,over,kind"))
     health = f", {conditions['health_tflops']} bf16 TFLOP/s" if conditions["health_tflops"] else ""
     parts.append(
-        f"{conditions['gpu']}{health}, torch {conditions['torch']}, CUDA {conditions['cuda']}, driver "
-        f"{conditions['driver']}, Triton {conditions['triton']}; {conditions['rounds']} rounds\n"
-        f"{conditions['policy']}\n{conditions['timed_by']}; a tie: p20 to p80 overlap"
+        wrapped(
+            f"{conditions['gpu']}{health}, torch {conditions['torch']}, CUDA {conditions['cuda']}, driver "
+            f"{conditions['driver']}, Triton {conditions['triton']}; {conditions['rounds']} rounds\n"
+            f"{conditions['policy']}\n{conditions['timed_by']}; a tie: p20 to p80 overlap"
+        )
     )
     return "\n\n".join(parts)
 
@@ -234,10 +388,24 @@ def _bench_shape(document: dict[str, Any], shape: dict[str, Any]) -> str:
              *(f"{row['p50_us'] / own[n]['p50_us']:.3f}x" if n in own and own[n] is not row else "" for n in names),
              row["differs"] if exact else "-", row["timed_by"], row["note"])
         )  # fmt: skip
-    head = ("contestant", "kind", "p20 us", "p50 us", "p80 us", "TOP/s", "of int8 peak",
-            *(f"{name} is" for name in names), "differs", "timed by", "note")  # fmt: skip
-    aligned = ("left", "left", *["right"] * (len(head) - 3), "left")
-    card = shape["card"]
-    state = f", {card['sm_mhz']} MHz, {card['power_w']} W, {', '.join(card['throttle'] or ['free'])}" if card else ""
+    ratios = [f"{name} is" for name in names]
+    head = (
+        "contestant",
+        "kind",
+        "p20 us",
+        "p50 us",
+        "p80 us",
+        "TOP/s",
+        "of int8 peak",
+        *ratios,
+        "differs",
+        "by",
+        "note",
+    )
+    state = ""
+    if gpu := shape["card"]:
+        state = f", {gpu['sm_mhz']} MHz, {gpu['power_w']} W, {', '.join(gpu['throttle'] or ['not throttled'])}"
+    drop = ("by", "note", "p20 us", "p80 us", "of int8 peak", "TOP/s")
+    table = fit(rows, head, drop=drop, left="contestant,kind,note")
     title = f"{shape['m']}x{shape['n']}x{shape['k']}{state}"
-    return f"{title}\n{tabulate(rows, head, disable_numparse=True, colalign=aligned if rows else None)}"
+    return f"{wrapped(title)}\n{table}"

@@ -1,67 +1,256 @@
-"""What the verbs share: results on stdout, progress and notes on stderr, and options that several have."""
+"""Output of the verbs: the result goes to stdout, progress and notes go to stderr.
+
+Progress is a bar where stderr is a terminal. The bar leaves nothing behind. Elsewhere it is a line at most every 30 s,
+so that a log shows that the verb is alive.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
+import signal
+import sys
+import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from int8kit import files
+
+RESULT_FORMAT = "int8kit.result/1"
+EVERY_S = 30.0  # between two lines of progress
+STDOUT = Path("-")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite a file that int8kit did not write.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Also write the JSON document to this file; `-`: to stdout, without a table."),
+]
 
-_stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+@dataclass
+class _Task:
+    """One thing that is under way."""
+
+    description: str
+    total: float | None
+    since: float
+    completed: float = 0
+
+
+class LineProgress:
+    """Progress as lines: at most one every 30 s, "tuning 12 of 48, 3 min". It has the methods of a rich.Progress."""
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        """write: takes a line; clock: seconds."""
+        self._write, self._clock = write, clock
+        self._tasks: dict[int, _Task] = {}
+        self._last = clock()
+        self._lock = threading.Lock()
+
+    def add_task(self, description: str, total: float | None = None) -> int:
+        """Begin a task and return its number."""
+        with self._lock:
+            number = max(self._tasks, default=-1) + 1
+            self._tasks[number] = _Task(description, total, self._clock())
+        return number
+
+    def update(self, number: int, *, total: float | None = None, completed: float | None = None) -> None:
+        """Set a task's total or its finished steps."""
+        task = self._tasks[number]
+        task.total = task.total if total is None else total
+        task.completed = task.completed if completed is None else completed
+        self.look()
+
+    def advance(self, number: int, advance: float = 1) -> None:
+        """Add finished steps to a task."""
+        self._tasks[number].completed += advance
+        self.look()
+
+    def remove_task(self, number: int) -> None:
+        """End a task."""
+        with self._lock:
+            del self._tasks[number]
+
+    def look(self) -> None:
+        """Write a line if 30 s have passed since the last one."""
+        now = self._clock()
+        with self._lock:
+            if now - self._last < EVERY_S or not self._tasks:
+                return
+            self._last = now
+            line = "; ".join(_line(task, now) for task in self._tasks.values())
+        self._write(line)
+
+
+def _line(task: _Task, now: float) -> str:
+    count = ""
+    if task.total is None and task.completed:
+        count = f" {task.completed:g}"
+    elif task.total is not None and task.total > 1:
+        count = f" {task.completed:g} of {task.total:g}"
+    return f"{task.description}{count}, {duration(now - task.since)}"
+
+
+def duration(seconds: float) -> str:
+    """45 s, 3 min, 1 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = int(seconds // 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextmanager
-def progress(description: str) -> Iterator[tuple[Progress, Any]]:
-    """A bar on stderr, silent where stderr is no terminal. The task has no total until somebody sets one."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as bar:
-        yield bar, bar.add_task(description, total=None)
+def _lines() -> Iterator[LineProgress]:
+    """Lines of progress; a thread looks at the clock while a single step takes long."""
+    lines, ended = LineProgress(note), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(1):
+            lines.look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield lines
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    if not _is_terminal():
+        with _lines() as lines:
+            yield lines
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=_console(), transient=True) as bars:
+        yield bars
+
+
+@contextmanager
+def progress(description: str) -> Iterator[tuple[Any, Any]]:
+    """Progress of one task on stderr. The task has no total until somebody sets one."""
+    with _progress() as bars:
+        yield bars, bars.add_task(description, total=None)
 
 
 @contextmanager
 def stages() -> Iterator[Callable[[str, int], Callable[[], None]]]:
-    """Bars on stderr, one below the other: told a description and a total, it gives what is called after each step."""
-    with progress("") as (bar, task):
-        bar.remove_task(task)
+    """Progress of several tasks on stderr: called with a description and a total, it returns the step's callback."""
+    with _progress() as bars:
 
         def stage(description: str, total: int) -> Callable[[], None]:
-            one = bar.add_task(description, total=total)
-            left = iter(range(total, 0, -1))
+            task = bars.add_task(description, total=total)
+            left = total
 
             def step() -> None:
-                bar.advance(one)
-                if next(left, 1) == 1:
-                    bar.remove_task(one)
+                nonlocal left
+                left -= 1
+                bars.advance(task)
+                if left == 0:
+                    bars.remove_task(task)
 
             return step
 
         yield stage
 
 
-def quiet_libraries() -> None:
-    """Keep notes of the libraries that load models off stderr."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import diffusers
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    diffusers.logging.set_verbosity_error()
+_CONSOLES: list[Any] = []
 
 
-def show(document: dict[str, Any], table: str, as_json: bool) -> None:
-    print(json.dumps(document, indent=1, default=str) if as_json else table)
+def _console() -> Any:
+    """The console on stderr; rich is imported where a terminal is there to draw on."""
+    if not _CONSOLES:
+        from rich.console import Console
+
+        _CONSOLES.append(Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False))
+    return _CONSOLES[0]
 
 
 def note(text: str) -> None:
-    """One line on stderr."""
-    _stderr.print(f"int8kit: {text}")
+    """One line on stderr. A stderr that is closed or full ends no work."""
+    if sys.stderr is None:
+        return
+    with contextlib.suppress(OSError):
+        if _is_terminal():
+            _console().print(f"int8kit: {text}")  # above the bar
+        else:
+            print(f"int8kit: {text}", file=sys.stderr, flush=True)
+
+
+def check_output(output: Path | None, force: bool = False) -> None:
+    """Raise FileError unless a verb's JSON document can be written to `output`."""
+    if output is not None and output != STDOUT:
+        files.check_target(output, ours=lambda path: files.is_ours(path, RESULT_FORMAT), force=force)
+
+
+def show(document: dict[str, Any], table: str, as_json: bool, output: Path | None = None) -> None:
+    """Print a verb's result, as a table or as a JSON document, and write the document to `output`."""
+    text = json.dumps({"format": RESULT_FORMAT, **document}, indent=1, default=str)
+    if output is not None and output != STDOUT:
+        files.write_text(output, text + "\n")
+        note(f"wrote {output}")
+    print(text if as_json or output == STDOUT else table)
+
+
+@contextmanager
+def interrupt_deferred() -> Iterator[None]:
+    """Deliver Ctrl-C after the block. Processes that the block starts never see it: they would print tracebacks."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def quiet() -> None:
+    """Keep the warnings of other libraries off stderr, in this process and in its children.
+
+    A warning of int8kit's own becomes a note.
+    """
+
+    def showwarning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if category.__module__.startswith("int8kit"):
+            note(str(message))
+
+    warnings.showwarning = showwarning
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of children; a filter in their code still holds
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    logging.lastResort = logging.NullHandler()
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+
+
+def quiet_libraries() -> None:
+    """Import the libraries that load models, and keep their notes and bars off stderr."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        import diffusers
+        import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    diffusers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()

@@ -10,26 +10,26 @@ from __future__ import annotations
 import json
 import math
 import platform
-import resource
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
-from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from typing import TYPE_CHECKING, Any
 
 from int8kit import __version__, files, gpus, lookup
 from int8kit.database import store
 from int8kit.database.database import Choice
 from int8kit.errors import CheckFailed, InputError, UnknownName
-from int8kit.kernels import gemm
-from int8kit.models import Case
-from int8kit.runtime import ideogram4
-from int8kit.toolchain import Toolchain, require_supported
+from int8kit.models import TINY, Case
+from int8kit.toolchain import ANY_TOOLCHAIN, Toolchain
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from int8kit.runtime import ideogram4
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class Preset:
 
 
 PRESETS = {"quality": Preset(48, 0.0, 1.5, 3), "default": Preset(20, 0.0, 1.75, 2), "turbo": Preset(12, 0.5, 1.75, 1)}
+
+
+MAX_STEPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -87,37 +90,65 @@ class GeneratedImage:
     peak_gib: float  # GPU memory; on a CPU, memory of the process
 
 
-def generate(request: ImageRequest) -> GeneratedImage:
+def check(request: ImageRequest) -> int:
+    """The number of steps of a request. Raises UnknownName or InputError for a request that `generate` cannot serve.
+
+    Needs neither torch nor diffusers, so that a mistake is reported before they are imported.
+    """
+    if request.preset not in PRESETS:
+        raise UnknownName("preset", request.preset, PRESETS)
+    preset = PRESETS[request.preset]
+    steps = preset.steps if request.steps is None else request.steps
+    if not 1 <= steps <= MAX_STEPS:
+        raise InputError(f"{steps} steps: expected 1 to {MAX_STEPS}")
+    Case(request.height, request.width)
+    if request.guidance is not None and not math.isfinite(request.guidance):
+        raise InputError(f"guidance {request.guidance}: expected a finite number, such as 7")
+    if not -(2**63) <= request.seed < 2**64:
+        raise InputError(f"seed {request.seed}: expected a number of 64 bits, such as 0")
+    is_folder = bool(request.model) and Path(request.model).is_dir()
+    if "/" not in request.model and request.model != TINY and not is_folder:
+        raise UnknownName("model", request.model, [TINY], "or name a local folder in diffusers' layout, or a hub id")
+    return steps
+
+
+Stage = Callable[[str, int], Callable[[], None]]
+"""Progress: called with a description and a number of steps, it returns the function to call after each step."""
+
+
+def generate(request: ImageRequest, stage: Stage = lambda *_: lambda: None) -> GeneratedImage:
     """Generate an image.
 
     Raises UnknownName, InputError or FileError for a bad request before any long work, and CheckFailed if the request
     is strict and a configuration is not proven.
     """
-    require_supported()
-    if request.preset not in PRESETS:
-        raise UnknownName("preset", request.preset, PRESETS)
+    steps = check(request)
     preset = PRESETS[request.preset]
-    steps = preset.steps if request.steps is None else request.steps
-    if steps < 1:
-        raise InputError(f"{steps} steps: expected at least 1")
-    Case(request.height, request.width)
+    import torch
+
+    from int8kit.runtime import ideogram4
+
     present = gpus.present()
-    gpu = gpus.get(request.gpu) if request.gpu else present or gpus.get("rtx3090")
-    toolchain = gemm.toolchain()
+    gpu = gpus.resolve(request.gpu)
+    toolchain = _toolchain()
     database, paths = store.merged_view(gpu, toolchain, request.database)
     device = torch.device("cpu" if present is None else "cuda")
 
     start = time.perf_counter()
+    step = stage(f"loading {request.model}", 1)
     stock = ideogram4.load(request.model)
+    step()
     tokens = ideogram4.count_tokens(stock, request.prompt)
     case = Case(request.height, request.width, text_tokens=tokens)
     loaded = time.perf_counter()
+    step = stage("encoding the prompt, quantizing", 1)
     pipe, choices = ideogram4.prepare(stock, request.prompt, case, database, device, toolchain)
+    step()
     if request.strict:
         _require_proofs(choices, gpu, toolchain)
     prepared = time.perf_counter()
     guidance = preset.guidance(steps) if request.guidance is None else [request.guidance] * steps
-    image, ends = _denoise(pipe, request, preset, guidance, tokens)
+    image, ends = _denoise(pipe, request, preset, guidance, tokens, stage("denoising", steps))
     done = time.perf_counter()
     durations = sorted(b - a for a, b in zip([prepared, *ends], ends, strict=False))
     return GeneratedImage(
@@ -138,9 +169,16 @@ def generate(request: ImageRequest) -> GeneratedImage:
 
 
 def _denoise(
-    pipe: ideogram4.Int8Pipeline, request: ImageRequest, preset: Preset, guidance: list[float], tokens: int
+    pipe: ideogram4.Int8Pipeline,
+    request: ImageRequest,
+    preset: Preset,
+    guidance: list[float],
+    tokens: int,
+    progress: Callable[[], None],
 ) -> tuple[Image.Image, list[float]]:
-    """The image, and the time at the end of each step."""
+    """The image, and the time at the end of each step. progress is called after each step."""
+    import torch
+
     device = pipe.run_device
     ends: list[float] = []
 
@@ -148,9 +186,10 @@ def _denoise(
         if device.type == "cuda":
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
+        progress()
         return values
 
-    pipe.set_progress_bar_config(desc="denoising", unit="step")
+    pipe.set_progress_bar_config(disable=True)
     image = pipe(
         request.prompt,
         height=request.height,
@@ -186,6 +225,8 @@ def save(generated: GeneratedImage, path: Path) -> None:
     request = {k: v for k, v in asdict(generated.request).items() if k not in ("database", "strict") and v is not None}
     if Path(generated.request.model).is_dir():
         request["model"] = Path(generated.request.model).resolve().name  # images are published: no path in them
+    from PIL.PngImagePlugin import PngInfo
+
     info = PngInfo()
     info.add_text("int8kit", json.dumps({**request, "steps": generated.steps, "versions": versions()}))
     with files.replacing(path) as temporary:
@@ -194,6 +235,8 @@ def save(generated: GeneratedImage, path: Path) -> None:
 
 def is_ours(path: Path) -> bool:
     """True if `path` is a PNG that `save` wrote."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with Image.open(path) as image:
             return "int8kit" in image.info
@@ -210,7 +253,24 @@ def versions() -> dict[str, str]:
     }
 
 
+def _toolchain() -> Toolchain:
+    """The toolchain of this process. Without Triton, only the reference runs, on a CPU."""
+    try:
+        from int8kit.kernels import gemm
+    except ImportError:
+        return ANY_TOOLCHAIN
+    return gemm.toolchain()
+
+
 def _peak_bytes(device: torch.device) -> int:
+    """Peak memory of the GPU, or of this process on a CPU; 0 on Windows, which does not count it this way."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

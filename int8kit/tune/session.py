@@ -107,13 +107,13 @@ class TuningResult:
 def targets_of(gpus: Iterable[Gpu], present: Sequence[Gpu], path: Path | None = None) -> list[Target]:
     """A target for each of `gpus`, timed on one of the `present` GPUs where that is possible.
 
-    path: the database file, for a single GPU; None: ./tuning_db/<alias>.json.
+    path: the database file, for a single GPU; None: the user's own.
     """
     require_supported()
     targets = []
     for gpu in gpus:
         source, timed_on = search.source_of(gpu, present)
-        targets.append(Target(gpu, path or Path("tuning_db") / f"{gpu.alias}.json", source, timed_on))
+        targets.append(Target(gpu, path or store.user_path(gpu.alias), source, timed_on))
     return targets
 
 

@@ -1,0 +1,139 @@
+"""Shapes files: read, write, find, and select the shapes to tune, verify or time. `trace` explains the format.
+
+    select(["64x4608x4608"])                    [GemmShape(64, 4608, 4608)]
+    select(path=find(), limit=8)                8 of the INT8 shapes of the file that `trace-shapes` wrote
+
+This module imports neither torch nor triton, so a verb checks its shapes before it loads them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from int8kit import files
+from int8kit.errors import FileError, InputError
+from int8kit.shapes_schema import FORMAT, ShapesDocument, check
+from int8kit.spec import GemmShape
+
+TRACED = Path("out") / "shapes"
+"""Folder that `trace-shapes` writes to. `out` holds results, so no committed file is overwritten."""
+_REMEDY = "make one with `int8kit trace-shapes`"
+
+
+def traced(model: str) -> Path:
+    """The file that `trace-shapes` writes for a model by default."""
+    return TRACED / f"{model}.json"
+
+
+def find(model: str = "ideogram4") -> Path:
+    """The shapes file of a model: ./out/shapes, where `trace-shapes` writes, then ./shapes, then the shipped one."""
+    for path in (traced(model), Path("shapes") / f"{model}.json"):
+        if path.is_file():
+            return path
+    return files.shipped("shapes") / f"{model}.json"
+
+
+def write(document: dict[str, Any], path: Path) -> None:
+    """Write a shapes document with one GEMM per line. Raises FileError."""
+    files.write_text(path, dumps(document))
+
+
+def dumps(document: dict[str, Any]) -> str:
+    """The text of a shapes file, with one GEMM per line."""
+    cases = []
+    for case in document["cases"]:
+        inner = files.dump_rows({**case, "attention": case["attention"], "gemms": case["gemms"]}, "gemms")
+        cases.append("\n".join("    " + line for line in inner.splitlines()))
+    head = files.dump_rows({**document, "cases": []}, "cases")
+    return head.replace('"cases": []', '"cases": [\n' + ",\n".join(cases) + "\n  ]")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The shapes document in `path`. Raises FileError if it is damaged, ShapeError for an impossible GEMM."""
+    document = files.read_json(path, FORMAT, remedy=_REMEDY)
+    try:
+        check(ShapesDocument.model_validate_json(json.dumps(document), strict=True))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise FileError(f"{str(path)!r} is damaged ({place}: {first['msg']}); {_REMEDY}") from None
+    except ValueError as error:
+        raise FileError(f"{str(path)!r} is damaged ({error}); {_REMEDY}") from None
+    return document
+
+
+def int8_shapes(document: dict[str, Any], size: tuple[int, int] | None = None) -> dict[GemmShape, int]:
+    """The shapes that `run` quantizes, with their FLOPs summed over the cases.
+
+    size: height and width in pixels; only cases of this size count. In documents of other tracers, without the "int8"
+    field, every product with M, N and K over 128 counts.
+    """
+    shapes: Counter[GemmShape] = Counter()
+    for case in document["cases"]:
+        if size is not None and (case["height"], case["width"]) != size:
+            continue
+        for gemm in case["gemms"]:
+            shape = GemmShape(gemm["m"], gemm["n"], gemm["k"])
+            if gemm.get("int8", min(shape.m, shape.n, shape.k) > 128):
+                shapes[shape] += shape.ops * gemm["count"]
+    return dict(shapes)
+
+
+def parse_shape(text: str) -> GemmShape:
+    """MxNxK -> GemmShape. Raises InputError."""
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(part.isascii() and part.isdecimal() and len(part) < 11 for part in parts):
+        raise InputError(f"shape {text!r}: expected MxNxK, such as 4352x12288x4608")
+    return GemmShape(*map(int, parts))
+
+
+def select(
+    texts: Iterable[str] | None = None,
+    path: Path | None = None,
+    limit: int | None = None,
+    sizes: Sequence[tuple[int, int]] = (),
+) -> list[GemmShape]:
+    """The shapes given as MxNxK, else the INT8 shapes of a shapes file; `limit` of them, spread over them. Sorted.
+
+    path: the shapes file, None for `find()`; sizes: only the cases of these heights and widths. Raises InputError.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit {limit}: expected 1 or more shapes")
+    weights = dict.fromkeys((parse_shape(text) for text in texts or ()), 1)
+    if not weights:
+        weights = _of_file(path or find(), sizes)
+    return sorted(weights) if limit is None else representative(weights, limit)
+
+
+def _of_file(path: Path, sizes: Sequence[tuple[int, int] | None]) -> dict[GemmShape, int]:
+    document = read(path)
+    weights: Counter[GemmShape] = Counter()
+    for size in sizes or [None]:
+        found = int8_shapes(document, size)
+        if not found:
+            where = f" of {size[1]}x{size[0]} px" if size else ""
+            raise InputError(f"no INT8 shape{where} in {str(path)!r}; trace it with `int8kit trace-shapes`")
+        weights.update(found)
+    return dict(weights)
+
+
+def representative(weights: dict[GemmShape, int], limit: int) -> list[GemmShape]:
+    """`limit` of the shapes, sorted: layers in turn by their FLOPs, and of each the m furthest from those taken."""
+    layers: dict[tuple[int, int], list[GemmShape]] = {}
+    for shape in sorted(weights, key=lambda s: (-weights[s], s)):
+        layers.setdefault((shape.n, shape.k), []).append(shape)
+    taken: list[GemmShape] = []
+    while len(taken) < min(limit, len(weights)):
+        for (n, k), left in layers.items():
+            if left and len(taken) < limit:
+                same = [s.m for s in taken if (s.n, s.k) == (n, k)]
+                far = [min((abs(math.log(s.m / m)) for m in same), default=0.0) for s in left]
+                taken.append(left.pop(far.index(max(far))))
+    return sorted(taken)
