@@ -126,7 +126,7 @@ def examples():
 
 MARKS = {"run": ["slow"], "trace-shapes": ["slow"], "tune": ["slow", "process"]}
 """By verb. In test_cli.py's group a second tuner finds kernels of the first."""
-ELSEWHERE = {"int8kit verify --gpu rtx3090": "test_cli.py"}
+ELSEWHERE = {"int8kit verify --gpu rtx3090": "test_cli.py", "int8kit doctor": "test_doctor.py"}
 """Run as they stand by tests that look at more than the exit status."""
 
 

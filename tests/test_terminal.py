@@ -159,9 +159,14 @@ def test_an_interrupt_waits_for_the_start_of_children():
     """A child inherits the mask, and Ctrl-C reaches this process after the block."""
     reached = []
     code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))"
-    with pytest.raises(KeyboardInterrupt), terminal.interrupt_deferred():
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        reached.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+
+    def start():
+        with terminal.interrupt_deferred():
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            reached.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
     assert reached == ["True\n"]
 
 
