@@ -12,6 +12,7 @@ def main() -> None:
         sys.stderr.write("int8kit: interrupted\n")
         sys.stderr.flush()
         os._exit(130)
+    sys.unraisablehook = lambda _: None  # what a library's destructors raise when a connection fails
     run()
 
 

@@ -285,6 +285,7 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("tune", "--gpu", "rtx3090", "--shape", "1x2"), ["'1x2'", "expected MxNxK", "`int8kit tune --help`"]),
         (("tune", "--gpu", "rtx3090", "--shape", "1x2x3", "--size", "8x8"), ["--shape 1x2x3 and --size 8x8"]),
         (("tune", "--gpu", "rtx3090", "--shape", "1x2x3", "--shapes", "s"), ["--shape 1x2x3 and --shapes s"]),
+        (("tune", "--gpu", "rtx3090", "--scheduler", "nowhere"), ["scheduler 'nowhere'", "tcp://host:8786"]),
         (("tune", "--gpu", "rtx3090", "--limit", "0"), ["limit 0", "1 or more"]),
         (("tune", "--gpu", "rtx3090", "--gpu", "a100", "-o", "x.json"), ["--output x.json and 2 GPUs"]),
         (("tune", "--gpu", "rtx3090", "-o", "mine.json"), ["was not written by int8kit", "--force"]),
@@ -306,6 +307,7 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("run", "--guidance", "nan"), ["guidance nan"]),
         (("run", "-o", "-"), ["--output -", "name a PNG file"]),
         (("run", "--model", ""), ["unknown model ''"]),
+        (("run", "--model", "folder"), ["'folder'", "no model_index.json"]),
         (("run", "--gpu", ""), ["unknown GPU ''"]),
         (("doctor", "--gpu", "rtx9"), ["unknown GPU 'rtx9'"]),
         (("doctor", "-o", "mine.json"), ["was not written by int8kit"]),
@@ -347,6 +349,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capfd, args, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.json").write_text('{"mine": 1}')
     os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
     (tmp_path / "half.json").write_text('{"format": "int8kit.shapes/1", "cas')
     deep = {"m": 64, "n": 64, "k": 131072, "count": 1, "bias": False, "layers": ["a"]}
     case = {"height": 64, "width": 64, "batch": 1, "text_tokens": 1, "branch": "cond", "gemms": [deep]}

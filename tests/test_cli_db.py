@@ -101,7 +101,7 @@ def test_show(capfd):
         (["--source", "proxy", "--shape", "1x4608x4608"], lambda e: e.shape == GemmShape(1, 4608, 4608)),
         (["--unproven"], lambda e: not e.proofs(gemm.toolchain(), 86)),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_show_filters(capfd, options, wanted):
     every = store.load(SHIPPED).entries

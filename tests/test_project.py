@@ -153,6 +153,75 @@ def test_every_module_has_a_docstring():
         assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
+<<<<<<< HEAD
+=======
+def test_documents_name_files_that_exist():
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (ROOT / target).exists(), f"{document.name} -> {target}"
+        for path in re.findall(r"`((?:int8kit|tests|tools|docs|shapes|tuning_db)/[\w./*-]+)`", document.read_text()):
+            assert list(ROOT.glob(path)), f"{document.name} names {path}"
+
+
+def console(document):
+    """The int8kit commands in a document's console blocks, with their continuation lines joined."""
+    blocks = re.findall(r"```(?:console|sh|bash)\n(.*?)```", document.read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [
+        line.removeprefix("$ ").split("  #")[0].strip() for line in lines if "int8kit " in line and "pip" not in line
+    ]
+
+
+def examples():
+    yield from ((doc.name, command) for doc in DOCUMENTS for command in console(doc))
+    for module in (PACKAGE / "cli").glob("*.py"):
+        for command in re.findall(r"^ +Example: (.+)$", module.read_text(), re.MULTILINE):
+            yield module.name, command.strip()
+
+
+MARKS = {"run": ["slow"], "trace-shapes": ["slow"], "tune": ["slow", "process"]}
+"""By verb. In test_cli.py's group a second tuner finds kernels of the first."""
+ELSEWHERE = {"int8kit verify --gpu rtx3090": "test_cli.py", "int8kit doctor": "test_doctor.py"}
+"""Run as they stand by tests that look at more than the exit status."""
+
+
+def documented():
+    for command, where in {command: where for where, command in examples() if command not in ELSEWHERE}.items():
+        marks = [getattr(pytest.mark, name) for name in MARKS.get(command.split()[1], ())]
+        yield pytest.param(command, where, marks=[*marks, pytest.mark.xdist_group("workshop")] if marks else [])
+
+
+def test_commands_that_other_tests_run_are_there():
+    assert set(ELSEWHERE) <= {command for _, command in examples()}
+    for command, name in ELSEWHERE.items():
+        assert f'"{command}"' in (Path(__file__).parent / name).read_text()
+
+
+@pytest.mark.parametrize(("command", "where"), list(documented()))
+def test_commands_of_the_documents_run(command, where, tmp_path, monkeypatch, verb):
+    """Each printed command as it stands, in an empty folder; those that need a real card or real weights parse only."""
+    program, *args = shlex.split(command)
+    assert program == "int8kit", f"{where}: {command}"
+    card = "bench" in args or ("tune" in args and "--gpu" not in args)
+    needs = card or "ideogram-ai/" in command
+    if "tuning_db/" in command:
+        shutil.copytree(files.shipped("tuning_db"), tmp_path / "tuning_db")
+    if needs:
+        args = [*itertools.takewhile(lambda word: word[0].isalpha(), args), "--help"]
+    monkeypatch.chdir(tmp_path)
+    out, _ = verb(*args)
+    if args[0] in ("tune", "trace-shapes", "run") and not needs:
+        assert "wrote" in out
+
+
+def test_make_targets_of_the_readme_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"^make ([a-z-]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert named
+    assert named <= targets
+
+
+>>>>>>> wC
 @pytest.mark.process
 def test_wheel_holds_the_shipped_files(tmp_path):
     """A wheel built from this tree finds its shapes and databases outside the checkout."""

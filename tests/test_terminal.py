@@ -160,13 +160,13 @@ def test_an_interrupt_waits_for_the_start_of_children():
     reached = []
     code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))"
 
-    def work():
+    def start():
         with terminal.interrupt_deferred():
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             reached.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
 
     with pytest.raises(KeyboardInterrupt):
-        work()
+        start()
     assert reached == ["True\n"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,6 +53,8 @@ def tune(
 
     if gpu and gpu_spec:
         raise InputError(f"--gpu {', '.join(gpu)} and --gpu-spec {gpu_spec}: expected one of them")
+    if scheduler is not None and not re.fullmatch(r"\w+://[^/\s]+:\d{1,5}", scheduler):
+        raise InputError(f"scheduler {scheduler!r}: expected the address of a dask scheduler, such as tcp://host:8786")
     named = [gpus.read_spec(gpu_spec)] if gpu_spec else list(dict.fromkeys(map(gpus.get, gpu or ())))
     wanted, where = _wanted(shapes, size, shape, limit)
     if output is not None and len(named) > 1:

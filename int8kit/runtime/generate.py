@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from int8kit import __version__, files, gpus, lookup
 from int8kit.database import store
 from int8kit.database.database import Choice
-from int8kit.errors import CheckFailed, InputError, UnknownName
+from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
 from int8kit.models import TINY, Case
 from int8kit.toolchain import ANY_TOOLCHAIN, Toolchain
 
@@ -107,6 +107,10 @@ def check(request: ImageRequest) -> int:
     if not -(2**63) <= request.seed < 2**64:
         raise InputError(f"seed {request.seed}: expected a number of 64 bits, such as 0")
     is_folder = bool(request.model) and Path(request.model).is_dir()
+    if is_folder and not (Path(request.model) / "model_index.json").is_file():
+        raise FileError(
+            f"cannot load {request.model!r}: it holds no model_index.json; expected a folder in diffusers' layout"
+        )
     if "/" not in request.model and request.model != TINY and not is_folder:
         raise UnknownName("model", request.model, [TINY], "or name a local folder in diffusers' layout, or a hub id")
     return steps
