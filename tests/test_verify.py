@@ -1,7 +1,9 @@
 """verify/: broken kernels must be caught with a small example, and sound kernels must pass."""
 
 import contextlib
+import multiprocessing
 import os
+import subprocess
 import sys
 import time
 
@@ -252,6 +254,25 @@ def test_process_pool_ends_its_children_if_a_callback_raises():
 def _wait(_, report):
     report(os.getpid())
     time.sleep(60)
+
+
+def _report_for_ever(_, report):
+    while True:
+        with contextlib.suppress(Exception):  # as a property does with the exceptions of a kernel
+            report(0)
+
+
+@pytest.mark.process
+def test_child_exits_if_its_parent_is_gone():
+    ours, theirs = multiprocessing.Pipe()
+    with theirs:
+        command = [*process_pool.COMMAND, str(theirs.fileno())]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        child = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
+    with ours:
+        ours.send((_report_for_ever, None))
+        assert ours.recv() == ("report", 0)
+    assert child.wait(timeout=60) == 1
 
 
 def _raises(run, report):

@@ -193,6 +193,13 @@ class _Child:
 
 def serve(pipe: Connection) -> None:
     """Run the calls that arrive on `pipe` until the parent closes it: the whole life of a child."""
+
+    def report(value: Any) -> None:
+        try:
+            pipe.send(("report", value))
+        except OSError:  # the parent is gone; a property would take an exception for a failure of the kernel
+            os._exit(1)
+
     while True:
         try:
             text = pipe.recv_bytes()
@@ -200,7 +207,7 @@ def serve(pipe: Connection) -> None:
             return
         try:
             function, argument = pickle.loads(text)
-            message = "done", function(argument, lambda value: pipe.send(("report", value)))
+            message = "done", function(argument, report)
         except Exception as error:
             message = "raised", f"{type(error).__name__}: {error}"
         pipe.send(message)
