@@ -116,11 +116,7 @@ class Entry(_Row):
     default_us: Microseconds | None = None  # default_config in the same rounds
     bf16_us: Microseconds | None = None  # torch's bf16 matmul in the same rounds
     measured_on: str | None = None  # the GPU that was timed
-<<<<<<< HEAD
     timed_with: TritonVersion | None = None  # Triton whose code was timed, if not `triton`: after `db migrate`
-=======
-    timed_with: TritonVersion | None = None  # the Triton whose code was timed, if not `triton`'s: `db migrate`
->>>>>>> wC
     gpu_state: GpuState | None = None
     policy: int | None = None  # how times were taken: a key of the header's policies
     runners_up: tuple[RunnerUp, ...] | None = None  # fastest first
