@@ -239,7 +239,7 @@ def test_weight_copies_exceed_twice_the_l2():
     weight = 64 * 96
     assert [weight_copies(SHAPE, l2) for l2 in (weight // 2, weight // 2 + 1, weight, 10_000)] == [1, 3, 3, 5]
     assert weight_copies(GemmShape(1, 16, 16), H200.l2_bytes) == COPIES_MAX
-    traced = [*gemm.wanted(None), *gemm.wanted(None, FEW_ROWS), *gemm.wanted(None, OTHER_MODELS)]
+    traced = [*shapes_file.select(None), *shapes_file.select(None, FEW_ROWS), *shapes_file.select(None, OTHER_MODELS)]
     for gpu in gpus.GPUS.values():
         assert max(weight_copies(shape, gpu.l2_bytes) for shape in traced) < COPIES_MAX
 

@@ -62,10 +62,6 @@ def examples():
             yield module.name, command.strip()
 
 
-NOT_YET = ("int8kit doctor", "int8kit verify mutate", "int8kit verify libraries", "int8kit compare")
-"""Commands of the documents that the command line is about to get. Each has to fail, until it leaves this list."""
-
-
 def parses(command):
     """Raise a usage error for a command that the verb's parser refuses."""
     program, *words = shlex.split(command)
@@ -79,8 +75,7 @@ def parses(command):
 
 def printed():
     for command, where in {command: where for where, command in examples()}.items():
-        mark = pytest.mark.xfail(strict=True, reason="take it out of NOT_YET") if command.startswith(NOT_YET) else ()
-        yield pytest.param(command, where, marks=mark)
+        yield pytest.param(command, where)
 
 
 @pytest.mark.parametrize(("command", "where"), list(printed()))
@@ -96,12 +91,12 @@ def only_parses(command):
     """Whether a command needs a GPU, real weights or minutes, or does not exist yet."""
     words = command.split()
     gpu = "bench" in words or ("tune" in words and "--gpu" not in words)
-    return gpu or "ideogram-ai/" in command or command.startswith(NOT_YET + MINUTES)
+    return gpu or "ideogram-ai/" in command or command.startswith(MINUTES)
 
 
 MARKS = {"run": ["slow"], "trace-shapes": ["slow"], "tune": ["slow", "process"]}
 """Marks by verb. In the group of test_cli.py a second tuner finds compiled kernels of the first."""
-ELSEWHERE = {"int8kit verify --gpu rtx3090": "test_cli.py"}
+ELSEWHERE = {"int8kit verify --gpu rtx3090": "test_cli.py", "int8kit doctor": "test_doctor.py"}
 """Commands that another test module runs as they stand, and checks further."""
 
 

@@ -79,7 +79,7 @@ def test_compare(capfd):
         main.main(["compare", "tiny", "--markdown"])
     assert end.value.code == 0
     out, _ = capfd.readouterr()
-    assert out.count("layers most worth protecting") == 2
+    assert out.count("with the largest errors") == 2
     assert "|" in out
     with pytest.raises(SystemExit) as end:
         main.main(["compare", "tiny", "--inputs", "x.pt"])

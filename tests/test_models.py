@@ -18,7 +18,7 @@ def test_slots_hold_the_text():
     assert Case(64, 64, text_tokens=5).text_slots == 5
     assert Case(64, 64, text_tokens=5, slots=9).text_slots == 9
     assert Case(64, 64, text_tokens=5, slots=9, branch="uncond").text_slots == 0
-    with pytest.raises(InputError, match="4 text slots: expected 5"):
+    with pytest.raises(InputError, match="4 text slots: expected at least 5"):
         Case(64, 64, text_tokens=5, slots=4)
 
 

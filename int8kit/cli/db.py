@@ -156,7 +156,7 @@ def explain(
     choice, entry = next((choice, entry) for _, choice, entry in levels if choice is not None)
     document = {
         "gpu": base.gpu.alias, "files": list(map(str, paths)), "m": m, "n": n, "k": k, "level": choice.level,
-        "config": vars(choice.config), "why": choice.why, "proven": choice.verified,
+        "config": vars(choice.config), "why": choice.provenance, "proven": choice.verified,
         "levels": {level: one and one.model_dump(mode="json", exclude_none=True) for level, _, one in levels},
     }  # fmt: skip
     proofs = "not proven"

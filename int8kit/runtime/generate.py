@@ -23,7 +23,7 @@ from int8kit.database import store
 from int8kit.database.database import Choice
 from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
 from int8kit.models import TINY, Case
-from int8kit.toolchain import ANY_TOOLCHAIN, Toolchain
+from int8kit.toolchain import ANY_TOOLCHAIN, Toolchain, require_supported
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +95,7 @@ def check(request: ImageRequest) -> int:
 
     Needs neither torch nor diffusers, so that a mistake is reported before they are imported.
     """
+    require_supported()
     if request.preset not in PRESETS:
         raise UnknownName("preset", request.preset, PRESETS)
     preset = PRESETS[request.preset]
