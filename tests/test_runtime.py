@@ -213,8 +213,8 @@ def test_a_local_folder(tmp_path):
         ({"model": "nobody/nothing"}, FileError, "cannot load 'nobody/nothing'"),
         ({"preset": "best"}, UnknownName, "unknown preset 'best'; known: default, quality, turbo"),
         ({"steps": 0}, InputError, "0 steps"),
-        ({"width": 100}, InputError, "width 100: legal is a positive multiple of 16"),
-        ({"gpu": "rtx1"}, UnknownName, "unknown card"),
+        ({"width": 100}, InputError, "width 100: expected a positive multiple of 16"),
+        ({"gpu": "rtx1"}, UnknownName, "unknown GPU"),
         ({"prompt": "x" * 3000}, InputError, "the prompt has 30[0-9]+ tokens; legal is up to 2048; shorten it"),
     ],
 )
