@@ -29,7 +29,8 @@ from int8kit import __version__, files, gpus, shapes_file
 from int8kit.database import store
 from int8kit.errors import Int8kitError
 from int8kit.gpus import Gpu
-from int8kit.toolchain import ANY_TOOLCHAIN, OLDEST, Toolchain, release
+from int8kit.kernels import present_toolchain
+from int8kit.toolchain import ANY_TOOLCHAIN, OLDEST, release
 
 GIB = 2**30
 DISK_GIB = 5  # Triton's cache and the results of a tuning run
@@ -223,7 +224,7 @@ def _fault(requirement: Requirement) -> str | None:
 
 def _databases(name: str | None) -> Iterator[Finding]:
     """Which database serves which share of the shipped shapes, by the level of the lookup, and what is unproven."""
-    toolchain = _toolchain()
+    toolchain = present_toolchain()[0]
     try:
         gpu = gpus.resolve(name)
         database, paths = store.merged_view(gpu, toolchain)
@@ -248,15 +249,6 @@ def _databases(name: str | None) -> Iterator[Finding]:
         yield Finding("proofs", "note", text, f"run `int8kit verify --gpu {gpu.alias}` on a GPU")
     else:
         yield Finding("proofs", "ok", f"all {len(choices)} configurations, under Triton {toolchain.triton}")
-
-
-def _toolchain() -> Toolchain:
-    try:
-        from int8kit.kernels import gemm
-
-        return gemm.toolchain()
-    except Exception:  # reported by the lines of torch and Triton
-        return ANY_TOOLCHAIN
 
 
 def _label(path: Path, gpu: Gpu) -> str:

@@ -117,12 +117,12 @@ def check_target(path: Path, *, ours: Callable[[Path], bool], force: bool) -> No
             f"{str(path)!r} exists and was not written by int8kit, or is damaged; name another file, or use --force"
         )
     _check_writable(path)
-    folder = Path(os.path.realpath(path)).parent
     try:
+        folder = Path(os.path.realpath(path)).parent
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".int8kit-"):
             pass
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a null character in the path
         raise _cannot_write(path, error) from None
 
 

@@ -16,10 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from int8kit import files, trace
+from int8kit import __main__, files, trace
 from int8kit.bench import gemm
 from int8kit.cli import main
 from int8kit.database import store
+from int8kit.database.schema import FORMAT
 from int8kit.kernels.gemm import kernel_hash
 from int8kit.spec import GemmShape, Kernel, default_config
 from int8kit.tune import session, workers
@@ -47,6 +48,7 @@ def int8kit(*args, cwd, status=0, **env):
 @pytest.mark.process
 def test_trace_shapes(tmp_path, monkeypatch, verb):
     done = int8kit("trace-shapes", "ideogram4", "--size", "1024x768", "--batch", "2", "--json", cwd=tmp_path)
+    assert done.stderr == ""  # no warning of another library
     document = json.loads(done.stdout)
     assert document == trace.read(tmp_path / "out" / "shapes" / "ideogram4.json")
     assert [(c["height"], c["width"], c["batch"], c["branch"]) for c in document["cases"]] == [
@@ -103,7 +105,12 @@ def test_ctrl_c_keeps_what_is_done(walk):
     assert "interrupted; finished work is kept" in ended.stderr
     assert "run the same command again" in ended.stderr
     assert ended.compiled > 0
+<<<<<<< HEAD
     assert f"resuming an interrupted run: {ended.compiled} kernels compiled" in again.stderr
+=======
+    assert f"going on where a run was ended: {ended.compiled} kernels compiled" in again.stderr
+    assert all(line.startswith("int8kit: ") for line in (ended.stderr + again.stderr).splitlines())
+>>>>>>> wC
     assert len(store.load(walk.folder / "t.json").entries) == len(TUNED)
 
 
@@ -127,6 +134,7 @@ def test_tune_reports_its_source(walk):
 def test_run(workshop, monkeypatch, verb):
     done = int8kit("run", "--size", "64x48", "--steps", "2", "--gpu", "rtx3090", "--db", "t.json", cwd=workshop)
     assert "wrote out/image.png" in done.stdout
+    assert all(line.startswith("int8kit: ") for line in done.stderr.splitlines()), done.stderr
     assert "peak memory" in done.stdout
     with Image.open(workshop / "out" / "image.png") as image:
         image.load()
@@ -136,7 +144,11 @@ def test_run(workshop, monkeypatch, verb):
     report = json.loads(out)
     assert report["configurations"]
     assert report["step_ms"] > 0
+<<<<<<< HEAD
     assert all(line.startswith("int8kit: ") for line in err.splitlines())  # no bar of another library
+=======
+    assert all(line.startswith("int8kit: ") for line in err.splitlines())  # no bar, no warning of another library
+>>>>>>> wC
 
 
 @of_the_workshop
@@ -391,7 +403,7 @@ def tuned(monkeypatch, tmp_path):
         def __enter__(self):
             return self
 
-        def cards(self):
+        def gpus(self):
             return []
 
     def run(shapes, targets, pool, **_):
@@ -431,6 +443,37 @@ def test_tune_takes_shapes_of_the_call_and_a_number_of_them(tuned):
     shapes, targets = tuned("--gpu", "a100", "--gpu", "h200", "--limit", "5")
     assert len(shapes) == 5
     assert targets == [(alias, store.user_path(alias)) for alias in ("a100", "h200")]
+
+
+def test_tune_writes_the_database_to_stdout(tuned, monkeypatch, verb):
+    """`-o -`: the database of the run alone, and no file of the user's."""
+    base = store.load(files.shipped("tuning_db") / "rtx3090.json")
+
+    def run(shapes, targets, pool, **_):
+        store.update(targets[0].path, targets[0].gpu, base.entries[:1])
+        return []
+
+    monkeypatch.setattr(session, "run", run)
+    out, _ = verb("tune", "--gpu", "rtx3090", "--shape", "1x2x3", "-o", "-")
+    document = json.loads(out)
+    assert document["format"] == FORMAT
+    assert len(document["entries"]) == 1
+    assert not store.user_path("rtx3090").exists()
+
+
+def test_an_interrupt_during_the_import_is_one_line(monkeypatch, capfd):
+    class Interrupted:
+        def find_spec(self, name, path=None, target=None):
+            if name == "int8kit.cli.main":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "int8kit.cli.main")
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 130
+    assert capfd.readouterr() == ("", "int8kit: interrupted\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")

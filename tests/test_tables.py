@@ -106,7 +106,7 @@ def test_verdicts_fit():
     result = SimpleNamespace(name="residual_norm_quantize", on="interpreter on the CPU as sm_86 code of a long name",
                              examples=150, failure=None, skipped=1, reason=None)  # fmt: skip
     assert_fits(tables.verify_table([result]), "residual_norm_quantize", "holds; 1 needs a GPU")
-    found = [SimpleNamespace(subject=f"a.package.{n}:function", results=[result]) for n in range(5)]
+    found = [SimpleNamespace(implementation=f"a.package.{n}:function", results=[result]) for n in range(5)]
     assert_fits(tables.implementations_table(found), *(one.implementation for one in found))
     verdict = SimpleNamespace(name="a-mutant", file="int8kit/kernels/gemm_mma_sync.py", fault="a fault " * 9,
                               ending="needs a GPU", evidence="", how="", by="", seconds=1.0, tried={})  # fmt: skip

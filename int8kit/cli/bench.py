@@ -9,11 +9,14 @@ from typing import Annotated
 
 import typer
 
+from int8kit.cli.help import Group
 from int8kit.cli.options import Db, Limit, Shape, Shapes, need
 from int8kit.cli.terminal import STDOUT, Force, Json, note, stages
 from int8kit.errors import InputError
 
-app = typer.Typer(rich_markup_mode=None, help="Time int8kit's kernels beside those of other libraries, in one run.")
+app = typer.Typer(
+    cls=Group, rich_markup_mode=None, help="Time int8kit's kernels beside those of other libraries, in one run."
+)
 
 
 @app.callback(invoke_without_command=True)
@@ -34,7 +37,9 @@ def bench_gemm(
     arch: Annotated[
         str | None, typer.Option(help="Also time the code of this architecture, such as sm86, on this GPU.")
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Time only int8kit and this contestant. Repeatable.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Time only int8kit and this contestant. Repeatable.")
+    ] = None,
     inductor: Annotated[
         bool, typer.Option(help="Also time torch.compile with max-autotune. It compiles for minutes a shape.")
     ] = False,

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from int8kit.cli import db_write
+from int8kit.cli.help import Group
 from int8kit.cli.options import Db, present_toolchain, serving
 from int8kit.cli.terminal import STDOUT, Force, Json, Output, check_output, show
 from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
 
-app = typer.Typer(rich_markup_mode=None, help="Inspect, check, merge and explain tuning databases.")
+app = typer.Typer(cls=Group, rich_markup_mode=None, help="Inspect, check, merge and explain tuning databases.")
 Gpu = Annotated[str | None, typer.Option("--gpu", help="The GPU. Default: the present one, else rtx3090.")]
 
 
@@ -36,11 +37,12 @@ def show_(
         typer.Option("--shape", metavar="MxNxK", help="Only entries of this shape. Repeatable."),
     ] = None,
     kernel: Annotated[
-        list[str] | None, typer.Option(help="Only entries of this kernel: triton, mma_sync or wgmma. Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only entries of this kernel: triton, mma_sync or wgmma. Repeatable."),
     ] = None,
     source: Annotated[
         list[str] | None,
-        typer.Option(help="Only entries of this source: measured, proxy or modelled. Repeatable."),
+        typer.Option(metavar="NAME", help="Only entries of this source: measured, proxy or modelled. Repeatable."),
     ] = None,
     unproven: Annotated[
         bool, typer.Option("--unproven", help="Only entries that nothing proves under the installed Triton.")

@@ -1,4 +1,4 @@
-"""The help of the program: verbs in the order of work with whole sentences, shell completion in a group."""
+"""Help texts: verbs in the order of work and in whole sentences, shell completion in a group."""
 
 from __future__ import annotations
 
@@ -10,8 +10,22 @@ ORDER = ("doctor", "trace-shapes", "tune", "verify", "run", "compare", "bench", 
 _COMPLETION = ("--install-completion", "--show-completion")
 
 
-class Root(TyperGroup):
+class Group(TyperGroup):
+    """A group of commands, each listed with its whole first sentence."""
+
+    title = "Commands"
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Each command with its first sentence."""
+        found = [(name, self.commands[name]) for name in self.list_commands(ctx)]
+        with formatter.section(self.title):
+            formatter.write_dl([(name, one.get_short_help_str(1000)) for name, one in found if not one.hidden])
+
+
+class Root(Group):
     """The group of all verbs."""
+
+    title = "Verbs"
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of the verbs in the order of work; unknown ones last."""
@@ -27,9 +41,3 @@ class Root(TyperGroup):
         if completion := [record for record, names in rows if set(names) & set(_COMPLETION)]:
             with formatter.section("Shell completion"):
                 formatter.write_dl(completion)
-
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Each verb with its whole first sentence."""
-        verbs = [(name, self.commands[name]) for name in self.list_commands(ctx)]
-        with formatter.section("Verbs"):
-            formatter.write_dl([(name, verb.get_short_help_str(1000)) for name, verb in verbs if not verb.hidden])

@@ -83,16 +83,14 @@ def serving(gpu: str | None, path: Path | None) -> tuple[Any, tuple[Path, ...], 
 
 
 def present_toolchain() -> Any:
-    """The toolchain of this process; one that compares with nothing where torch or Triton cannot be imported."""
+    """The toolchain of this process; a note says if it compares with nothing, since no kernel compiles."""
+    from int8kit import kernels
     from int8kit.cli.terminal import note
-    from int8kit.toolchain import ANY_TOOLCHAIN
 
-    try:
-        from int8kit.kernels import gemm
-    except (ImportError, OSError, RuntimeError) as error:
-        note(f"no kernel compiles here ({_first_line(error)}), so proofs of any Triton count; see `int8kit doctor`")
-        return ANY_TOOLCHAIN
-    return gemm.toolchain()
+    toolchain, reason = kernels.present_toolchain()
+    if reason:
+        note(f"no kernel compiles here ({reason}), so proofs of any Triton count; see `int8kit doctor`")
+    return toolchain
 
 
 def interpret_without_gpu() -> None:

@@ -271,7 +271,7 @@ def layers_table(branches: Iterable[Branch], markdown: bool = False, most: int =
         out = b.output
         title = (
             f"{b.name}: output {out.sqnr_db:.1f} dB, cosine {out.cosine:.6f}, max error {out.max_error:.2%}; "
-            f"the {len(rows)} of {count(len(b.layers), 'layer')} with the largest errors"
+            f"the {len(rows)} of {count(len(b.layers), 'layer')} most worth protecting"
         )
         parts.append(f"{wrapped(title)}\n{table}")
     return "\n\n".join(parts)

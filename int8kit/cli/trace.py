@@ -25,7 +25,8 @@ def trace_shapes(
     slots: Annotated[
         list[int] | None,
         typer.Option(
-            help="Text positions of the sequence, 2048 in the stock pipeline. Repeatable. Default: the tokens."
+            metavar="N",
+            help="Text positions of the sequence, 2048 in the stock pipeline. Repeatable. Default: the tokens.",
         ),
     ] = None,
     branch: Annotated[str, typer.Option(help="Branch of guidance: cond, uncond or both.")] = "both",

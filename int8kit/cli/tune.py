@@ -17,7 +17,8 @@ from int8kit.errors import CheckFailed, InputError
 
 def tune(
     gpu: Annotated[
-        list[str] | None, typer.Option(help="The target GPU, such as rtx3090. Repeatable. Default: every present kind.")
+        list[str] | None,
+        typer.Option(metavar="GPU", help="The target GPU, such as rtx3090. Repeatable. Default: every present kind."),
     ] = None,
     gpu_spec: Annotated[Path | None, typer.Option(help="A JSON file that describes another GPU.")] = None,
     scheduler: Annotated[
@@ -30,7 +31,7 @@ def tune(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="The database, or `-` for stdout. Default: your own; see `int8kit doctor`."
+            "--output", "-o", help="The database, or `-` for stdout. Default: your own, in the user data folder."
         ),
     ] = None,
     as_json: Json = False,

@@ -28,9 +28,10 @@ from int8kit.database.database import Database, Key, identity_of
 from int8kit.database.schema import FORMAT, Document, Entry, Stamp
 from int8kit.errors import FileError, InputError
 from int8kit.gpus import Gpu
+from int8kit.kernels import present_toolchain
 from int8kit.lookup import Plan
 from int8kit.spec import NUMERICS_VERSION, GemmShape, Source, why_illegal
-from int8kit.toolchain import ANY_TOOLCHAIN, Toolchain, require_supported
+from int8kit.toolchain import Toolchain, require_supported
 
 FORMATS = (FORMAT, upgrade.OLD_FORMAT)
 _REMEDY = "make one with `int8kit tune`, or name another with --db"
@@ -150,7 +151,7 @@ def load_database(gpu: str | None = None) -> Database:
     UnknownName for another alias, FileError for a damaged file.
     """
     target = gpus.get(gpu) if gpu else gpus.present() or gpus.get("rtx3090")
-    return merged_view(target, _present_toolchain())[0]
+    return merged_view(target, present_toolchain()[0])[0]
 
 
 def load_plans(gpu: str | None = None) -> Callable[[int, int], Plan]:
@@ -160,19 +161,8 @@ def load_plans(gpu: str | None = None) -> Callable[[int, int], Plan]:
     the default configuration. Raises InputError for a Triton that is not supported.
     """
     require_supported()
-    database, toolchain = load_database(gpu), _present_toolchain()
+    database, toolchain = load_database(gpu), present_toolchain()[0]
     return lambda n, k: database.plan(n, k, toolchain)
-
-
-def _present_toolchain() -> Toolchain:
-    """The toolchain of this process. Without Triton no kernel is compiled, and any entry will do."""
-    try:
-        from int8kit.kernels import gemm
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        return ANY_TOOLCHAIN
-    return gemm.toolchain()
 
 
 def update(path: Path, gpu: Gpu, entries: Iterable[Entry], *, force: bool = False) -> Database:

@@ -13,3 +13,20 @@ A launcher takes an explicit configuration and tensors on one device. With `TRIT
 before triton is first imported, plain Triton kernels run on the CPU in Triton's interpreter, slowly. Gluon kernels do
 not.
 """
+
+from __future__ import annotations
+
+from int8kit.toolchain import ANY_TOOLCHAIN, Toolchain
+
+
+def present_toolchain() -> tuple[Toolchain, str]:
+    """The toolchain of this process, and why no kernel can be compiled, or "".
+
+    Where torch or Triton cannot be imported it is ANY_TOOLCHAIN, which compares with nothing.
+    """
+    try:
+        from int8kit.kernels import gemm
+
+        return gemm.toolchain(), ""
+    except (ImportError, OSError, RuntimeError) as error:
+        return ANY_TOOLCHAIN, (str(error).splitlines() or [type(error).__name__])[0]

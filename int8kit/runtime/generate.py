@@ -22,8 +22,9 @@ from int8kit import __version__, files, gpus, lookup
 from int8kit.database import store
 from int8kit.database.database import Choice
 from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
+from int8kit.kernels import present_toolchain
 from int8kit.models import TINY, Case
-from int8kit.toolchain import ANY_TOOLCHAIN, Toolchain, require_supported
+from int8kit.toolchain import Toolchain, require_supported
 
 if TYPE_CHECKING:
     import torch
@@ -135,7 +136,7 @@ def generate(request: ImageRequest, stage: Stage = lambda *_: lambda: None) -> G
 
     present = gpus.present()
     gpu = gpus.resolve(request.gpu)
-    toolchain = _toolchain()
+    toolchain = present_toolchain()[0]
     database, paths = store.merged_view(gpu, toolchain, request.database)
     device = torch.device("cpu" if present is None else "cuda")
 
@@ -256,15 +257,6 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
-
-
-def _toolchain() -> Toolchain:
-    """The toolchain of this process. Without Triton, only the reference runs, on a CPU."""
-    try:
-        from int8kit.kernels import gemm
-    except ImportError:
-        return ANY_TOOLCHAIN
-    return gemm.toolchain()
 
 
 def _peak_bytes(device: torch.device) -> int:
