@@ -105,12 +105,8 @@ def test_ctrl_c_keeps_what_is_done(walk):
     assert "interrupted; finished work is kept" in ended.stderr
     assert "run the same command again" in ended.stderr
     assert ended.compiled > 0
-<<<<<<< HEAD
     assert f"resuming an interrupted run: {ended.compiled} kernels compiled" in again.stderr
-=======
-    assert f"going on where a run was ended: {ended.compiled} kernels compiled" in again.stderr
     assert all(line.startswith("int8kit: ") for line in (ended.stderr + again.stderr).splitlines())
->>>>>>> wC
     assert len(store.load(walk.folder / "t.json").entries) == len(TUNED)
 
 
@@ -144,11 +140,7 @@ def test_run(workshop, monkeypatch, verb):
     report = json.loads(out)
     assert report["configurations"]
     assert report["step_ms"] > 0
-<<<<<<< HEAD
     assert all(line.startswith("int8kit: ") for line in err.splitlines())  # no bar of another library
-=======
-    assert all(line.startswith("int8kit: ") for line in err.splitlines())  # no bar, no warning of another library
->>>>>>> wC
 
 
 @of_the_workshop

@@ -79,11 +79,7 @@ def test_compare(capfd):
         main.main(["compare", "tiny", "--markdown"])
     assert end.value.code == 0
     out, _ = capfd.readouterr()
-<<<<<<< HEAD
     assert " ".join(out.split()).count("layers with the largest errors") == 2
-=======
-    assert " ".join(out.split()).count("layers most worth protecting") == 2
->>>>>>> wC
     assert "|" in out
     with pytest.raises(SystemExit) as end:
         main.main(["compare", "tiny", "--inputs", "x.pt"])
