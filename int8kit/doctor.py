@@ -149,7 +149,7 @@ def _gpu(torch: Any) -> Iterator[Finding]:
         if isinstance(torch, str):
             remedy = "install torch first"
         elif torch.version.cuda is None:
-            remedy = "this torch is built without CUDA; install a CUDA build from pytorch.org"
+            remedy = "this torch is built without CUDA; install a CUDA build of torch"
         else:
             remedy = "check `nvidia-smi` and CUDA_VISIBLE_DEVICES; without a GPU tune ranks with the cost model"
         yield Finding("GPU", "failed", "no CUDA device", remedy)

@@ -29,7 +29,7 @@ _TIMED = (
     "GEMM with epilogue and bias, bf16 out; operands quantized from normal data; weights rotated past twice the L2; "
     "contestants interleaved round by round in {}; CUDA events; medians with p20 and p80"
 )
-_HOT = ", in samples of 20 ms, so that the card's power limit counts as it does in a run of a model"
+_HOT = ", in samples of 20 ms, so that the GPU's power limit counts as it does in a run of a model"
 POLICIES = {
     1: _TIMED.format("turning order"),
     2: _TIMED.format("turning order" + _HOT),

@@ -86,7 +86,7 @@ def fresh():
 def _state():
     from int8kit.kernels import launch
 
-    return len(os.listdir(f"/proc/{os.getppid()}/task")), launch.interpreted(), launch._SETTLED
+    return len(os.listdir(f"/proc/{os.getppid()}/task")), launch.interpreted(), launch._FINALIZED
 
 
 def _instructions(arch, config):

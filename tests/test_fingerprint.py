@@ -109,7 +109,7 @@ def launch(o, block, options):
 def why_not(o):
     # the copy is 16 bytes wide
     if o.k % 16:
-        return f"K = {{o.k}} is no multiple of 16"
+        return f"K = {{o.k}} is not a multiple of 16"
     return None
 """
 
@@ -161,7 +161,7 @@ KEEPS = [
     ("kernel", "size: int", "size: list"),
     ("kernel", "grid(", "programs("),
     ("kernel", "# the copy is 16 bytes wide", ""),
-    ("kernel", "is no multiple of 16", "must be a multiple of 16"),
+    ("kernel", "is not a multiple of 16", "must be a multiple of 16"),
     ("kernel", "    made = Operands(1)\n", "\n    made = Operands(\n        1\n    )\n"),
     ("kernel", "import math\n", "import math  # floor\n\n"),
 ]
@@ -216,6 +216,8 @@ REAL = {  # one edit of each part of each kernel: file, old text, new text, part
         ("kernels/gemm_triton.py", '("EVEN_K", even_k)', '("EVEN_K", True)', "constants"),
         ("kernels/gemm_triton.py", '"num_stages": config.num_stages}', '"num_stages": 2}', "options"),
         ("kernels/gemm_triton.py", "    return None\n", "    return '' if operands.m == 1 else None\n", "why_not"),
+        ("kernels/epilogue.py", "* sx * sw", "* sw * sx", "epilogue"),
+        ("kernels/l2_swizzle.py", "tl.minimum(tiles_m - first, group_m)", "group_m", "swizzle"),
         ("kernels/activations.py", "constexpr(86.0)", "constexpr(87.0)", "constant of a helper"),
         ("kernels/launch.py", '"enable_fp_fusion": False', '"enable_fp_fusion": True', "compile options"),
         ("kernels/launch.py", "loose % 16", "loose % 8", "specialization"),
@@ -242,13 +244,13 @@ REAL = {  # one edit of each part of each kernel: file, old text, new text, part
     ],
 }
 SAME = [
-    ("kernels/gemm_triton.py", "height", "rows_of_band"),
+    ("kernels/l2_swizzle.py", "height", "rows_of_group"),
     ("kernels/gemm_triton.py", "    # int64: M * K and M * N may pass 2**31\n", ""),
     ("kernels/gemm_triton.py", "_gemm", "_product"),
-    ("kernels/gemm_wgmma.py", "is no multiple of 16", "has to be a multiple of 16"),
+    ("kernels/gemm_wgmma.py", "is not a multiple of 16", "has to be a multiple of 16"),
     ("kernels/gemm_mma_sync.py", "tiles", "count"),
-    ("kernels/operands.py", "move them to one", "use one device"),
-    ("kernels/tile_scheduler.py", '"""Of a CUDA device."""', '"""Multiprocessors of a CUDA device."""'),
+    ("kernels/operands.py", "move them to it", "use one device"),
+    ("kernels/tile_scheduler.py", '"""Number of multiprocessors of a CUDA device."""', '"""Multiprocessors."""'),
 ]
 
 CHILD = """

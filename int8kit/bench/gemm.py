@@ -15,7 +15,7 @@ Meaning of the fields:
     peak_share      tops over the GPU's dense int8 rate, for every arithmetic
     differs         number of elements that are not bit-equal to the reference
     prepare_s       seconds until the first result; compiling and self-tuning count here and nowhere else
-    card            state of the GPU under load; the key kept its name from earlier documents
+    "card"          state of the GPU under load; the key kept its name from earlier documents
     geomean ...     ratios: the other's median time over int8kit's, so above 1 int8kit is faster
     ties            shapes in which the ranges p20 to p80 of the two overlap
 """

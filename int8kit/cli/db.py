@@ -101,9 +101,8 @@ def check(
 ) -> None:
     """Report every problem of a database, one line each. Exit status 1 if there is one.
 
-    It reports damage, entries that nothing proves under the installed Triton, entries of a kernel that has changed,
-    times that contradict each other or the data sheet, copied stamps, and a header that disagrees with the GPU's
-    record.
+    It reports damage, entries without a proof under the installed Triton, and entries of a changed kernel. It also
+    reports times that contradict each other or the data sheet, copied stamps, and headers with another GPU's figures.
 
     Example: int8kit db check tuning_db/rtx3090.json
     """

@@ -1,7 +1,7 @@
 """Tables for people: the results that the verbs print on stdout, within the width of the terminal or 80 columns.
 
-A table that is too wide first moves a column of equal values below it, then leaves out the columns that matter least,
-and then breaks a column of text between words. The JSON document of a verb holds everything.
+A table that is too wide first moves a column of equal values below it. Then it leaves out the columns that matter
+least, and then it breaks a column of text between words. The JSON document of a verb holds everything.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def fit(
 ) -> str:
     """A table within the width.
 
-    drop: columns to leave out where they do not fit, the least important first; wrap: the column of text to break
-    between words; left: columns to align left, by their names in one text, "*" for all.
+    drop: columns to leave out where they do not fit, the least important first. wrap: the column of text to break
+    between words. left: columns to align left, by their names in one text, or "*" for all.
     """
     table = _Table(list(head), [[str(cell) for cell in row] for row in rows], left)
     width, constant, dropped = screen_width(), [], []
@@ -271,7 +271,7 @@ def layers_table(branches: Iterable[Branch], markdown: bool = False, most: int =
         out = b.output
         title = (
             f"{b.name}: output {out.sqnr_db:.1f} dB, cosine {out.cosine:.6f}, max error {out.max_error:.2%}; "
-            f"the {len(rows)} of {count(len(b.layers), 'layer')} most worth protecting"
+            f"the {len(rows)} of {count(len(b.layers), 'layer')} with the largest errors"
         )
         parts.append(f"{wrapped(title)}\n{table}")
     return "\n\n".join(parts)

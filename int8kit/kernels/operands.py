@@ -1,8 +1,10 @@
 """Checked tensors of one GEMM, for the kernel that the configuration names.
 
-out[m, n] = out_dtype((fp32(sum_k x[m, k] * w[n, k]) * sx[m]) * sw[n] + fp32(bias[n]))      [M, N]
-out[m, j] = out_dtype(silu(y[m, 2j]) * y[m, 2j + 1])    swiglu: y as above, not rounded     [M, N / 2]
-out[m, n] = sum_k x[m, k] * w[n, k]                     int32: without sx, sw and bias      [M, N]
+Results:
+
+    out[m, n] = out_dtype((fp32(sum_k x[m, k] * w[n, k]) * sx[m]) * sw[n] + fp32(bias[n]))      [M, N]
+    out[m, j] = out_dtype(silu(y[m, 2j]) * y[m, 2j + 1])    swiglu: y as above, not rounded     [M, N / 2]
+    out[m, n] = sum_k x[m, k] * w[n, k]                     int32: without sx, sw and bias      [M, N]
 """
 
 from __future__ import annotations

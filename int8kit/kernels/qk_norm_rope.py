@@ -8,7 +8,7 @@
     -> q [M, H D], k [M, H D] of qkv's dtype; v stays in place, qkv[:, 2 H D:]
 
 Every operation is fp32 and rounded by itself. The result is rounded once, to the dtype. The eager model rounds to bf16
-after the norm, the weight, both products and the sum, so it differs by up to a few units in the last place of bf16.
+after the norm, the weight, both products and the sum. It differs by up to a few units in the last place of bf16.
 Bit-equal to `int8kit.reference.qk_norm_rope` under every tile.
 
 A program computes some heads of one row, of q and of k, so cos and sin are read once for both. A head is held as two
@@ -166,9 +166,9 @@ def qk_norm_rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Norm and rotation of q and k out of qkv [M, 3 H D] -> q, k [M, H D] of qkv's dtype, contiguous.
 
-    q_weight, k_weight: [D]; cos, sin: [L, D], L a divisor of M (M itself, or one image's length for rows that repeat);
-    each bf16, fp16 or fp32, contiguous along its last axis; D = 16 to 256, a power of two. tile: chosen by H and D if
-    absent; every tile gives the same bits. Raises ShapeError for other tensors.
+    q_weight, k_weight: [D]. cos, sin: [L, D], L a divisor of M: M itself, or one image's length for rows that repeat.
+    Each tensor is bf16, fp16 or fp32 and contiguous along its last axis. D is a power of two from 16 to 256. tile:
+    chosen by H and D if absent; every tile gives the same bits. Raises ShapeError for other tensors.
     """
     d = _check(qkv, (q_weight, k_weight), (cos, sin), heads)
     m = qkv.shape[0]

@@ -73,9 +73,9 @@ def residual_norm_quantize(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Residual plus gated norm of the branch, and its norm in int8 -> new [M, K] of residual's dtype, q [M, K], s [M].
 
-    residual, branch: [M, K]; branch_weight, weight: [K]; gate (after tanh, if the model has one) and modulation: [B,
-    K], B a divisor of M; each bf16, fp16 or fp32, contiguous along K. tile: chosen by K if absent; every tile gives the
-    same bits. Raises ShapeError for other tensors and for K > 16384.
+    residual, branch: [M, K]. branch_weight, weight: [K]. gate (after tanh, if the model has one) and modulation: [B,
+    K], B a divisor of M. Each tensor is bf16, fp16 or fp32 and contiguous along K. tile: chosen by K if absent; every
+    tile gives the same bits. Raises ShapeError for other tensors and for K > 16384.
     """
     row_primitives.check_matrix("residual", residual)
     m, k = residual.shape

@@ -74,8 +74,9 @@ def rms_norm_quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalize, scale and quantize the rows of x -> q [M, K] int8, s [M] fp32.
 
-    x: [M, K]; weight: [K]; modulation: [B, K], B a divisor of M; each bf16, fp16 or fp32, contiguous along K. tile:
-    chosen by K if absent; every tile gives the same bits. Raises ShapeError for other tensors and for K > 16384.
+    x: [M, K]. weight: [K]. modulation: [B, K], B a divisor of M. Each tensor is bf16, fp16 or fp32 and contiguous along
+    K. tile: chosen by K if absent; every tile gives the same bits. Raises ShapeError for other tensors and for K >
+    16384.
     """
     row_primitives.check_matrix("x", x)
     m, k = x.shape

@@ -216,8 +216,8 @@ def _require_proofs(choices: list[tuple[Choice, int]], gpu: gpus.Gpu, toolchain:
     if unproven := unproven_of(choices):
         raise CheckFailed(
             f"{len(unproven)} of {len(choices)} configurations are not proven under Triton {toolchain.triton} as "
-            f"sm_{gpu.arch} code with the present kernels, first {unproven[0].config} for {unproven[0].shape}; "
-            f"run `int8kit verify --gpu {gpu.alias}` on a GPU to prove and stamp them"
+            f"sm_{gpu.arch} code with the present kernels. The first is {unproven[0].config} for {unproven[0].shape}. "
+            f"Run `int8kit verify --gpu {gpu.alias}` on a GPU to prove and stamp them"
         )
 
 

@@ -1,10 +1,12 @@
 """The ways to execute a configuration on this machine, and the proof that each of them gives.
 
-native       the present GPU's own code; on the GPU of a database entry it is the code that `run` executes
-cross_arch   the launch option `arch="sm86"` makes Triton emit Ampere code (mma.sync, cp.async) on a newer GPU: the
-             instructions and the schedule of an RTX 3090, assembled for the present GPU
-interpreter  the same source in Triton's interpreter on a CPU, at reduced M, N and K: it proves indices, masks and the
-             order of the epilogue, and nothing about the compiler
+Executors:
+
+    native       the present GPU's own code; on the GPU of a database entry, `run` executes this code
+    cross_arch   the code of an older architecture, by the launch option `arch="sm86"`: the instructions and the
+                 schedule of an RTX 3090 (mma.sync, cp.async), assembled for the present GPU
+    interpreter  the same source in Triton's interpreter on a CPU, at reduced M, N and K: it proves indices, masks and
+                 the order of the epilogue, and nothing about the compiler
 """
 
 from __future__ import annotations

@@ -146,12 +146,14 @@ def rows(draw: st.DrawFn, most_k: int) -> Rows:
 def int8_matrix(m: int, k: int, kind: str, seed: int, device: str) -> torch.Tensor:
     """An [m, k] int8 matrix of one of these kinds.
 
-    ones             1
-    normal           normal data, quantized
-    uniform          every value, at random
-    extremes         -128, -127 and 127, at random
-    all minus 128    -128
-    positive         90 to 127: from K of about 1500 on, sums pass 2**24 with low bits set, which float32 cannot hold
+    Kinds:
+
+        ones             1
+        normal           normal data, quantized
+        uniform          every value, at random
+        extremes         -128, -127 and 127, at random
+        all minus 128    -128
+        positive         90 to 127: for K of about 1500 and more, sums pass 2**24 with low bits set, which float32 loses
     """
     g = torch.Generator(device).manual_seed(seed)
     q = torch.empty(m, k, dtype=torch.int8, device=device)

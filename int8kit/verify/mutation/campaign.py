@@ -14,8 +14,8 @@ A property catches a fault in one of four ways:
     compile    no example was reached, or the kernel does not compile
     timeout    no example ended for the silence limit
 
-Patching the imported modules in this process was rejected: Triton reads a kernel's source from its file and keeps
-compiled kernels, and a fault may end or hang the process that runs it.
+Patching the imported modules in this process was rejected. Triton reads a kernel's source from its file and keeps
+compiled kernels. A fault may also end or hang the process that runs it.
 """
 
 from __future__ import annotations
