@@ -58,7 +58,7 @@ def test_a_new_prompt_length_compiles_nothing():
 
 
 def _compiled():
-    return sum(len(cache[0]) for cache in gemm_triton._gemm.device_caches.values())
+    return sum(len(cache[0]) for cache in gemm_triton._gemm_triton.device_caches.values())
 
 
 def test_another_stream_gives_the_same_bits():
