@@ -148,7 +148,7 @@ def test_strict_refuses_unproven_configurations(generated, tmp_path):
     store.update(path, gpus.get("rtx3090"), entries)
     request = replace(REQUEST, steps=1, gpu="rtx3090", database=path, strict=True)
     reason = (
-        rf"not proven under Triton {triton.__version__} as sm_86 code\. .*Run `int8kit verify --gpu rtx3090` on a GPU"
+        rf"not proven under Triton {triton.__version__} as sm_86 code .*Run `int8kit verify --gpu rtx3090` on a GPU"
     )
     with pytest.raises(CheckFailed, match=reason):
         generate.generate(request)

@@ -141,7 +141,9 @@ def test_new_prompt_lengths_compile_nothing(config):
     layer = Int8Linear.from_linear(
         torch.nn.Linear(416, 512, device="cuda", dtype=torch.bfloat16), Plan.fixed((GemmShape(2010, 512, 416), config))
     )
-    kernel = {Kernel.TRITON: "_gemm_triton", Kernel.MMA_SYNC: "_gemm_mma_sync", Kernel.WGMMA: "_gemm_wgmma"}[config.kernel]
+    kernel = {Kernel.TRITON: "_gemm_triton", Kernel.MMA_SYNC: "_gemm_mma_sync", Kernel.WGMMA: "_gemm_wgmma"}[
+        config.kernel
+    ]
     function = getattr(gemm.module(config.kernel), kernel)
 
     def compiled():
