@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from int8kit import gpus
-from int8kit.database import store
+from int8kit import files, gpus
+from int8kit.database import store, upgrade
 from int8kit.database.schema import FORMAT
 from int8kit.errors import FileError
+from int8kit.kernels import gemm
 from int8kit.spec import Kernel
 from int8kit.toolchain import ANY_TOOLCHAIN
 
@@ -100,3 +101,22 @@ def test_damaged_old_file_gives_a_one_line_error(tmp_path, damage, reason):
     with pytest.raises(FileError, match=reason) as caught:
         store.load(path)
     assert "\n" not in str(caught.value)
+
+
+def test_an_earlier_hash_of_a_kernel_keeps_times_and_proves_nothing(tmp_path):
+    """The hash is of a kernel that was as fast. Its stamps are of other code."""
+    document = json.loads((files.shipped("tuning_db") / "h200.json").read_text())
+    earlier = {kernel: hash_ for hash_, kernel in upgrade._SAME_SPEED.items()}  # the last one before the present one
+    for row in document["entries"]:
+        for one in (row, *row.get("runners_up", ()), *row.get("verified", ())):
+            one["kernel"] = earlier[one["kernel"]]
+    (tmp_path / "h200.json").write_text(json.dumps(document))
+    for entry in store.load(tmp_path / "h200.json").entries:
+        assert not entry.is_stale(gemm.toolchain())
+        assert all(one.kernel == gemm.kernel_hash(one.config.kernel) for one in entry.runners_up or ())
+        assert entry.proofs(gemm.toolchain(), 90) == []
+
+
+def test_hashes_are_translated_to_the_present_kernels():
+    """Whoever changes a kernel's speed takes its hashes out; whoever keeps the speed adds the last hash."""
+    assert set(upgrade._SAME_SPEED.values()) <= {gemm.kernel_hash(kernel) for kernel in Kernel}
