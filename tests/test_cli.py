@@ -168,8 +168,9 @@ def test_verify_stamps_what_it_proved(workshop, tmp_path, monkeypatch, verb):
     assert any(proven)
     if not all(proven):
         assert f"{proven.count(False)} " in re.search(r"holds; \d+ needs? a GPU", out)[0]
-    out, err = verb(*args, "--only", "batch", "--only", "entries", "--json")
+    out, err = verb(*args, "--only", "batch", "--only", "entries", "--json", "-o", "r.json")
     assert [r["name"] for r in json.loads(out)["results"]] == ["batch", "entries"]
+    assert json.loads((tmp_path / "r.json").read_text()) == json.loads(out)
     assert "up to date" in err
 
 
@@ -294,6 +295,10 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("tune", "--gpu", "rtx3090", "--gpu", "a100", "-o", "x.json"), ["--output x.json and 2 GPUs"]),
         (("tune", "--gpu", "rtx3090", "-o", "mine.json"), ["was not written by int8kit", "--force"]),
         (("verify", "--gpu", "rtx9"), ["unknown GPU"]),
+        (("verify", "--only", "batch", "-o", "mine.json"), ["was not written by int8kit"]),
+        (("verify", "mutate", "-o", "fifo"), ["it is a FIFO"]),
+        (("verify", "libraries", "torch._int_mm", "-o", "mine.json"), ["was not written by int8kit"]),
+        (("compare", "tiny", "-o", "mine.json"), ["was not written by int8kit"]),
         (("verify", "--gpu", "rtx3090", "--db", "mine.json"), ["has the format None", "int8kit.tuning/1"]),
         (("verify", "--examples", "0"), ["--examples", "0"]),
         (("verify", "--exhaustive", "--mutate"), ["--mutate", "`int8kit verify mutate`"]),

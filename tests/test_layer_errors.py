@@ -1,5 +1,6 @@
 """runtime/layer_errors.py and the verb `compare`: the error of INT8 in a model, layer by layer."""
 
+import json
 import math
 
 import pytest
@@ -74,10 +75,11 @@ def test_given_inputs(tmp_path):
         layer_errors.compare("tiny", CASE, inputs=path)
 
 
-def test_compare(capfd):
+def test_compare(capfd, tmp_path):
     with pytest.raises(SystemExit) as end:
-        main.main(["compare", "tiny", "--markdown"])
+        main.main(["compare", "tiny", "--markdown", "-o", str(tmp_path / "c.json")])
     assert end.value.code == 0
+    assert json.loads((tmp_path / "c.json").read_text())["branches"]
     out, _ = capfd.readouterr()
     assert " ".join(out.split()).count("layers with the largest errors") == 2
     assert "|" in out

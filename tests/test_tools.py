@@ -104,13 +104,13 @@ def test_sanitize_runs_every_tool_and_sorts_the_findings(tmp_path):
 @pytest.mark.xdist_group("workshop")  # where its kernels have been compiled
 def test_exhaustive_dry_run(tmp_path):
     out = tmp_path / "exhaustive.json"
-    shape = ("--gpu", "rtx3090", "--shape", "16x256x1024", "--seeds")
+    shape = ("--gpu", "rtx3090", "--shape", "16x256x1000", "--seeds")
     command = [sys.executable, ROOT / "tools" / "exhaustive.py", "--dry-run", *shape, "--out", out]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(out.read_text())["shapes"]
-    assert row["configurations"] == len(row["times"]) > 40
+    assert row["configurations"] == len(row["times"]) > 30
     assert row["best_us"] == min(p50 for _, _, p50, _ in row["hot"])
     assert 0 <= row["eight_regret"] <= row["first_regret"]
     assert 0.5 < row["spearman"] <= 1

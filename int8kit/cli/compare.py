@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from int8kit.cli.terminal import Json, progress, quiet_libraries, show
+from int8kit.cli.terminal import Force, Json, Output, check_output, progress, quiet_libraries, show
 from int8kit.errors import FileError
 
 
@@ -19,7 +19,9 @@ def compare(
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the inputs.")] = 0,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    output: Output = None,
     as_json: Json = False,
+    force: Force = False,
 ) -> None:
     """Compare a model's linears in INT8 with the originals, layer by layer: the layers with the largest error first.
 
@@ -27,6 +29,7 @@ def compare(
     """
     if inputs is not None and not inputs.is_file():
         raise FileError(f"--inputs {inputs}: no such file; expected one that torch.save wrote")
+    check_output(output, force)
     from dataclasses import asdict
 
     quiet_libraries()
@@ -45,4 +48,4 @@ def compare(
 
         branches = layer_errors.compare(model, case, seed=seed, inputs=inputs, on_layer=on_layer)
     document = {"model": model, "inputs": "given" if inputs else "random", "branches": [asdict(b) for b in branches]}
-    show(document, tables.layers_table(branches, markdown), as_json)
+    show(document, tables.layers_table(branches, markdown), as_json, output)

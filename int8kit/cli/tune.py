@@ -46,7 +46,7 @@ def tune(
     By default the entries go to your own database in the user data folder, which every verb reads on top of the shipped
     one. If tune is interrupted or killed, the same command continues from there.
 
-    Example: int8kit tune --gpu rtx3090 --shape 16x4608x4608
+    Example: int8kit tune --gpu rtx3090 --shape 16x4608x4600
     """
     from int8kit import files, gpus
     from int8kit.cli.tables import count

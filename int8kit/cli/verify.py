@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from int8kit.cli.terminal import Json, note, progress, show
+from int8kit.cli.terminal import Force, Json, Output, check_output, note, progress, show
 from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
 from int8kit.spec import TileConfig, legal_configs
 
@@ -51,7 +51,9 @@ def verify(
         list[str] | None, typer.Option(help="Verify this property alone, such as output or entries; repeatable.")
     ] = None,
     markdown: Markdown = False,
+    output: Output = None,
     as_json: Json = False,
+    force: Force = False,
     mutate_: Annotated[bool, typer.Option("--mutate", hidden=True)] = False,
     subject: Annotated[list[str] | None, Old] = None,
     model: Annotated[str | None, Old] = None,
@@ -75,6 +77,7 @@ def verify(
                 raise InputError(f"{option} before {context.invoked_subcommand}: put options after the command")
         return
     _check_examples(examples)
+    check_output(output, force)
     named = _named_gpu(gpu)
     if database is not None:
         from int8kit.database import store
@@ -86,7 +89,7 @@ def verify(
 
         files.read_json(shapes, shapes_schema.FORMAT, remedy="make one with `int8kit trace-shapes`")
     _use_interpreter_without_gpu()
-    _verify(named, database, shapes, only or [], examples, seed, exhaustive, stamp, as_json, markdown)
+    _verify(named, database, shapes, only or [], examples, seed, exhaustive, stamp, as_json, markdown, output)
 
 
 def _refuse_old_spellings(mutate: bool, subject: list[str] | None, model: str | None, inputs: Path | None) -> None:
@@ -139,6 +142,7 @@ def _refuse_faults(only: list[str]) -> None:
 def _verify(
     named: Gpu | None, database: Path | None, shapes: Path | None, only: list[str], examples: int | None, seed: int,
     exhaustive: bool, stamp: bool, as_json: bool, markdown: bool,
+    output: Path | None,
 ) -> None:  # fmt: skip
     from int8kit import files, trace
     from int8kit.cli import tables
@@ -188,7 +192,9 @@ def _verify(
     results = [result for result, _ in findings]
     failures = [r for r in results if r.failure]
     lines = [tables.verify_table(results, markdown), *_failure_lines(failures, found)]
-    show({"gpu": gpu.alias, "databases": paths, "results": [vars(r) for r in results]}, "\n".join(lines), as_json)
+    show(
+        {"gpu": gpu.alias, "databases": paths, "results": [vars(r) for r in results]}, "\n".join(lines), as_json, output
+    )
     if failures:
         verb = "differs" if len(failures) == 1 else "differ"
         raise CheckFailed(f"{len(failures)} of {len(results)} properties {verb}: {', '.join(r.name for r in failures)}")
@@ -244,7 +250,9 @@ def mutate(
     ] = None,
     seed: Seed = 0,
     markdown: Markdown = False,
+    output: Output = None,
     as_json: Json = False,
+    force: Force = False,
 ) -> None:
     """Verify the verifier: seed faults into copies of the kernels, one by one; a property must catch each of them.
 
@@ -254,6 +262,7 @@ def mutate(
     Example: int8kit verify mutate --only scales-joined
     """
     _check_examples(examples)
+    check_output(output, force)
     named = _named_gpu(gpu)
     from int8kit.verify.mutation.catalogue import find
 
@@ -268,7 +277,7 @@ def mutate(
     def show_verdicts() -> None:
         score = campaign.score(verdicts)
         document = {"gpu": target.alias, **score, "mutants": [vars(v) for v in verdicts]}
-        show(document, tables.mutation_table(verdicts, score, markdown), as_json)
+        show(document, tables.mutation_table(verdicts, score, markdown), as_json, output)
 
     try:
         with progress("seeding faults") as (bar, task):
@@ -301,7 +310,9 @@ def libraries(
     examples: Annotated[int | None, typer.Option(help="Generated examples of each property. Default: 40.")] = None,
     seed: Seed = 0,
     markdown: Markdown = False,
+    output: Output = None,
     as_json: Json = False,
+    force: Force = False,
 ) -> None:
     """Check the properties of other INT8 GEMMs beside int8kit's, in one table.
 
@@ -316,6 +327,7 @@ def libraries(
     if not names:
         raise InputError(f"no library; name one or more of {', '.join(peers.PEERS)}, or your function, module:function")
     peers.check_names(names)
+    check_output(output, force)
     named = _named_gpu(gpu)
     _use_interpreter_without_gpu()
     import sys
@@ -343,7 +355,7 @@ def libraries(
         "on": str(executor),
         "implementations": {c.implementation: [vars(r) for r in c.results] for c in columns},
     }
-    show(document, "\n".join(lines), as_json)
+    show(document, "\n".join(lines), as_json, output)
     if broken:
         count = "1 property does" if len(broken) == 1 else f"{len(broken)} properties do"
         raise CheckFailed(f"{count} not hold: {', '.join(f'{name} ({r.name})' for name, r in broken)}")
