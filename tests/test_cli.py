@@ -172,6 +172,15 @@ def test_verify_stamps_what_it_proved(workshop, tmp_path, monkeypatch, verb):
     assert [r["name"] for r in json.loads(out)["results"]] == ["batch", "entries"]
     assert json.loads((tmp_path / "r.json").read_text()) == json.loads(out)
     assert "up to date" in err
+    (tmp_path / "tuning_db").mkdir()  # as in a clone, whose files are committed
+    (tmp_path / "tuning_db" / "rtx3090.json").write_text(text)
+    args = ("verify", "--gpu", "rtx3090", "--shapes", "s.json", "--only", "entries")
+    _, err = verb(*args)
+    assert f"stamped {proven.count(True)} entr" in err
+    assert (tmp_path / "tuning_db" / "rtx3090.json").read_text() == text
+    own = {entry.key: entry.verified for entry in store.load(store.user_path("rtx3090")).entries}
+    assert own == {entry.key: entry.verified for entry in entries if entry.verified}
+    assert "up to date" in verb(*args)[1]
 
 
 @pytest.mark.slow
@@ -188,7 +197,7 @@ def test_verify_proves_every_property(tmp_path):
         "entries",
     } | ({"order"} if pdl_probe.overlaps(HERE) else set())  # fmt: skip
     assert done.stdout.count("holds") == len(names)
-    assert "came with the package: not stamped; copy it to ./tuning_db" in done.stderr
+    assert "the stamps of all entries are up to date" in done.stderr
 
 
 @pytest.mark.process

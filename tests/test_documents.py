@@ -1,6 +1,5 @@
 """Promises of the documents: files that they name, commands and Python that they print, lists that they give."""
 
-import contextlib
 import pkgutil
 import re
 import shlex
@@ -62,15 +61,20 @@ def examples():
             yield module.name, command.strip()
 
 
-def parses(command):
-    """Raise a usage error for a command that the verb's parser refuses."""
+def parsed(command):
+    """(verb with its subcommand, options given) of a command. Raises KeyError or a usage error if it is wrong."""
     program, *words = shlex.split(command)
-    assert program == "int8kit"
     node = typer.main.get_command(main.app)
+    verb = [program]
     while getattr(node, "commands", None) and words and not words[0].startswith("-"):
-        node = node.commands[words.pop(0)]  # raises KeyError for an unknown verb
-    with contextlib.suppress(typer.Exit):  # after --help
-        node.make_context("int8kit", words)
+        verb.append(words.pop(0))
+        node = node.commands[verb[-1]]
+    try:
+        context = node.make_context(verb[-1], words)
+    except typer.Exit:  # after --help
+        return " ".join(verb), {"--help"}
+    given = [p for p in node.params if getattr(context.get_parameter_source(p.name), "name", "") == "COMMANDLINE"]
+    return " ".join(verb), {option for p in given for option in (*p.opts, *p.secondary_opts) if option[0] == "-"}
 
 
 def printed():
@@ -80,7 +84,15 @@ def printed():
 
 @pytest.mark.parametrize(("command", "where"), list(printed()))
 def test_commands_of_the_documents_parse(command, where, capsys):
-    parses(command)
+    verb, options = parsed(command)
+    assert command.startswith(verb)
+    assert {word.partition("=")[0] for word in shlex.split(command) if word.startswith("-")} <= options
+
+
+@pytest.mark.parametrize("command", ["int8kit paint", "int8kit db paint", "int8kit tune --gpux a", "int8kit run a b"])
+def test_a_wrong_command_does_not_parse(command):
+    with pytest.raises((KeyError, typer.BadParameter.__base__)):
+        parsed(command)
 
 
 MINUTES = ("int8kit verify mutate", "int8kit verify libraries")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from int8kit import files, gpus
-from int8kit.cli import tables
+from int8kit.cli import layout, tables
 from int8kit.database import store
 from int8kit.spec import GemmShape, default_config
 from int8kit.toolchain import ANY_TOOLCHAIN
@@ -25,8 +25,8 @@ def assert_fits(text, *words, width=80):
 
 
 def test_a_plural_has_a_number_other_than_one():
-    assert [tables.count(n, "entry", "entries") for n in (0, 1, 2)] == ["0 entries", "1 entry", "2 entries"]
-    assert [tables.count(n, "shape") for n in (0, 1, 2)] == ["0 shapes", "1 shape", "2 shapes"]
+    assert [layout.count(n, "entry", "entries") for n in (0, 1, 2)] == ["0 entries", "1 entry", "2 entries"]
+    assert [layout.count(n, "shape") for n in (0, 1, 2)] == ["0 shapes", "1 shape", "2 shapes"]
 
 
 ROWS = [("a" * 20, "same", "b" * 20, "one two three"), ("c" * 20, "same", "d" * 20, "four five six")]
@@ -45,12 +45,12 @@ HEAD = ("name", "constant", "other", "text")
 )
 def test_columns_go_in_turn(monkeypatch, columns, words):
     monkeypatch.setenv("COLUMNS", str(columns))
-    assert_fits(tables.fit(ROWS, HEAD, drop=("other", "constant"), wrap="text"), *words, width=columns)
+    assert_fits(layout.fit(ROWS, HEAD, drop=("other", "constant"), wrap="text"), *words, width=columns)
 
 
 def test_words_are_not_broken(monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    text = tables.fit([("x", "a-word-of-thirty-six-characters-here and more")], ("a", "b"), wrap="b", left="*")
+    text = layout.fit([("x", "a-word-of-thirty-six-characters-here and more")], ("a", "b"), wrap="b", left="*")
     assert "a-word-of-thirty-six-characters-here\n" in text
 
 

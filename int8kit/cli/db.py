@@ -56,7 +56,7 @@ def show_(
     Example: int8kit db show --gpu rtx3090 --kernel mma_sync
     """
     from int8kit import shapes_file
-    from int8kit.cli import tables
+    from int8kit.cli import layout, tables
     from int8kit.spec import Kernel, Source
 
     wanted = {shapes_file.parse_shape(text) for text in shape or ()}
@@ -73,7 +73,7 @@ def show_(
     entries = tuple(e for e in base.entries if all(test(e) for given, test in tests if given))
     shown = replace(base, entries=entries)
     where = ", ".join(map(str, paths)) or "no file"
-    number = tables.count(len(entries), "entry", "entries")
+    number = layout.count(len(entries), "entry", "entries")
     if any(given for given, _ in tests):
         number += f" of {len(base.entries)}"
     table = f"{tables.database_table(shown, toolchain)}\n\n" if entries else ""
@@ -106,7 +106,7 @@ def check(
 
     Example: int8kit db check tuning_db/rtx3090.json
     """
-    from int8kit.cli.tables import count
+    from int8kit.cli.layout import count
     from int8kit.database import problems, store, upgrade
 
     check_output(output, force)
@@ -147,7 +147,7 @@ def explain(
 
     Example: int8kit db explain 4296 12288 4608 --gpu rtx3090
     """
-    from int8kit.cli import tables
+    from int8kit.cli import layout, tables
     from int8kit.spec import GemmShape
 
     shape = GemmShape(m, n, k)
@@ -166,7 +166,7 @@ def explain(
     title = (
         f"{shape} on {base.gpu.name}: {choice.config}\n{proofs} (Triton {toolchain.triton or 'any'}, present kernel)"
     )
-    show(document, f"{tables.wrapped(title)}\n\n{tables.levels_table(levels)}", as_json, output)
+    show(document, f"{layout.wrapped(title)}\n\n{tables.levels_table(levels)}", as_json, output)
     if strict and choice.level != "exact":
         raise CheckFailed(
             f"{shape} was not tuned for {base.gpu.alias}, {choice.level} serves; tune it with "

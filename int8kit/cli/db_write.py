@@ -28,7 +28,7 @@ def merge(
     Example: int8kit db merge tuning_db/rtx3090.json -o out/merged.json
     """
     from int8kit import files
-    from int8kit.cli.tables import count
+    from int8kit.cli.layout import count
     from int8kit.database import store
     from int8kit.database.database import Database
 
@@ -69,7 +69,7 @@ def migrate(
     Example: int8kit db migrate tuning_db/rtx3090.json
     """
     from int8kit import files
-    from int8kit.cli.tables import count
+    from int8kit.cli.layout import count
     from int8kit.database import store
     from int8kit.toolchain import generation
 
@@ -113,7 +113,7 @@ def upgrade(
     Example: int8kit db upgrade tuning_db/rtx3090.json
     """
     from int8kit import files
-    from int8kit.cli.tables import count
+    from int8kit.cli.layout import count
     from int8kit.database import store
     from int8kit.database import upgrade as upgrades
 

@@ -39,7 +39,7 @@ def run(
     Example: int8kit run --prompt "a red bicycle" --output out/bicycle.png
     """
     from int8kit import files, gpus
-    from int8kit.cli import tables
+    from int8kit.cli import layout, tables
     from int8kit.database import store
     from int8kit.runtime import generate
 
@@ -72,7 +72,7 @@ def run(
         outcome = generate.generate(request, stage)
     if unproven := generate.unproven_of(outcome.choices):
         note(
-            f"{len(unproven)} of {tables.count(len(outcome.choices), 'configuration')} not proven with the present "
+            f"{len(unproven)} of {layout.count(len(outcome.choices), 'configuration')} not proven with the present "
             "kernels; see `int8kit verify`"
         )
     generate.save(outcome, output)

@@ -49,7 +49,7 @@ def tune(
     Example: int8kit tune --gpu rtx3090 --shape 16x4608x4600
     """
     from int8kit import files, gpus
-    from int8kit.cli.tables import count
+    from int8kit.cli.layout import count
     from int8kit.database import store
 
     if gpu and gpu_spec:
@@ -100,7 +100,7 @@ def _tune(
     named: list[Any], wanted: list[Any], scheduler: str | None, output: Path | None, as_json: bool | None, force: bool
 ) -> None:
     """Tune and print the result. as_json: None prints nothing."""
-    from int8kit.cli.tables import count
+    from int8kit.cli.layout import count
     from int8kit.tune import session, workers
 
     with workers.Workers(scheduler) as pool:
@@ -145,19 +145,19 @@ def _document(outcome: Any) -> dict[str, Any]:
 
 
 def _table(outcome: Any) -> str:
-    from int8kit.cli import tables
+    from int8kit.cli import layout, tables
 
-    written = tables.count(len(outcome.entries) - outcome.kept, "entry", "entries")
+    written = layout.count(len(outcome.entries) - outcome.kept, "entry", "entries")
     lines = [tables.tuning_table(outcome.entries), "", f"wrote {written} to {outcome.target.path}"]
     if outcome.kept:
-        lines.append(f"kept {tables.count(outcome.kept, 'stronger entry', 'stronger entries')}, measured or proxy")
+        lines.append(f"kept {layout.count(outcome.kept, 'stronger entry', 'stronger entries')}, measured or proxy")
     before, after = outcome.kernels
-    lines.append(tables.count(after, "kernel"))
+    lines.append(layout.count(after, "kernel"))
     if before > after:
         lines[-1] += f", {before} before shapes within 1 % shared one"
     if outcome.rejected:
         rejected = ", ".join(f"{number} {kind}" for kind, number in sorted(outcome.rejected.items()))
-        lines.append(tables.wrapped(f"rejected configurations by reason: {rejected}"))
+        lines.append(layout.wrapped(f"rejected configurations by reason: {rejected}"))
     return "\n".join(lines)
 
 

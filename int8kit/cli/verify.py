@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from int8kit.cli.layout import count
 from int8kit.cli.terminal import Force, Json, Output, check_output, note, progress, show
 from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
 from int8kit.spec import TileConfig, legal_configs
 
 if TYPE_CHECKING:
+    from int8kit.database.database import Database
     from int8kit.gpus import Gpu
     from int8kit.verify.executors import Executor
     from int8kit.verify.runner import Result
@@ -46,7 +48,9 @@ def verify(
     exhaustive: Annotated[
         bool, typer.Option("--exhaustive", help="Ten times the examples, over every configuration: takes minutes.")
     ] = False,
-    stamp: Annotated[bool, typer.Option(help="Write stamps of the entries that passed into the database.")] = True,
+    stamp: Annotated[
+        bool, typer.Option(help="Write stamps of the entries that passed into --db, or else into your own database.")
+    ] = True,
     only: Annotated[
         list[str] | None, typer.Option(help="Verify this property alone, such as output or entries; repeatable.")
     ] = None,
@@ -198,8 +202,8 @@ def _verify(
     if failures:
         verb = "differs" if len(failures) == 1 else "differ"
         raise CheckFailed(f"{len(failures)} of {len(results)} properties {verb}: {', '.join(r.name for r in failures)}")
-    for path in paths if stamp and stamps else ():
-        _stamp(path, stamps, base)
+    if stamp and stamps:
+        _stamp(base, stamps, database)
 
 
 def _failure_lines(failures: list[Result], found: list[Executor]) -> list[str]:
@@ -226,19 +230,23 @@ def _store_example(name: str, example: str, implementation: str = "int8kit") -> 
         note(f"example not stored: {error}")
 
 
-def _stamp(path: Path, stamps: dict[Any, Any], proven: Any) -> None:
-    from int8kit import files
+def _stamp(base: Database, stamps: dict[Any, Any], given: Path | None) -> None:
+    """Write stamps into the file that was given, or into the user's own database, on top of the shipped one."""
     from int8kit.database import store
 
-    if path.parent == files.shipped("tuning_db") and path.parent != Path("tuning_db").resolve():
-        note(f"{path} came with the package: not stamped; copy it to ./tuning_db to keep stamps")
-        return
+    before = {entry.key: entry.verified for entry in base.entries}
+    proven = [entry for entry in base.stamped(stamps).entries if entry.verified != before[entry.key]]
+    path = given or store.user_path(base.gpu.alias)
     try:
-        changed = store.stamp(path, stamps, proven)
+        if given is not None:
+            store.stamp(path, stamps, base)
+        elif proven:
+            store.update(path, base.gpu, proven)
     except FileError as error:  # the proof is valid all the same
         note(f"stamps not written: {error}")
     else:
-        note(f"{'stamped' if changed else 'stamps are up to date in'} {path}")
+        entries = count(len(proven), "entry", "entries")
+        note(f"stamped {entries} in {path}" if proven else "the stamps of all entries are up to date")
 
 
 @app.command(short_help="Seed faults that the properties must catch.")
