@@ -35,10 +35,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from int8kit.models import Case, Model
-from int8kit.shapes_file import int8_shapes as int8_shapes
-from int8kit.shapes_file import read as read
-from int8kit.shapes_file import write as write
-from int8kit.shapes_schema import FORMAT as FORMAT
+from int8kit.shapes_schema import FORMAT
 
 _ATEN = torch.ops.aten
 # Positions of the two factors among an operator's arguments.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from int8kit import gpus, shapes_file, trace
+from int8kit import gpus, shapes_file
 from int8kit.bench import contestants, gemm
 from int8kit.bench.contestants import Contestant
 from int8kit.cli import tables
@@ -296,7 +296,7 @@ def test_shapes_to_measure():
 def test_shapes_of_other_models():
     shapes = shapes_file.select(None, OTHER_MODELS)
     assert len(shapes) == 16
-    document = trace.read(OTHER_MODELS)
+    document = shapes_file.read(OTHER_MODELS)
     assert all(case["source"] for case in document["cases"])
     assert not set(shapes) & set(shapes_file.select(None))
 

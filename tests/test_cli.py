@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from int8kit import __main__, files, trace
+from int8kit import __main__, files, shapes_file, shapes_schema
 from int8kit.bench import gemm
 from int8kit.cli import main
 from int8kit.database import store
@@ -50,7 +50,7 @@ def test_trace_shapes(tmp_path, monkeypatch, verb):
     done = int8kit("trace-shapes", "ideogram4", "--size", "1024x768", "--batch", "2", "--json", cwd=tmp_path)
     assert done.stderr == ""  # no warning of another library
     document = json.loads(done.stdout)
-    assert document == trace.read(tmp_path / "out" / "shapes" / "ideogram4.json")
+    assert document == shapes_file.read(tmp_path / "out" / "shapes" / "ideogram4.json")
     assert [(c["height"], c["width"], c["batch"], c["branch"]) for c in document["cases"]] == [
         (768, 1024, 2, "cond"),
         (768, 1024, 2, "uncond"),
@@ -154,7 +154,7 @@ def test_verify_stamps_what_it_proved(workshop, tmp_path, monkeypatch, verb):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.json").write_text(text)
     shape = base.entries[0].shape
-    shapes_file(tmp_path / "s.json", (shape.m, shape.n, shape.k))
+    write_shapes(tmp_path / "s.json", (shape.m, shape.n, shape.k))
     monkeypatch.setattr(property_runs, "run_all", lambda jobs, judge, **_: [judge(job, lambda _: None) for job in jobs])
     args = ("verify", "--gpu", "rtx3090", "--db", "p.json", "--shapes", "s.json", "--examples", "15")
     verb(*args, "--only", "batch")
@@ -371,7 +371,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capfd, args, words):
     (tmp_path / "half.json").write_text('{"format": "int8kit.shapes/1", "cas')
     deep = {"m": 64, "n": 64, "k": 131072, "count": 1, "bias": False, "layers": ["a"]}
     case = {"height": 64, "width": 64, "batch": 1, "text_tokens": 1, "branch": "cond", "gemms": [deep]}
-    (tmp_path / "deep.json").write_text(json.dumps({"format": trace.FORMAT, "model": "m", "cases": [case]}))
+    (tmp_path / "deep.json").write_text(json.dumps({"format": shapes_schema.FORMAT, "model": "m", "cases": [case]}))
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with pytest.raises(SystemExit) as ended:
         main.main(list(args))
@@ -387,12 +387,12 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capfd, args, words):
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def shapes_file(path, *shapes):
+def write_shapes(path, *shapes):
     """A shapes file of one case."""
     rows = [{**vars(GemmShape(*s)), "count": 1, "bias": False, "layers": ["a"], "int8": True} for s in shapes]
     case = {"height": 64, "width": 64, "batch": 1, "text_tokens": 1, "branch": "cond", "gemms": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"format": trace.FORMAT, "model": "m", "cases": [case]}))
+    path.write_text(json.dumps({"format": shapes_schema.FORMAT, "model": "m", "cases": [case]}))
     return path
 
 
@@ -432,9 +432,9 @@ def test_tune_finds_the_shapes_that_were_traced_here(tuned, tmp_path, capfd):
     every, targets = tuned("--gpu", "RTX 3090")
     assert len(every) == 48
     assert targets == [("rtx3090", store.user_path("rtx3090"))]
-    shapes_file(tmp_path / "shapes" / "ideogram4.json", (1, 2, 3))
+    write_shapes(tmp_path / "shapes" / "ideogram4.json", (1, 2, 3))
     assert tuned("--gpu", "rtx3090")[0] == [GemmShape(1, 2, 3)]
-    shapes_file(tmp_path / "out" / "shapes" / "ideogram4.json", (4, 5, 6), (7, 8, 9))
+    write_shapes(tmp_path / "out" / "shapes" / "ideogram4.json", (4, 5, 6), (7, 8, 9))
     capfd.readouterr()
     assert tuned("--gpu", "rtx3090")[0] == [GemmShape(4, 5, 6), GemmShape(7, 8, 9)]
     assert "tuning 2 shapes of out/shapes/ideogram4.json" in capfd.readouterr().err
@@ -492,13 +492,13 @@ def test_tune_without_a_gpu_starts_no_worker(monkeypatch, verb):
 def test_the_defaults_overwrite_no_committed_file(tmp_path, monkeypatch, verb):
     """In a clone: the commands of the quick start leave the folders that are under version control alone."""
     monkeypatch.chdir(tmp_path)
-    committed = shapes_file(tmp_path / "shapes" / "tiny.json", (1, 2, 3))
+    committed = write_shapes(tmp_path / "shapes" / "tiny.json", (1, 2, 3))
     before = committed.read_bytes()
     verb("trace-shapes", "tiny", "--size", "64x64")
     assert committed.read_bytes() == before
-    assert trace.read(tmp_path / "out" / "shapes" / "tiny.json")["model"] == "tiny"
+    assert shapes_file.read(tmp_path / "out" / "shapes" / "tiny.json")["model"] == "tiny"
     out, _ = verb("trace-shapes", "tiny", "--size", "64x64", "-o", "-")
-    assert json.loads(out) == trace.read(tmp_path / "out" / "shapes" / "tiny.json")
+    assert json.loads(out) == shapes_file.read(tmp_path / "out" / "shapes" / "tiny.json")
 
 
 def test_a_mistake_is_reported_before_torch_is_imported():
@@ -563,7 +563,7 @@ def test_bad_input_in_a_process_of_its_own(tmp_path):
 def test_force_overwrites(tmp_path, verb):
     (tmp_path / "mine.json").write_text("precious")
     verb("trace-shapes", "tiny", "--size", "64x64", "-o", tmp_path / "mine.json", "--force")
-    assert files.is_ours(tmp_path / "mine.json", trace.FORMAT)
+    assert files.is_ours(tmp_path / "mine.json", shapes_schema.FORMAT)
 
 
 def test_verbs_show_an_example(verb):

@@ -165,7 +165,7 @@ def test_wheel_holds_the_shipped_files(tmp_path):
         archive.extractall(site)
     code = "from int8kit import files, trace; from int8kit.database import store; print(files.shipped('shapes')); "
     code += "store.load(store.find('rtx3090')); "
-    code += "print(len(trace.read(files.shipped('shapes') / 'ideogram4.json')['cases']))"
+    code += "print(len(shapes_file.read(files.shipped('shapes') / 'ideogram4.json')['cases']))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(site), "HOME": str(tmp_path)},
         capture_output=True, text=True, timeout=120,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from int8kit import files, models, trace
+from int8kit import files, models, shapes_file, trace
 from int8kit.cli import main
 from int8kit.errors import FileError, InputError
 from int8kit.models import Case
@@ -110,7 +110,7 @@ def test_patterns():
 
 
 def test_shipped_file_equals_a_new_trace():
-    document = trace.read(SHIPPED)
+    document = shapes_file.read(SHIPPED)
     sizes = {(c["width"], c["slots"], c["branch"]) for c in document["cases"]}
     assert sizes == {
         (size, slots, branch)
@@ -134,17 +134,17 @@ def test_default_call_writes_the_shipped_file(tmp_path, monkeypatch, capsys):
 
 def test_round_trip(tmp_path):
     document = trace.trace(models.get("tiny"), [Case(64, 64), Case(64, 64, branch="uncond")])
-    trace.write(document, tmp_path / "s.json")
-    assert trace.read(tmp_path / "s.json") == document == json.loads(json.dumps(document))
+    shapes_file.write(document, tmp_path / "s.json")
+    assert shapes_file.read(tmp_path / "s.json") == document == json.loads(json.dumps(document))
 
 
 @pytest.mark.parametrize("key", ["m", "count", "layers"])
 def test_damaged_file_is_refused(tmp_path, key):
     document = trace.trace(models.get("tiny"), [Case(64, 64)])
     del document["cases"][0]["gemms"][0][key]
-    trace.write(document, tmp_path / "s.json")
+    shapes_file.write(document, tmp_path / "s.json")
     with pytest.raises(FileError, match=f"is damaged.*{key}.*trace-shapes"):
-        trace.read(tmp_path / "s.json")
+        shapes_file.read(tmp_path / "s.json")
 
 
 @pytest.mark.parametrize(
@@ -169,12 +169,12 @@ def test_damaged_file_is_refused(tmp_path, key):
 def test_damaged_shapes_file_gives_a_one_line_error(tmp_path, damage, reason):
     document = trace.trace(models.get("tiny"), [Case(64, 64)])
     path = tmp_path / "s.json"
-    trace.write(document, path)
+    shapes_file.write(document, path)
     document = json.loads(path.read_text())
     damage(document)
     path.write_text(json.dumps(document))
     with pytest.raises(FileError, match=rf"is damaged \(.*{reason}.*; make one with `int8kit trace-shapes`") as caught:
-        trace.read(path)
+        shapes_file.read(path)
     assert "\n" not in str(caught.value)
 
 
@@ -183,16 +183,16 @@ def test_extents_are_whole_numbers_in_range(tmp_path, value):
     document = trace.trace(models.get("tiny"), [Case(64, 64)])
     document["cases"][0]["gemms"][0] |= {"m": value, "flops": None}
     document["cases"][0]["gemm_flops"] = None
-    trace.write(document, tmp_path / "s.json")
+    shapes_file.write(document, tmp_path / "s.json")
     with pytest.raises(InputError):
-        trace.read(tmp_path / "s.json")
+        shapes_file.read(tmp_path / "s.json")
 
 
 def test_int8_shapes():
-    document = trace.read(SHIPPED)
-    shapes = trace.int8_shapes(document, (1024, 1024))
+    document = shapes_file.read(SHIPPED)
+    shapes = shapes_file.int8_shapes(document, (1024, 1024))
     assert {s.m for s in shapes} == {4096, 4296, 6144}
     assert {(s.n, s.k) for s in shapes} == {(4608, 4608), (12288, 4608), (4608, 12288), (4608, 53248)}
     unmarked = {"cases": [{"height": 1, "width": 1, "gemms": [{"m": 500, "n": 512, "k": 512, "count": 2}]}]}
-    assert trace.int8_shapes(unmarked) == {GemmShape(500, 512, 512): 2 * 2 * 500 * 512 * 512}
-    assert trace.int8_shapes(unmarked, (2, 2)) == {}
+    assert shapes_file.int8_shapes(unmarked) == {GemmShape(500, 512, 512): 2 * 2 * 500 * 512 * 512}
+    assert shapes_file.int8_shapes(unmarked, (2, 2)) == {}

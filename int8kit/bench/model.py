@@ -67,7 +67,7 @@ def measure(setting: ModelSetting = ModelSetting(), *, note: Callable[[str], Non
     present = gpus.present()
     if present is None and model.name != models.TINY:
         raise InputError(f"no CUDA device for the model {model.name!r}: expected one; `tiny` runs on a CPU")
-    target = gpus.get(setting.gpu) if setting.gpu else present or gpus.get("rtx3090")
+    target = gpus.resolve(setting.gpu)
     database, _ = store.merged_view(target, gemm.toolchain(), setting.database)
     device = "cuda" if present else "cpu"
     with torch.device(device):

@@ -64,6 +64,13 @@ def remedy_of(package: str) -> str:
     return f"install it with `pip install {package}`, and see `int8kit doctor`"
 
 
+def named_gpu(name: str | None) -> Any:
+    """The record of the GPU that an option names, or None without the option. Raises UnknownName."""
+    from int8kit import gpus
+
+    return None if name is None else gpus.get(name)
+
+
 def serving(gpu: str | None, path: Path | None) -> tuple[Any, tuple[Path, ...], Any]:
     """The database that serves a GPU, its files, and the toolchain of this process.
 
@@ -72,7 +79,7 @@ def serving(gpu: str | None, path: Path | None) -> tuple[Any, tuple[Path, ...], 
     from int8kit import gpus
     from int8kit.database import store
 
-    named = gpus.get(gpu) if gpu is not None else None
+    named = named_gpu(gpu)
     base = (
         store.load(path, named.alias if named else None) if path is not None else None
     )  # a mistake shows before torch loads

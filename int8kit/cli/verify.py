@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from int8kit.cli.layout import count
+from int8kit.cli.options import interpret_without_gpu, named_gpu
 from int8kit.cli.terminal import Force, Json, Output, check_output, note, progress, show
 from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
 from int8kit.spec import TileConfig, legal_configs
@@ -82,7 +83,7 @@ def verify(
         return
     _check_examples(examples)
     check_output(output, force)
-    named = _named_gpu(gpu)
+    named = named_gpu(gpu)
     if database is not None:
         from int8kit.database import store
 
@@ -92,7 +93,7 @@ def verify(
         from int8kit import files, shapes_schema
 
         files.read_json(shapes, shapes_schema.FORMAT, remedy="make one with `int8kit trace-shapes`")
-    _use_interpreter_without_gpu()
+    interpret_without_gpu()
     _verify(named, database, shapes, only or [], examples, seed, exhaustive, stamp, as_json, markdown, output)
 
 
@@ -114,26 +115,6 @@ def _check_examples(examples: int | None) -> None:
         raise InputError(f"--examples {examples}: expected 1 or more")
 
 
-def _named_gpu(alias: str | None) -> Gpu | None:
-    from int8kit import gpus
-
-    return gpus.get(alias) if alias else None
-
-
-def _gpu_or_default(named: Gpu | None) -> Gpu:
-    from int8kit import gpus
-
-    return named or gpus.present() or gpus.get("rtx3090")
-
-
-def _use_interpreter_without_gpu() -> None:
-    """Choose Triton's interpreter on a CPU, which is possible before triton is imported."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
-
-
 def _refuse_faults(only: list[str]) -> None:
     """Raise InputError for the name of a fault, before torch is imported."""
     from int8kit.verify.mutation.catalogue import CATALOGUE
@@ -148,17 +129,17 @@ def _verify(
     exhaustive: bool, stamp: bool, as_json: bool, markdown: bool,
     output: Path | None,
 ) -> None:  # fmt: skip
-    from int8kit import files, trace
+    from int8kit import gpus, shapes_file
     from int8kit.cli import tables
     from int8kit.database import store
     from int8kit.kernels import gemm
     from int8kit.verify import executors, property_runs, verify_kernels
     from int8kit.verify.properties.budget import budget
 
-    gpu = _gpu_or_default(named)
+    gpu = named or gpus.resolve(None)
     toolchain = gemm.toolchain()
     base, paths = store.merged_view(gpu, toolchain, database)
-    wanted = trace.int8_shapes(trace.read(shapes or files.shipped("shapes") / "ideogram4.json"))
+    wanted = shapes_file.int8_shapes(shapes_file.read(shapes or shapes_file.find()))
     unlisted = tuple(base.choices_without_entry(wanted, toolchain))
     found = executors.available(gpu)
     runs = [
@@ -271,15 +252,16 @@ def mutate(
     """
     _check_examples(examples)
     check_output(output, force)
-    named = _named_gpu(gpu)
+    named = named_gpu(gpu)
     from int8kit.verify.mutation.catalogue import find
 
     mutants = find(only or [])
-    _use_interpreter_without_gpu()
+    interpret_without_gpu()
+    from int8kit import gpus
     from int8kit.cli import tables
     from int8kit.verify.mutation import campaign
 
-    target = _gpu_or_default(named)
+    target = named or gpus.resolve(None)
     verdicts: list[campaign.Verdict] = []
 
     def show_verdicts() -> None:
@@ -329,15 +311,15 @@ def libraries(
 
     Example: int8kit verify libraries torch._int_mm --examples 5
     """
-    from int8kit import peers
+    from int8kit import gpus, peers
 
     _check_examples(examples)
     if not names:
         raise InputError(f"no library; name one or more of {', '.join(peers.PEERS)}, or your function, module:function")
     peers.check_names(names)
     check_output(output, force)
-    named = _named_gpu(gpu)
-    _use_interpreter_without_gpu()
+    named = named_gpu(gpu)
+    interpret_without_gpu()
     import sys
 
     from int8kit.cli import tables
@@ -345,7 +327,7 @@ def libraries(
     from int8kit.verify import compare_implementations, executors, replay
 
     sys.path.insert(0, os.getcwd())  # as `python -m` does: a user's module is there
-    target = _gpu_or_default(named)
+    target = named or gpus.resolve(None)
     executor = executors.available(target)[-1]
     configs = compare_implementations.tiles(executor, Database(target))
     with progress("verifying") as (bar, task):

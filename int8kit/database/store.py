@@ -151,7 +151,7 @@ def load_database(gpu: str | None = None) -> Database:
     gpu: an alias such as "rtx3090". Default: the GPU of this machine, or rtx3090 where there is none. Raises
     UnknownName for another alias, FileError for a damaged file.
     """
-    target = gpus.get(gpu) if gpu else gpus.present() or gpus.get("rtx3090")
+    target = gpus.resolve(gpu)
     return merged_view(target, present_toolchain()[0])[0]
 
 

@@ -46,35 +46,35 @@ def _extreme_gemms(*huge_strides: HugeStride, many_rows: bool) -> Callable[[Tile
     return always
 
 
-def _to_any(implementation: Implementation) -> str | None:
+def _needs_nothing(implementation: Implementation) -> str | None:
     return None
 
 
-def _to_accumulators(implementation: Implementation) -> str | None:
+def _needs_accumulators(implementation: Implementation) -> str | None:
     return None if implementation.accumulators else "it returns no accumulators"
 
 
-def _to_output(implementation: Implementation) -> str | None:
+def _needs_output(implementation: Implementation) -> str | None:
     return None if implementation.output else "it returns accumulators only"
 
 
-def _to_swiglu(implementation: Implementation) -> str | None:
+def _needs_swiglu(implementation: Implementation) -> str | None:
     return None if implementation.swiglu else "it has no SwiGLU epilogue"
 
 
-def _to_strides(implementation: Implementation) -> str | None:
+def _needs_strides(implementation: Implementation) -> str | None:
     return None if implementation.strides else "it takes contiguous operands"
 
 
-def _to_configurations(implementation: Implementation) -> str | None:
+def _needs_configurations(implementation: Implementation) -> str | None:
     return None if implementation.tiles else "it has no configurations"
 
 
-def _to_early_starts(implementation: Implementation) -> str | None:
+def _needs_early_starts(implementation: Implementation) -> str | None:
     return None if pdl_probe.overlaps(implementation.device) else "no kernel starts here before the one ahead has ended"
 
 
-def _to_row_kernels(implementation: Implementation) -> str | None:
+def _needs_row_kernels(implementation: Implementation) -> str | None:
     return None if implementation.row_kernels else "it has no row kernels, or the same as the native executor"
 
 
@@ -85,7 +85,7 @@ class Property:
     name: str
     statement: str  # true of every correct implementation
     check: Callable[[Any, Implementation], str | None]  # how an example breaks the property, or None
-    why_not: Callable[[Implementation], str | None] = _to_any  # why it does not apply, or None
+    why_not: Callable[[Implementation], str | None] = _needs_nothing  # why it does not apply, or None
     strategy: Callable[[Tiles, Budget], SearchStrategy[Any]] = _gemms
     always: Callable[[Tiles, Budget], Iterable[Any]] = _nothing  # examples that every run of int8kit's kernels tries
     cost: int = REPEAT_COST  # of an example; the number and the size of the examples are divided by it
@@ -98,7 +98,7 @@ def _fused(name: str) -> Property:
         name,
         f"the outputs of `{name}` are bit-equal to its reference",
         row_kernels.check,
-        _to_row_kernels,
+        _needs_row_kernels,
         strategy=lambda tiles, budget: row_kernels.examples(name),
         always=lambda tiles, budget: row_kernels.always(name),
         cost=FUSED_COST,
@@ -112,32 +112,32 @@ PROPERTIES: dict[str, Property] = {
     row.name: row
     for row in (
         _all_kernels(
-            "accumulator", "the int32 accumulators equal int64-exact arithmetic", gemm.accumulators, _to_accumulators,
-            always=_extreme_gemms("x", "w", many_rows=True),
+            "accumulator", "the int32 accumulators equal int64-exact arithmetic", gemm.accumulators,
+            _needs_accumulators, always=_extreme_gemms("x", "w", many_rows=True),
         ),
         _all_kernels(
-            "output", "the dequantized output is bit-equal to the reference; NaN equals NaN", gemm.output, _to_output,
-            always=_extreme_gemms("out", many_rows=True),
+            "output", "the dequantized output is bit-equal to the reference; NaN equals NaN", gemm.output,
+            _needs_output, always=_extreme_gemms("out", many_rows=True),
         ),
         _all_kernels(
-            "swiglu", "the output of the SwiGLU epilogue is bit-equal to the reference", gemm.swiglu, _to_swiglu,
+            "swiglu", "the output of the SwiGLU epilogue is bit-equal to the reference", gemm.swiglu, _needs_swiglu,
             always=_extreme_gemms("out", many_rows=False), scope="int8kit",
         ),
         Property("batch", "a row gives the same bits alone, permuted, and with more rows below it", gemm.batch),
         Property("linearity", "accumulators(a + b) = accumulators(a) + accumulators(b)", gemm.linearity,
-                 _to_accumulators),
+                 _needs_accumulators),
         Property("zero rows", "a row of zeros with scale 0 gives the bias and nothing else", gemm.zero_rows,
-                 _to_output),
-        Property("nan rows", "a row whose scale is NaN is NaN, and changes no other row", gemm.nan_rows, _to_output),
+                 _needs_output),
+        Property("nan rows", "a row whose scale is NaN is NaN, and changes no other row", gemm.nan_rows, _needs_output),
         Property("strided", "parts of larger matrices give the same bits as copies of them", gemm.strided,
-                 _to_strides),
+                 _needs_strides),
         Property("repeats", "three runs give the same bits", gemm.repeats),
         Property("order", "operands that the kernel ahead writes late are read as it leaves them", gemm.order,
-                 _to_early_starts, mutants_of=(Kernel.WGMMA,)),
+                 _needs_early_starts, mutants_of=(Kernel.WGMMA,)),
         Property("configuration", "any two configurations give the same bits", gemm.configuration,
-                 _to_configurations),
+                 _needs_configurations),
         Property(
-            "quantize", "q and s are bit-equal to the reference", row_kernels.check_quantize, _to_row_kernels,
+            "quantize", "q and s are bit-equal to the reference", row_kernels.check_quantize, _needs_row_kernels,
             strategy=lambda tiles, budget: rows(2000),
             always=lambda tiles, budget: (*fixed.ALL_KINDS_AND_DTYPES, *fixed.LONG_ROWS),
             cost=1, scope="int8kit", mutants_of=(Kernel.TRITON,),
