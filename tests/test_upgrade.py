@@ -10,7 +10,7 @@ from int8kit.database import store, upgrade
 from int8kit.database.schema import FORMAT
 from int8kit.errors import FileError
 from int8kit.kernels import gemm
-from int8kit.spec import Kernel
+from int8kit.spec import POLICIES, Kernel
 from int8kit.toolchain import ANY_TOOLCHAIN
 
 DATA = Path(__file__).parent / "data"
@@ -120,3 +120,10 @@ def test_an_earlier_hash_of_a_kernel_keeps_times_and_proves_nothing(tmp_path):
 def test_hashes_are_translated_to_the_present_kernels():
     """Whoever changes a kernel's speed takes its hashes out; whoever keeps the speed adds the last hash."""
     assert set(upgrade._SAME_SPEED.values()) <= {gemm.kernel_hash(kernel) for kernel in Kernel}
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_policies_of_old_files_have_the_present_words(path):
+    base = store.load(path)
+    assert base.policies
+    assert all(POLICIES[int(number)] == text for number, text in base.policies.items())

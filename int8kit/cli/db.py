@@ -123,7 +123,7 @@ def check(
     for path, old, base in loaded:
         if old:
             found[str(path)].append(f"format {upgrade.OLD_FORMAT}; run `int8kit db upgrade {path}`")
-        found[str(path)] += problems.problems(base, toolchain)
+        found[str(path)] += problems.problems(base, toolchain, path)
     lines = [f"{path}: {line}" for path, listed in found.items() for line in listed or ["no problem"]]
     show({"databases": found}, "\n".join(lines) or "no database", as_json, output)
     if number := sum(map(len, found.values())):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from int8kit import gpus
 from int8kit.database.database import Database, identity_of
@@ -26,11 +27,15 @@ PEAK_MARGIN = 1.05  # boards with a higher boost clock than the data sheet's exi
 MODEL_ERROR = 5.0  # largest plausible ratio of estimate and time; 2.1 in the shipped entries
 
 
-def problems(database: Database, toolchain: Toolchain) -> list[str]:
-    """Every problem of `database`, one line each. Entries with the same problem share a line."""
+def problems(database: Database, toolchain: Toolchain, path: Path | None = None) -> list[str]:
+    """Every problem of `database`, one line each. Entries with the same problem share a line.
+
+    path: its file, which the remedies name.
+    """
     groups: dict[str, list[str]] = {}
     ids = {entry.identity: entry.shape for entry in database.entries}
-    check = _EntryChecks(database.gpu, toolchain, ids)
+    verify = f"run `int8kit verify --gpu {database.gpu.alias}{f' --db {path}' if path else ''}`"
+    check = _EntryChecks(database.gpu, toolchain, ids, verify)
     usable = {entry.key for entry in database.usable_entries(toolchain)}
     for entry in database.entries:
         found = [*check.contents(entry), *check.times(entry), *check.stamps(entry)]
@@ -89,6 +94,7 @@ class _EntryChecks:
     gpu: Gpu
     toolchain: Toolchain
     ids: dict[str, GemmShape]  # shape of each entry in the file, by `Entry.identity`
+    verify: str  # the remedy for a missing proof
 
     def contents(self, entry: Entry) -> Iterator[str]:
         """Fields of an entry that contradict each other."""
@@ -176,9 +182,9 @@ class _EntryChecks:
         """Stamps that belong to another entry or contradict themselves."""
         for stamp in entry.verified or ():
             if stamp.of != entry.identity and stamp.of in self.ids:
-                yield f"its stamp belongs to {self.ids[stamp.of]}: copied; run `int8kit verify --gpu {self.gpu.alias}`"
+                yield f"its stamp belongs to {self.ids[stamp.of]}: copied; {self.verify}"
             elif stamp.of != entry.identity:
-                yield f"changed since it was proven; run `int8kit verify --gpu {self.gpu.alias}`"
+                yield f"changed since it was proven; {self.verify}"
             yield from self._contradicts(stamp)
 
     def _contradicts(self, stamp: Stamp) -> Iterator[str]:
@@ -190,7 +196,7 @@ class _EntryChecks:
 
     def proof(self, entry: Entry) -> Iterator[str]:
         """The missing proof of the entry under the toolchain."""
-        verify = f"run `int8kit verify --gpu {self.gpu.alias}` on a GPU"
+        verify = f"{self.verify} on a GPU"
         if entry.is_stale(self.toolchain):
             yield f"the {entry.config.kernel} kernel has changed since; tune and verify again"
         elif not entry.proofs(self.toolchain, self.gpu.arch):

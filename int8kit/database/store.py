@@ -57,7 +57,7 @@ def load(path: Path, alias: str | None = None) -> Database:
     try:
         if document["format"] == upgrade.OLD_FORMAT:
             document = upgrade.upgraded(document)
-        document = upgrade.with_present_hashes(document)
+        document = upgrade.with_present_names(document)
         # Through JSON: only there does pydantic's strict mode accept strings for enums and lists for tuples.
         found = Document.model_validate_json(json.dumps(document), strict=True)
         _check(found)

@@ -21,6 +21,7 @@ from int8kit.database.schema import FORMAT
 OLD_FORMAT = "int8kit.tuning/1"
 _KERNELS = {"pointer": "triton", "ampere": "mma_sync", "hopper": "wgmma"}
 _TRITON, _MMA_SYNC, _WGMMA = "c65688858ada", "a3c48e6b0b14", "0530694a40e9"
+_WORD = ("card", "GPU")  # of earlier policy texts, and the word since
 _SAME_SPEED = {
     # hashes of the device code, in format /1
     "6656f9177801": _TRITON,
@@ -34,9 +35,10 @@ _SAME_SPEED = {
 """Earlier hashes of kernels, and the hash since. Times hold for both; proofs do not, and no stamp is translated."""
 
 
-def with_present_hashes(document: dict[str, Any]) -> dict[str, Any]:
-    """A document whose entries name the present hash of a kernel that has kept its speed."""
-    return {**document, "entries": [_renamed(row) for row in document["entries"]]}
+def with_present_names(document: dict[str, Any]) -> dict[str, Any]:
+    """A document with the present hashes of kernels that have kept their speed, and the present words of policies."""
+    policies = {number: text.replace(*_WORD) for number, text in document["policies"].items()}
+    return {**document, "policies": policies, "entries": [_renamed(row) for row in document["entries"]]}
 
 
 def _renamed(row: dict[str, Any]) -> dict[str, Any]:
