@@ -163,7 +163,9 @@ def test_wheel_holds_the_shipped_files(tmp_path):
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    code = "from int8kit import files, trace; from int8kit.database import store; print(files.shipped('shapes')); "
+    code = (
+        "from int8kit import files, shapes_file; from int8kit.database import store; print(files.shipped('shapes')); "
+    )
     code += "store.load(store.find('rtx3090')); "
     code += "print(len(shapes_file.read(files.shipped('shapes') / 'ideogram4.json')['cases']))"
     done = subprocess.run(
