@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from int8kit.bench import fused, model
+from int8kit.cli import tables
 from int8kit.errors import InputError, UnknownName
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -28,7 +29,8 @@ def test_a_forward_of_the_tiny_model_in_every_variant(quiet_interpreter, monkeyp
     assert len(replaced) == 1
     assert (document["model"], document["size"], document["device"]) == ("tiny", "64x64", "cpu")
     assert document["database"] > 0
-    assert [row[0] for row in model.rows(document)] == variants
+    table = tables.bench_model_table(document).splitlines()[2:]
+    assert [row.rpartition("  ")[0].strip() for row in table] == variants
 
 
 @needs_no_gpu
@@ -55,3 +57,36 @@ def test_fused_kernels_dry_run(quiet_interpreter):
         fused.measure()
     with pytest.raises(InputError, match="expected 1 or more rounds"):
         fused.measure(rounds=0, dry_run=True)
+
+
+@needs_no_gpu
+def test_bench_fused_prints_a_table_and_writes_a_document(quiet_interpreter, tmp_path, verb):
+    out = tmp_path / "out" / "fused.json"
+    only = ("--only", "rms_norm_quantize", "--only", "qk_norm_rope")
+    for _ in range(2):  # a second call may overwrite the first one's file
+        table, _ = verb("bench", "fused", "--dry-run", *only, "-o", out)
+    document = json.loads(out.read_text())
+    assert document["format"] == fused.FORMAT
+    assert document["dry_run"]
+    assert {run["kernel"] for run in document["runs"]} == {"rms_norm_quantize", "qk_norm_rope"}
+    assert all(run["us"] > 0 and {"tb_s", "of_copy", "bytes"} <= set(run) for run in document["runs"])
+    assert len(table.splitlines()) == 2 + len(document["runs"])
+    assert json.loads(verb("bench", "fused", "--dry-run", *only, "--json")[0])["format"] == fused.FORMAT
+
+
+@needs_no_gpu
+def test_bench_model_passes_its_options(monkeypatch, tmp_path, verb):
+    heard = []
+
+    def measure(setting, note):
+        heard.append(setting)
+        note("bf16: 1.5 ms")
+        return {"format": model.FORMAT, "ms": {"bf16": 1.5}, "peak_gib": {}}
+
+    monkeypatch.setattr(model, "measure", measure)
+    options = ("--size", "64x32", "--text-tokens", "5", "--rounds", "2", "--gpu", "H200")
+    table, err = verb("bench", "model", "tiny", *options, "-o", tmp_path / "m.json")
+    assert heard == [model.ModelSetting("tiny", 32, 64, text_tokens=5, rounds=2, gpu="H200")]
+    assert "1.5 ms" in err
+    assert table.splitlines()[2].split() == ["bf16", "1.5"]
+    assert json.loads((tmp_path / "m.json").read_text())["format"] == model.FORMAT

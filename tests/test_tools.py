@@ -13,19 +13,6 @@ pytestmark = pytest.mark.process
 ROOT = Path(__file__).parent.parent
 
 
-def test_bench_fused_dry_run(tmp_path):
-    out = tmp_path / "out" / "fused.json"
-    command = [sys.executable, ROOT / "tools" / "bench_fused.py", "--dry-run", "--out", out]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    runs = json.loads(out.read_text())["runs"]
-    assert {run["kernel"] for run in runs} == {
-        "rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope",
-    }  # fmt: skip
-    assert all(run["us"] > 0 and {"tb_s", "of_copy", "bytes"} <= set(run) for run in runs)
-    assert json.loads(done.stdout.splitlines()[-1])["dry_run"]
-
-
 def test_launches_dry_run_and_sanitize_without_the_toolkit(tmp_path):
     command = [sys.executable, ROOT / "tools" / "launches.py"]
     done = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -110,12 +110,6 @@ def measure(setting: ModelSetting = ModelSetting(), *, note: Callable[[str], Non
     }
 
 
-def rows(document: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The table of a document: variant, milliseconds, peak GiB."""
-    peak = document["peak_gib"]
-    return [(name, f"{ms:.1f}", f"{peak[name]:.2f}" if name in peak else "") for name, ms in document["ms"].items()]
-
-
 def _milliseconds(call: Callable[[], Any], rounds: int) -> float:
     """Median of `rounds` synchronized calls after WARM_UP ones, by the wall clock."""
     times = []

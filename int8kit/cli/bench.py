@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from int8kit.cli.help import Group
-from int8kit.cli.options import Db, Limit, Shape, Shapes, need
-from int8kit.cli.terminal import STDOUT, Force, Json, note, stages
+from int8kit.cli.options import Db, Limit, Shape, Shapes, interpret_without_gpu, need, parse_size
+from int8kit.cli.terminal import STDOUT, Force, Json, Output, check_output, note, progress, show, stages
 from int8kit.errors import InputError
 
 app = typer.Typer(
@@ -22,7 +22,7 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def _bench(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
-        raise InputError("bench: no command; expected gemm; see `int8kit bench --help`")
+        raise InputError("bench: no command; expected gemm, fused or model; see `int8kit bench --help`")
 
 
 @app.command("gemm")
@@ -105,3 +105,89 @@ def bench_gemm(
     print(tables.bench_tables(document), file=sys.stderr if as_json or output == STDOUT else sys.stdout)
     print(json.dumps(document))
     outcome.conclude()
+
+
+@app.command("fused")
+def bench_fused(
+    m: Annotated[
+        list[int] | None, typer.Option("--m", help="Number of rows. Repeatable. Default: 4352, 2504 and 6144.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Time only this fused kernel. Repeatable.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Number of samples of each variant.")] = 15,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Run tiny sizes on any machine. Their times mean nothing.")
+    ] = False,
+    output: Output = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Time the fused kernels under each of their tiles, beside a copy of as many bytes and eager torch.
+
+    It needs a CUDA device, except with --dry-run. The sizes are Ideogram 4's.
+
+    Example: int8kit bench fused --dry-run --only swiglu_quantize
+    """
+    if rounds < 1:
+        raise InputError(f"{rounds} rounds: expected 1 or more")
+    for rows in m or ():
+        if rows < 1:
+            raise InputError(f"M = {rows}: expected at least 1 row")
+    check_output(output, force, "int8kit.bench-fused/1")
+    need("bench fused", "torch", "triton") if not dry_run else interpret_without_gpu()
+    from int8kit.bench import fused
+    from int8kit.cli import tables
+
+    with progress("timing") as (bar, task):
+        document = fused.measure(
+            m or fused.ROWS, only=only or (), rounds=rounds, dry_run=dry_run, on_record=lambda _: bar.advance(task)
+        )
+    show(document, tables.bench_fused_table(document), as_json, output)
+
+
+@app.command("model")
+def bench_model(
+    model: Annotated[
+        str, typer.Argument(help="Name of a model: ideogram4, or tiny, which runs on a CPU.")
+    ] = "ideogram4",
+    size: Annotated[str, typer.Option(metavar="WxH", help="Image size in pixels.")] = "1024x1024",
+    text_tokens: Annotated[int, typer.Option(help="Number of text tokens.")] = 200,
+    rounds: Annotated[int, typer.Option(help="Number of forwards of each variant.")] = 7,
+    gpu: Annotated[str | None, typer.Option(help="GPU whose database is used. Default: the present one.")] = None,
+    database: Db = None,
+    output: Output = None,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Time one forward of a whole transformer with random weights, in bf16 and in INT8.
+
+    It prints milliseconds and peak memory for each way of packing the text. A full-size model needs a CUDA device.
+
+    Example: int8kit bench model tiny --size 64x64 --text-tokens 4 --rounds 1
+    """
+    height, width = parse_size(size)
+    if rounds < 1:
+        raise InputError(f"{rounds} rounds: expected 1 or more")
+    if text_tokens < 1:
+        raise InputError(f"{text_tokens} text tokens: expected 1 or more")
+    from int8kit import gpus
+    from int8kit.database import store
+
+    alias = gpus.get(gpu).alias if gpu is not None else None
+    if database is not None:
+        store.load(database, alias)
+    check_output(output, force, "int8kit.bench-model/1")
+    interpret_without_gpu()
+    from int8kit.bench import model as bench
+    from int8kit.cli import tables
+
+    setting = bench.ModelSetting(model, height, width, text_tokens, rounds, gpu, database)
+    with progress("timing") as (bar, task):
+
+        def on_variant(line: str) -> None:
+            bar.advance(task)
+            note(line)
+
+        document = bench.measure(setting, note=on_variant)
+    show(document, tables.bench_model_table(document), as_json, output)

@@ -239,6 +239,25 @@ def run_tables(outcome: GeneratedImage) -> str:
     return f"{configs}\n\n{tabulate(took, disable_numparse=True)}"
 
 
+def bench_fused_table(document: dict[str, Any]) -> str:
+    """A document of `bench fused`: each kernel's variants, fastest first."""
+    rows = [
+        (r["kernel"], r["m"], r["variant"], f"{r['us']:.2f}", f"{r['tb_s']:.3f}", f"{r['of_copy']:.3f}")
+        for r in sorted(document["runs"], key=lambda r: (r["kernel"], r["m"], r["us"]))
+    ]
+    return fit(rows, ("kernel", "M", "variant", "us", "TB/s", "of a copy"), left="kernel,variant")
+
+
+def bench_model_table(document: dict[str, Any]) -> str:
+    """A document of `bench model`: each variant's time and, on a GPU, its peak memory."""
+    peak = document["peak_gib"]
+    rows = [(name, f"{ms:.1f}", f"{peak[name]:.2f}" if name in peak else "") for name, ms in document["ms"].items()]
+    names: tuple[str, ...] = ("variant", "ms", "peak GiB")
+    if not peak:
+        rows, names = [row[:2] for row in rows], names[:2]  # type: ignore[misc]
+    return fit(rows, names, left="variant")
+
+
 def bench_tables(document: dict[str, Any]) -> str:
     """A benchmark's document: each shape's contestants, who did not run and why, and the ratios over the shapes."""
     conditions = document["conditions"]
