@@ -117,9 +117,9 @@ def verify_table(results: Iterable[Result], markdown: bool = False) -> str:
             return f"holds; {need}" if r.examples else f"not run: {need}"
         return "holds"
 
-    rows = [(r.name, r.on, r.examples, verdict(r)) for r in results]
-    head = ("property", "executed by", "examples", "verdict")
-    return _report(rows, head, markdown, drop=("executed by",), left="property,executed by,verdict")
+    rows = [(r.name, r.on, r.examples, r.evidence, verdict(r)) for r in results]
+    head = ("property", "executed by", "examples", "evidence", "verdict")
+    return _report(rows, head, markdown, drop=("executed by", "evidence"), left="property,executed by,evidence,verdict")
 
 
 def implementations_table(columns: Iterable[Column], markdown: bool = False) -> str:

@@ -145,7 +145,7 @@ def _verify(
     runs = [
         property_runs.PropertyRun(name, executor)
         for executor in found
-        for name in verify_kernels.names(executor, base, unlisted)
+        for name in verify_kernels.names(executor, base, unlisted, exhaustive=exhaustive or bool(only))
     ]
     if only:
         known = {run.name for run in runs}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -19,6 +19,8 @@ from int8kit.verify.examples.strategies import Draw, to_json
 from int8kit.verify.executors import Executor
 
 T = TypeVar("T")
+Evidence = Literal["sampled", "every input", "compiled code"]
+"""The kind of proof that a property gives: drawn examples, a whole finite domain, or a reading of the code."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Result:
     raised: str | None = None  # the name of the exception, if the failure is not a difference
     example: str | None = None  # the failing example of a GEMM, as `strategies.to_json` writes it
     reason: str | None = None  # if the property does not apply
+    evidence: Evidence = "sampled"
 
 
 def run_property(

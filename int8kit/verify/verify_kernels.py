@@ -14,16 +14,21 @@ from int8kit.verify.executors import Executor
 from int8kit.verify.properties import entries
 from int8kit.verify.properties.budget import budget
 from int8kit.verify.properties.entries import Stamps
-from int8kit.verify.properties.registry import PROPERTIES
+from int8kit.verify.properties.proof import Proof
+from int8kit.verify.properties.registry import PROOFS, PROPERTIES
 from int8kit.verify.runner import Result, forbid_fallback, run_property
 
 DEFAULT_TILES = (*SMALL_TILES, default_config(GemmShape(1024, 1, 1)))
 
 
-def names(executor: Executor, database: Database, unlisted: Sequence[Choice] = ()) -> list[str]:
-    """The properties that apply, in the order in which they are run."""
+def names(
+    executor: Executor, database: Database, unlisted: Sequence[Choice] = (), *, exhaustive: bool = False
+) -> list[str]:
+    """The properties that apply, in the order in which they are run; exhaustive: with these of that level."""
     kernels = implementations.int8kit(executor, SMALL_TILES)
-    found = [row.name for row in PROPERTIES.values() if row.why_not(kernels) is None]
+    wanted = ("default", "exhaustive") if exhaustive else ("default",)
+    found = [row.name for row in PROPERTIES.values() if row.level in wanted and row.why_not(kernels) is None]
+    found += [row.name for row in PROOFS.values() if row.level in wanted and row.why_not(executor) is None]
     return [*found, entries.NAME] if database.entries or unlisted else found
 
 
@@ -67,9 +72,12 @@ def run_over_tiles(
     on_example: Callable[[object], None] = lambda _: None,
 ) -> Result:
     """Verify one property over the configurations that `executor` runs, without a database."""
+    runnable = tuple(sorted({config for config in tiles if executor.runs(config)}))
+    if name in PROOFS:
+        with forbid_fallback():
+            return run_proof(PROOFS[name], executor, runnable, on_example)
     row = PROPERTIES[name]
     limits = budget(executor, examples).divided(row.cost)
-    runnable = tuple(sorted({config for config in tiles if executor.runs(config)}))
     kernels = implementations.int8kit(executor, runnable)
     with forbid_fallback():
         return run_property(
@@ -82,3 +90,22 @@ def run_over_tiles(
             always=(*(d for d in kept if executor.runs(d.config)), *row.always(runnable, limits)),
             on_example=on_example,
         )
+
+
+def run_proof(
+    proof: Proof, executor: Executor, tiles: tuple[TileConfig, ...], on_example: Callable[[object], None]
+) -> Result:
+    """Verify a property without examples. An exception of the kernel is its failure."""
+    steps: list[str] = []
+
+    def report(step: object) -> None:
+        steps.append(str(step))
+        on_example(step)
+
+    try:
+        outcome = proof.run(executor, tiles, report)
+    except Exception as error:
+        last = steps[-1] if steps else "before its first step"
+        why = f"{last}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}"
+        return Result(proof.name, str(executor), len(steps), why, raised=type(error).__name__, evidence=proof.evidence)
+    return Result(proof.name, str(executor), outcome.count, outcome.failure, evidence=proof.evidence)

@@ -1,4 +1,6 @@
-"""The table of all properties. To add a property, write its check and add one row here.
+"""The tables of all properties. To add a property, write its check and add one row here.
+
+PROPERTIES have drawn examples, PROOFS have none: see `proof`.
 
 `int8kit verify`, `verify --only`, `verify mutate` and `verify libraries` read this table. The property `entries` is not
 in it: it draws no examples, and it stamps the database (see `entries`).
@@ -17,8 +19,9 @@ from int8kit.spec import Kernel, TileConfig
 from int8kit.verify.examples import fixed
 from int8kit.verify.examples.strategies import Draw, HugeStride, draws, rows
 from int8kit.verify.implementations import Implementation
-from int8kit.verify.properties import gemm, pdl_probe, row_kernels
+from int8kit.verify.properties import compiled_code, exhaustive, gemm, pdl_probe, row_kernels
 from int8kit.verify.properties.budget import Budget
+from int8kit.verify.properties.proof import Level, Proof
 
 REPEAT_COST = 10  # these run the kernel several times, and look for faults that show at any extent
 FUSED_COST = 5
@@ -91,6 +94,7 @@ class Property:
     cost: int = REPEAT_COST  # of an example; the number and the size of the examples are divided by it
     scope: Literal["any GEMM", "int8kit"] = "any GEMM"  # `verify libraries` has the first
     mutants_of: tuple[Kernel, ...] = ()  # `verify mutate` tries it on faults of these kernels
+    level: Level = "default"
 
 
 def _fused(name: str) -> Property:
@@ -145,7 +149,10 @@ PROPERTIES: dict[str, Property] = {
         *map(_fused, row_kernels.KERNELS),
     )
 }  # fmt: skip
-"""Every property by its name, in the order in which `int8kit verify` runs them."""
+"""Every property with examples by its name, in the order in which `int8kit verify` runs them."""
+
+PROOFS: dict[str, Proof] = {row.name: row for row in (*exhaustive.PROOFS, *compiled_code.PROOFS)}
+"""Every property without examples by its name. They run after PROPERTIES."""
 
 
 def of_any_gemm() -> tuple[Property, ...]:
@@ -155,4 +162,5 @@ def of_any_gemm() -> tuple[Property, ...]:
 
 def of_mutants(kernel: Kernel) -> tuple[str, ...]:
     """The names of the properties that may catch a fault of `kernel`."""
-    return tuple(row.name for row in PROPERTIES.values() if kernel in row.mutants_of)
+    rows: tuple[Property | Proof, ...] = (*PROPERTIES.values(), *PROOFS.values())
+    return tuple(row.name for row in rows if kernel in row.mutants_of)
