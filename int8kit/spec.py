@@ -150,23 +150,24 @@ class TileConfig:
 
     def __post_init__(self) -> None:
         if self.schedule is None:
-            object.__setattr__(self, "schedule", _usual_schedule(self))
+            object.__setattr__(self, "schedule", usual_schedule(self))
 
     @property
     def id(self) -> str:
         """12 hexadecimal digits of the values. A field at its default leaves no trace, so a new field keeps ids."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        if self.schedule is _usual_schedule(self):
+        if self.schedule is usual_schedule(self):
             values.pop("schedule", None)
         return digest(values)
 
     def __str__(self) -> str:
         tile = f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages} g{self.group_m}"
         stream = f" k{self.stream_k}" if self.stream_k else ""
-        return tile + stream if self.kernel is Kernel.TRITON else f"{self.kernel} {tile}{stream}"
+        schedule = "" if self.schedule is usual_schedule(self) else f" {self.schedule}"
+        return tile + stream if self.kernel is Kernel.TRITON else f"{self.kernel} {tile}{stream}{schedule}"
 
 
-def _usual_schedule(config: TileConfig) -> Schedule | None:
+def usual_schedule(config: TileConfig) -> Schedule | None:
     """The schedule of a configuration that names none."""
     if config.kernel is not Kernel.WGMMA:
         return None
@@ -279,7 +280,7 @@ def kernels_of(arch: int) -> tuple[Kernel, ...]:
 
 @lru_cache
 def legal_configs(arch: int, shared_memory: int) -> tuple[TileConfig, ...]:
-    """Every legal configuration of `kernels_of` an architecture, sorted, with group_m = GROUP_M.
+    """Every legal configuration of `kernels_of` an architecture, sorted, with group_m = GROUP_M and the usual schedule.
 
     group_m is an argument of a compiled kernel, so its values share one. Arguments as for `why_illegal`.
     """
