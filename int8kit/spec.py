@@ -101,7 +101,7 @@ class Kernel(StrEnum):
     """
 
     TRITON = "triton"  # plain Triton: every GPU, every shape, and the CPU interpreter
-    MMA_SYNC = "mma_sync"  # Gluon, mma.sync and cp.async: sm_80 and later
+    MMA_SYNC = "mma_sync"  # Gluon, mma.sync and cp.async: sm_80 and later; the tuner leaves it out on sm_90
     WGMMA = "wgmma"  # Gluon, wgmma and TMA, warp-specialized and persistent: sm_90
 
 
@@ -274,7 +274,10 @@ def why_illegal(config: TileConfig, *, arch: int, shared_memory: int) -> str | N
 
 
 def kernels_of(arch: int) -> tuple[Kernel, ...]:
-    """The kernels that the tuner tries on an architecture. On sm_90 the mma_sync kernel is far slower than wgmma."""
+    """The kernels that the tuner tries on an architecture.
+
+    The mma_sync kernel runs on sm_90 too, as code of that or of an older architecture. It is far slower than wgmma.
+    """
     return Kernel.TRITON, Kernel.WGMMA if arch == 90 else Kernel.MMA_SYNC
 
 

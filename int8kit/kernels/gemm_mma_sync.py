@@ -1,6 +1,7 @@
-"""GEMM for `mma.sync` in Triton's Gluon dialect: sm_80, 86, 89 and 120. Plain Triton is a seventh slower there.
+"""GEMM for `mma.sync` in Triton's Gluon dialect: sm_80 and later; the tuner leaves it out on sm_90.
 
-One program computes one tile, or its range of the leftover tiles (`tile_scheduler`). One step of block_k, for a tile of
+As sm_86 code, plain Triton is a seventh slower. One program computes one tile, or its range of the leftover tiles
+(`tile_scheduler`). One step of block_k, for a tile of
 128 x 128 x 128:
 
     global memory --cp.async, 16 bytes per thread--> one of num_stages slots in shared memory (x 16 KB, w 16 KB)
