@@ -145,7 +145,7 @@ class TileConfig:
     num_stages: int  # steps of K in flight
     group_m: int = 8  # width of the L2 swizzle: tile rows that are finished before the next ones start
     kernel: Kernel = Kernel.TRITON
-    stream_k: int = 0  # programs per multiprocessor that share, along K, the tiles that fill no wave; 0: whole tiles
+    stream_k: int = 0  # programs per multiprocessor that share, along K, the tiles of the partial wave; 0: none
     schedule: Schedule | None = None  # of the wgmma kernel; None for the others
 
     def __post_init__(self) -> None:

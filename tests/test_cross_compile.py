@@ -156,7 +156,7 @@ def _sought(arch, config, code):
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import JITFunction
 
-    from int8kit.kernels import gemm, tile_scheduler
+    from int8kit.kernels import gemm, stream_k
 
     class Driver:
         def get_current_target(self):
@@ -175,7 +175,7 @@ def _sought(arch, config, code):
     )
     torch.cuda.current_device = lambda: 0
     torch.cuda.get_device_capability = lambda device=None: (arch // 10, arch % 10)
-    tile_scheduler.multiprocessors = lambda device: 132
+    stream_k.multiprocessors = lambda device: 132
     x, w = torch.zeros(300, 4096, dtype=torch.int8), torch.zeros(256, 4096, dtype=torch.int8)
     with contextlib.suppress(Exception):  # nothing can be launched here
         gemm.scaled_mm(
