@@ -195,7 +195,7 @@ def tiny_pipeline(seed: int = 0) -> Any:
     """A small `Ideogram4Pipeline` of the real classes with random weights, built without a download.
 
     The tokenizer works on bytes, so a prompt has about as many tokens as bytes. Head size, RoPE sections and VAE factor
-    are those of the full model. K = 416 of the text projection is not a multiple of any tile.
+    equal the full model's. K = 416 of the text projection is not a multiple of any tile.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch

@@ -105,7 +105,7 @@ class Database:
         """Candidates of the lookup with their entries, the preferred ones first.
 
         Preferred are entries of this Triton generation, then of the present kernels, then of a strong source.
-        wanted: only candidates whose N and K are near those of this shape.
+        wanted: only candidates with N and K near the N and K of this shape.
         """
         ranked = self._rank(toolchain)
         if wanted is None:

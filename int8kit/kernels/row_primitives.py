@@ -71,9 +71,9 @@ class RowTile:
 
 
 def default_tile(k: int, held: int = 96) -> RowTile:
-    """The tile with 256 elements per warp whose chunk pads K least, with at most `held` elements per thread.
+    """The default tile of a row of k elements: 256 elements per warp, at most `held` per thread, the least padding.
 
-    Of equal chunks the smaller one: each thread of a row repeats the work that is done once per row.
+    If two chunks pad equally, the smaller one is taken: each thread repeats the work that is done once per row.
     """
     fitting = [chunk for chunk in CHUNKS[:4] if k * 8 <= held * chunk] or [CHUNKS[3]]
     chunk = min(fitting, key=lambda c: (-(-k // c) * c, c))

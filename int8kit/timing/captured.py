@@ -54,10 +54,10 @@ def capture(
 
 
 class RepeatableCall:
-    """A call that makes `launches` launches, each with the next copy of the weight. `result` is the last one's."""
+    """A repeatable call of `launches` launches, each with the next copy of the weight; it stores the last `result`."""
 
     def __init__(self, entrant: Entrant, *, graph: bool, least: int = 16) -> None:
-        """least: launches in a graph, rounded up so that each copy has equally many; they share the replay's gap."""
+        """least: launches in a graph, rounded up to a multiple of the copies. They share the gap of a replay."""
         self.entrant = entrant  # a graph keeps addresses and not tensors: its inputs must live as long
         for launch in entrant.launches:  # a library compiles or tunes itself now
             self.result = launch()

@@ -14,9 +14,8 @@ The file lies beside the database, `<name>.journal`. A line is on the disk befor
 only the unfinished steps. A shape's round is one step, since its times compare only with each other. An incomplete last
 line is dropped.
 
-The journal of another run (another GPU, Triton, kernel or policy) is replaced, and that of a finished run is removed.
-One tuner at a time writes a database: a second is refused as long as the first one lives, by a lock that ends with its
-process.
+The journal of another run (another GPU, Triton, kernel or policy) is replaced. The journal of a finished run is
+removed. A lock lets one tuner at a time write a database and refuses a second one. The lock ends with its process.
 
 Rejected: the database itself as the journal. It holds the chosen configurations and not the tried ones, and a new run
 must not take yesterday's entries for its own.

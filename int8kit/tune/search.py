@@ -6,12 +6,17 @@
 On a GPU each shape goes through rounds (`ShapeHistory`). `session` runs a round for all shapes side by side.
 
     round       function               configurations that are timed
-    0           initial_candidates     the default, the database's for near shapes, the model's first ones of the Triton
-                                       kernel, and every seed of the other kernels that the model keeps
-    1, 2        next_candidates,       the fastest so far, their untried neighbours among all legal configurations, and
-                prune_by_model         the fastest of near shapes
-    sustained   sustained_candidates   the fastest, in samples so long that the GPU's power limit acts
-    final       finalists              the best few of these and the default, in more samples; `entry` takes the winner
+    0           initial_candidates     - the default
+                                       - the database's configurations for near shapes
+                                       - the model's first configurations of the Triton kernel
+                                       - every seed of the other kernels that the model keeps
+    1, 2        next_candidates,       - the fastest so far
+                prune_by_model         - their untried neighbours among all legal configurations
+                                       - the fastest of near shapes
+    sustained   sustained_candidates   - the fastest, in samples so long that the GPU's power limit acts
+    final       finalists              - the best few of the sustained round and the default, in more samples
+
+`entry` takes the winner of the final round.
 
 Rounds 1 and 2 end early for a shape that is `settled`: its last round found nothing faster by more than the noise.
 
@@ -42,8 +47,9 @@ from int8kit.tune.space import CompiledKernel, kernel_of
 from int8kit.tune.tasks import RoundTimes
 from int8kit.tune.workers import Compilation
 
-TRITON_FIRST = 4  # configurations of the Triton kernel in round 0, by the model; on 69 shapes and two GPUs only its
-# default ever won
+TRITON_FIRST = 4
+"""Configurations of the Triton kernel in round 0, ranked by the model. On 69 shapes and two GPUs the default won among
+the Triton kernel's configurations."""
 SEED_BOUND = 1.4  # a seed with more than this many times the model's best estimate is not timed in round 0
 NEIGHBOUR_BOUND = 1.2  # likewise for a neighbour, against the estimate of the leaders
 NEW_MAX = 24  # neighbours in a round: for memory-bound shapes the model prunes almost nothing

@@ -67,7 +67,7 @@ class Target:
 
     @property
     def machine(self) -> Gpu:
-        """GPU whose rates the cost model takes: the one that is timed, with the target's architecture as a proxy."""
+        """GPU whose rates the cost model uses; for a proxy, the timed GPU with the target's architecture."""
         if self.timed_on and self.source is Source.PROXY:
             return replace(self.timed_on, arch=self.gpu.arch)
         return self.gpu

@@ -7,9 +7,14 @@
 Legality is `spec.why_illegal` and nothing else. A configuration that it excludes would not run: tests/test_space.py
 compiles some of these and finds more shared memory than the GPU has, or spills.
 
-The seeds are a choice. For the Triton kernel they are a grid without the legal values that never won. Left out are
-tiles under 64 x 64 (for M of 64 and more), more than 5 stages, and one or two warps on a large tile. The other kernels
-take longer to compile. Their seeds are a list of configurations that won for some shape, and some between these.
+The seeds are a choice. For the Triton kernel they are a grid without values that never won:
+
+    tiles under 64 x 64, for M of 64 and more
+    more than 5 stages
+    one or two warps on a large tile
+
+The other kernels take longer to compile. Their seeds are a list of configurations that won for some shape, and some
+between these.
 
 A search over all of `legal` from the start was rejected: it compiles, for half an hour of one core, configurations that
 the cost model rightly ranks as slow.

@@ -33,10 +33,10 @@ class RoundTimes:
 
 @dataclass(frozen=True)
 class LaunchCode:
-    """The code that a launch on a GPU needs: the GPU's own, or an older architecture's."""
+    """Code for launches: the architecture of the GPU that runs it, and the architecture of the code."""
 
-    target: int  # compute capability of the GPU that runs it
-    arch: str | None = None  # "sm86": code of that older architecture
+    runs_on: int  # 90 for a GPU of sm_90
+    code_arch: str | None = None  # "sm86" for code of that older architecture; None: the GPU's own code
 
 
 def toolchain() -> str:
@@ -65,7 +65,7 @@ def compile_kernel(arch: int, kernel: CompiledKernel, launch_code: LaunchCode | 
     try:
         resources = cross_compile.compile_for(arch, kernel)
         if launch_code is not None and launch_code != LaunchCode(arch):
-            cross_compile.assemble(launch_code.target, kernel, code=launch_code.arch)
+            cross_compile.assemble(launch_code.runs_on, kernel, code=launch_code.code_arch)
     except ConfigError as error:
         return f"compile: {error}"
     return resources
