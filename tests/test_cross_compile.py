@@ -14,7 +14,7 @@ from int8kit.database.schema import Resources
 from int8kit.errors import ConfigError
 from int8kit.spec import GROUP_M, GemmShape, Kernel, TileConfig, shared_memory_bound
 from int8kit.tune import cross_compile
-from int8kit.tune.space import compiled_kernel
+from int8kit.tune.space import kernel_variant
 
 RTX3090 = gpus.get("rtx3090")
 SHAPE = GemmShape(4296, 4608, 4608)
@@ -48,8 +48,8 @@ WGMMA = [
 @pytest.mark.xdist_group("compilers")
 @pytest.mark.parametrize("arch", [80, 86, 89, 90])
 def test_kernels_compile_for_absent_gpus(compilers, arch):
-    kernels = [compiled_kernel(c, even) for c in SAMPLE for even in (True, False)]
-    kernels += [compiled_kernel(c, True) for c in (WGMMA if arch == 90 else MMA_SYNC)]
+    kernels = [kernel_variant(c, even) for c in SAMPLE for even in (True, False)]
+    kernels += [kernel_variant(c, True) for c in (WGMMA if arch == 90 else MMA_SYNC)]
     compilations = compilers.compile_all(arch, kernels)
     assert len(compilations) == 2 * len(SAMPLE) + 3
     for (config, _), resources in compilations.items():
@@ -92,7 +92,7 @@ def _state():
 def _instructions(arch, config):
     from int8kit.verify.executors import tensor_core_instructions
 
-    ptx = cross_compile.assemble(arch, compiled_kernel(config, True)).asm["ptx"]
+    ptx = cross_compile.assemble(arch, kernel_variant(config, True)).asm["ptx"]
     return tensor_core_instructions(ptx), "fma.rn.f32" in ptx, ".ftz" in ptx
 
 
@@ -121,7 +121,7 @@ def test_the_interpreter_cannot_compile():
     if not gemm.interpreted():
         pytest.skip("Triton compiles here")
     with pytest.raises(ConfigError, match="TRITON_INTERPRET"):
-        cross_compile.compile_for(86, compiled_kernel(SAMPLE[0], True))
+        cross_compile.compile_for(86, kernel_variant(SAMPLE[0], True))
     assert os.environ["TRITON_INTERPRET"] == "1"
 
 

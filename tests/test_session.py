@@ -95,7 +95,7 @@ class Pool:
     def try_alone(self, shape, arch, config):
         if not self.lethal(shape, config):
             return None
-        self.calls["ended alone", space.kernel_of(config, shape)] += 1
+        self.calls["ended alone", space.variant_of(config, shape)] += 1
         return ProcessEnded("timeout", 1)
 
 
@@ -206,7 +206,7 @@ def test_a_resumed_run_repeats_nothing_and_gives_the_same_database(tmp_path, mon
 def test_each_target_has_its_own_file(tmp_path):
     rtx4090, rtx5090 = gpus.get("rtx4090"), gpus.get("rtx5090")
     targets = session.targets_of([RTX3090, H200, rtx4090, rtx5090], [H200])
-    assert [t.arch for t in targets] == ["sm86", None, "sm89", None]
+    assert [t.code_arch for t in targets] == ["sm86", None, "sm89", None]
     pool = Pool(H200)
     results = session.tune(SHAPES[:2], targets, pool)
     assert [r.target.source for r in results] == [Source.PROXY, Source.MEASURED, Source.PROXY, Source.MODELLED]

@@ -84,7 +84,7 @@ def migrate(
     here = generation(triton.__version__)
     known = {entry.shape: entry for entry in base.entries if generation(entry.triton) == here}
     theirs = [e for e in base.entries if generation(e.triton) != here and migration.supersedes(e, known.get(e.shape))]
-    jobs = {entry.key: space.kernel_of(entry.config, entry.shape) for entry in theirs}
+    jobs = {entry.key: space.variant_of(entry.config, entry.shape) for entry in theirs}
     found: dict[Any, Any] = {}
     if jobs:
         with progress(f"compiling {count(len(set(jobs.values())), 'kernel')}"), workers.Workers() as pool:

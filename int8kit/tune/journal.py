@@ -39,7 +39,7 @@ from int8kit.errors import FileError, InputError
 from int8kit.spec import GemmShape, Kernel, TileConfig, config_from
 from int8kit.timing.interleave import Times
 from int8kit.tune.search import ShapeHistory
-from int8kit.tune.space import CompiledKernel, compiled_kernel
+from int8kit.tune.space import KernelVariant, kernel_variant
 from int8kit.tune.workers import Compilation
 
 FORMAT = "int8kit.journal/2"
@@ -48,14 +48,14 @@ FORMAT = "int8kit.journal/2"
 class Journal:
     """Journal of one run, as a context manager. The attributes hold the finished steps, an earlier run's included."""
 
-    def __init__(self, database: Path, identity: dict[str, Any]) -> None:
-        """identity: everything that makes the results of two runs comparable, as plain JSON.
+    def __init__(self, database: Path, run_key: dict[str, Any]) -> None:
+        """run_key: everything that makes the results of two runs comparable, as plain JSON.
 
         Raises FileError if another tuner writes `database`.
         """
         self.path = database.with_name(f"{database.name}.journal")
-        self.compiled: dict[CompiledKernel, Compilation] = {}
-        self.wrong: dict[tuple[GemmShape, TileConfig], str] = {}
+        self.compiled: dict[KernelVariant, Compilation] = {}
+        self.rejected: dict[tuple[GemmShape, TileConfig], str] = {}
         self.histories: dict[GemmShape, ShapeHistory] = {}
         self.chosen: dict[GemmShape, Entry] = {}
         self._lock = store.lock_of(self.path, timeout=0)
@@ -66,12 +66,12 @@ class Journal:
                 f"another tuner is writing {str(database)!r}; wait for it, or name another file with --output"
             ) from None
         try:
-            self._file = self._open({"format": FORMAT, "run": identity})
+            self._file = self._open({"format": FORMAT, "run": run_key})
         except BaseException:
             self._lock.release()
             raise
 
-    def add_compiled(self, kernel: CompiledKernel, compilation: Compilation) -> None:
+    def add_compiled(self, kernel: KernelVariant, compilation: Compilation) -> None:
         """Resources of a kernel, or why it does not compile."""
         row: dict[str, Any] = {"config": asdict(kernel.config)}
         if kernel.even_k is not None:
@@ -83,9 +83,9 @@ class Journal:
         self.compiled[kernel] = compilation
         self._write({"compiled": row})
 
-    def add_wrong(self, shape: GemmShape, config: TileConfig, reason: str) -> None:
+    def add_rejected(self, shape: GemmShape, config: TileConfig, reason: str) -> None:
         """A configuration that was launched and rejected; the reason begins with its class."""
-        self._wrong(shape, config, reason)
+        self._reject(shape, config, reason)
         self._write({"wrong": {**asdict(shape), "config": asdict(config), "reason": reason}})
 
     def add_timed(self, shape: GemmShape, number: int | None, times: dict[TileConfig, Times]) -> None:
@@ -98,8 +98,8 @@ class Journal:
         """The timings of a shape so far."""
         return self.histories.setdefault(shape, ShapeHistory(shape))
 
-    def _wrong(self, shape: GemmShape, config: TileConfig, reason: str) -> None:
-        self.wrong[shape, config] = self.history(shape).wrong[config] = reason
+    def _reject(self, shape: GemmShape, config: TileConfig, reason: str) -> None:
+        self.rejected[shape, config] = self.history(shape).rejected[config] = reason
 
     def _timed(self, shape: GemmShape, number: int | None, times: dict[TileConfig, Times]) -> None:
         history = self.history(shape)
@@ -154,9 +154,9 @@ class Journal:
                 compilation = row["failed"] if "failed" in row else Resources.model_validate(row["resources"])
                 config = config_from(row["config"])
                 even_k = bool(row["even_k"]) if config.kernel is Kernel.TRITON else True
-                self.compiled[compiled_kernel(config, even_k)] = compilation
+                self.compiled[kernel_variant(config, even_k)] = compilation
             elif kind == "wrong":
-                self._wrong(GemmShape(row["m"], row["n"], row["k"]), config_from(row["config"]), row["reason"])
+                self._reject(GemmShape(row["m"], row["n"], row["k"]), config_from(row["config"]), row["reason"])
             elif kind == "timed":
                 times = {config_from(config): Times(*map(float, us)) for config, *us in row["times"]}
                 self._timed(GemmShape(row["m"], row["n"], row["k"]), row["round"], times)

@@ -64,7 +64,7 @@ _WGMMA_SEEDS = (
 )
 
 
-class CompiledKernel(NamedTuple):
+class KernelVariant(NamedTuple):
     """Identity of one compiled kernel: several configurations and shapes can share it.
 
     config has group_m = GROUP_M, since the swizzle width is an argument at run time. even_k says whether K is a
@@ -75,14 +75,14 @@ class CompiledKernel(NamedTuple):
     even_k: bool | None = None
 
 
-def kernel_of(config: TileConfig, shape: GemmShape) -> CompiledKernel:
+def variant_of(config: TileConfig, shape: GemmShape) -> KernelVariant:
     """The kernel that `config` needs for `shape`."""
-    return compiled_kernel(config, shape.k % config.block_k == 0)
+    return kernel_variant(config, shape.k % config.block_k == 0)
 
 
-def compiled_kernel(config: TileConfig, even_k: bool) -> CompiledKernel:
+def kernel_variant(config: TileConfig, even_k: bool) -> KernelVariant:
     """The kernel that `config` needs where K is a multiple of block_k, or is not."""
-    return CompiledKernel(without_swizzle(config), even_k if config.kernel is Kernel.TRITON else None)
+    return KernelVariant(without_swizzle(config), even_k if config.kernel is Kernel.TRITON else None)
 
 
 def without_swizzle(config: TileConfig) -> TileConfig:
