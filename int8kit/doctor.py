@@ -241,7 +241,7 @@ def _databases(name: str | None) -> Iterator[Finding]:
         yield Finding("lookup", "ok", served)
     else:
         yield Finding("lookup", "note", served, f"run `int8kit tune --gpu {gpu.alias}`")
-    unproven = sum(not choice.verified for choice in choices)
+    unproven = sum(not choice.is_verified for choice in choices)
     if toolchain is ANY_TOOLCHAIN:
         yield Finding("proofs", "note", "no Triton to compare them with", "install torch and Triton")
     elif unproven:

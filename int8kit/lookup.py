@@ -155,9 +155,9 @@ class Plan:
         object.__setattr__(self, "text", ";".join([_TEXT_FORMAT, str(self.sms), *rows]))
 
     @classmethod
-    def fixed(cls, *rungs: tuple[GemmShape, TileConfig]) -> Plan:
+    def fixed(cls, *pairs: tuple[GemmShape, TileConfig]) -> Plan:
         """A plan of given configurations for given shapes."""
-        return cls(tuple(Candidate(shape, config) for shape, config in rungs))
+        return cls(tuple(Candidate(shape, config) for shape, config in pairs))
 
     def choose(self, shape: GemmShape, operation: Operation = Operation.GEMM) -> TileConfig:
         """The configuration for `shape`."""

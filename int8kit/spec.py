@@ -86,8 +86,8 @@ class GemmShape:
             )
 
     @property
-    def ops(self) -> int:
-        """Operations, 2 m n k: multiplications and additions."""
+    def flops(self) -> int:
+        """FLOPs, 2 m n k: multiplications and additions."""
         return 2 * self.m * self.n * self.k
 
     def __str__(self) -> str:

@@ -136,7 +136,7 @@ def test_occupancy():
 def test_the_model_respects_peak_rates_spills_and_rounds():
     config = TileConfig(128, 128, 64, 8, 4)
     us = cost_model.estimate(SHAPE, config, FREE, RTX3090)
-    assert us > SHAPE.ops / RTX3090.int8_tops / 1e6  # never faster than the GPU's peak
+    assert us > SHAPE.flops / RTX3090.int8_tops / 1e6  # never faster than the GPU's peak
     assert cost_model.estimate(GemmShape(2 * 4296, 4608, 4608), config, FREE, RTX3090) > 1.7 * us
     spilling = FREE.model_copy(update={"spill_bytes": 500})
     assert cost_model.estimate(SHAPE, config, spilling, RTX3090) > us
@@ -181,7 +181,7 @@ def _sought(arch, config, code):
         gemm.scaled_mm(
             x, w, torch.ones(300), torch.ones(256), torch.zeros(256, dtype=torch.bfloat16), config=config, arch=code
         )
-    source, options = gemm.module(config.kernel).source(config)
+    source, options = gemm.module(config.kernel).compiler_source(config)
     options |= {} if code is None else {"arch": code}
     mine = source.hash(), make_backend(GPUTarget("cuda", arch, 32)).parse_options(options).hash()
     return seen == [mine]
@@ -211,7 +211,7 @@ def _key(config, before):
         finalize_cache_keys(activations.silu)
     elif before == "swiglu_quantize":
         finalize_cache_keys(swiglu_quantize._swiglu_quantize)
-    source, _ = gemm.module(config.kernel).source(config)
+    source, _ = gemm.module(config.kernel).compiler_source(config)
     finalize_cache_keys(source.fn)
     return source.hash()
 

@@ -136,7 +136,7 @@ def swizzled(config):
 def test_an_entry_names_its_source_and_its_runners_up(tmp_path):
     (result,) = session.tune(SHAPES[:1], proxy(tmp_path / "t.json"), Pool(H200))
     (entry,) = store.load(tmp_path / "t.json").entries
-    assert [entry] == [one.named() for one in result.entries]
+    assert [entry] == [one.with_id() for one in result.entries]
     assert (entry.source, entry.measured_on, entry.bf16_us) == (Source.PROXY, "NVIDIA H200", 900)
     assert 0 < len(entry.runners_up) <= search.RUNNERS_UP
     times = [entry.time_us, *(o.time_us for o in entry.runners_up)]

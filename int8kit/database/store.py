@@ -175,7 +175,7 @@ def update(path: Path, gpu: Gpu, entries: Iterable[Entry], *, force: bool = Fals
     with lock_of(path):
         fresh = not path.exists() or (force and not is_ours(path))
         database = (Database(gpu) if fresh else load(path, gpu.alias)).merged(entries)
-        database = replace(database, entries=tuple(entry.named() for entry in database.entries))
+        database = replace(database, entries=tuple(entry.with_id() for entry in database.entries))
         files.write_text(path, database.dumps())
     return database
 

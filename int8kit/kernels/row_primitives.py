@@ -1,5 +1,8 @@
 """Device functions that the row kernels share: a row in registers, its mean of squares, its quantization.
 
+The row kernels are `quantize` and four kernels that do the work of several eager operations. `bench fused` and some
+test files call these four the fused kernels.
+
 A program holds one row as a tuple of chunks, each [CHUNK] fp32. Every input byte is read once. K = 4608 is nine chunks
 of 512 without a masked lane; one power of two would be 8192 wide and almost half empty. Several rows per program, which
 would load the weight once for all of them, were rejected: Triton then gives the two shapes different layouts and

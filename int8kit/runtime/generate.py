@@ -23,7 +23,7 @@ from int8kit.database import store
 from int8kit.database.database import Choice
 from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
 from int8kit.kernels import present_toolchain
-from int8kit.models import TINY, Case
+from int8kit.models import Case, check_pipeline
 from int8kit.progress import Progress, no_progress
 from int8kit.toolchain import Toolchain, require_supported
 
@@ -114,8 +114,7 @@ def check(request: ImageRequest) -> int:
         raise FileError(
             f"cannot load {request.model!r}: it holds no model_index.json; expected a folder in diffusers' layout"
         )
-    if "/" not in request.model and request.model != TINY and not is_folder:
-        raise UnknownName("model", request.model, [TINY], "or name a local folder in diffusers' layout, or a hub id")
+    check_pipeline(request.model)
     return steps
 
 
@@ -220,7 +219,7 @@ def _require_proofs(choices: list[tuple[Choice, int]], gpu: gpus.Gpu, toolchain:
 
 def unproven_of(choices: Iterable[tuple[Choice, int]]) -> list[Choice]:
     """Choices from a database entry without a proof for the present kernels."""
-    return [choice for choice, _ in choices if choice.level != lookup.DEFAULT and not choice.verified]
+    return [choice for choice, _ in choices if choice.level != lookup.DEFAULT and not choice.is_verified]
 
 
 def save(generated: GeneratedImage, path: Path) -> None:

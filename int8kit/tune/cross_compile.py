@@ -44,7 +44,7 @@ def assemble(arch: int, kernel: KernelVariant, *, code: str | None = None) -> An
         raise ConfigError("TRITON_INTERPRET is set: compile in a process without it")
     config, even_k = kernel
     variant = {} if even_k is None else {"even_k": even_k}
-    source, options = gemm.module(config.kernel).source(config, **variant)
+    source, options = gemm.module(config.kernel).compiler_source(config, **variant)
     finalize_cache_keys(source.fn)
     if code is not None:
         options["arch"] = code

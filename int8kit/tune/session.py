@@ -84,7 +84,7 @@ class Target:
             "source": self.source.value,
             "card": self.timed_on and self.timed_on.name,  # the key of earlier journals, which must resume
             "triton": chain.triton,
-            "kernels": {kernel.value: digest for kernel, digest in chain.kernels.items()},
+            "kernels": {kernel.value: digest for kernel, digest in chain.kernel_hashes.items()},
             "policy": POLICY,
         }
 

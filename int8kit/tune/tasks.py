@@ -46,7 +46,7 @@ def versions() -> str:
     from int8kit import __version__
     from int8kit.kernels import gemm
 
-    hashes = " ".join(gemm.toolchain().kernels.values())
+    hashes = " ".join(gemm.toolchain().kernel_hashes.values())
     return f"int8kit {__version__} ({hashes}), Triton {triton.__version__}"
 
 
