@@ -54,7 +54,7 @@ import math
 
 from int8kit.database.schema import Resources
 from int8kit.gpus import Gpu
-from int8kit.spec import GemmShape, Kernel, Schedule, TileConfig, warp_grid
+from int8kit.spec import GemmShape, Kernel, Schedule, TileConfig, triton_uses_warpgroups, warp_grid
 
 REGISTERS_SM = 65536
 BLOCKS_SM = 16
@@ -118,7 +118,7 @@ def estimate(shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gp
 def _uses_wgmma(config: TileConfig, arch: int) -> bool:
     """Whether the kernel of `config` computes with wgmma on `arch`; for the Triton kernel the compiler decides."""
     if config.kernel is Kernel.TRITON:
-        return arch in (90, 100) and config.num_warps >= 4 and config.block_m >= 64
+        return triton_uses_warpgroups(config, arch)
     return config.kernel is Kernel.WGMMA
 
 

@@ -119,9 +119,6 @@ class Schedule(StrEnum):
     COOPERATIVE = "cooperative"  # each consumer computes half of every tile
 
 
-GROUP_M = 8  # width of the L2 swizzle, unless another width was faster
-
-
 def digest(document: Any) -> str:
     """12 hexadecimal digits of a JSON document. The order of keys does not matter."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
@@ -165,6 +162,10 @@ class TileConfig:
         stream = f" k{self.stream_k}" if self.stream_k else ""
         schedule = "" if self.schedule is usual_schedule(self) else f" {self.schedule}"
         return tile + stream if self.kernel is Kernel.TRITON else f"{self.kernel} {tile}{stream}{schedule}"
+
+
+GROUP_M = TileConfig.group_m
+"""Width of the L2 swizzle, unless another width was faster."""
 
 
 def usual_schedule(config: TileConfig) -> Schedule | None:
@@ -223,9 +224,13 @@ def shared_memory_bound(config: TileConfig, *, arch: int, out_bytes: int = 2) ->
         return config.num_stages * step + 4 * rows * 64 + 16 * config.block_n + 1024
     if config.kernel is Kernel.MMA_SYNC:
         return config.num_stages * step + 16 * (config.stream_k > 0)
-    warpgroups = arch in (90, 100) and config.num_warps >= 4 and config.block_m >= 64  # else mma.sync there too
-    steps = config.num_stages if warpgroups else config.num_stages - 1
+    steps = config.num_stages if triton_uses_warpgroups(config, arch) else config.num_stages - 1
     return max(steps * step, config.block_m * config.block_n * out_bytes)
+
+
+def triton_uses_warpgroups(config: TileConfig, arch: int) -> bool:
+    """Whether Triton compiles its kernel to products of warpgroups (wgmma) on `arch`; elsewhere it takes mma.sync."""
+    return arch in (90, 100) and config.num_warps >= 4 and config.block_m >= 64
 
 
 def warp_grid(config: TileConfig) -> tuple[int, int]:

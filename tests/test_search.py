@@ -11,8 +11,8 @@ from int8kit.errors import CheckFailed
 from int8kit.spec import GemmShape, Kernel, Source, TileConfig, default_config
 from int8kit.timing.interleave import Times
 from int8kit.tune import search, space
+from int8kit.tune.search import RoundTimes
 from int8kit.tune.space import variant_of
-from int8kit.tune.tasks import RoundTimes
 
 RTX3090, H200 = gpus.get("rtx3090"), gpus.get("h200")
 SHAPE = GemmShape(4296, 4608, 4608)

@@ -17,7 +17,7 @@ from int8kit.errors import CheckFailed, FileError
 from int8kit.spec import GemmShape, Kernel, Source, default_config, shared_memory_bound
 from int8kit.timing.interleave import Times
 from int8kit.tune import search, session, space
-from int8kit.tune.tasks import RoundTimes
+from int8kit.tune.search import RoundTimes
 from int8kit.tune.workers import ProcessEnded
 
 RTX3090, H200 = gpus.get("rtx3090"), gpus.get("h200")

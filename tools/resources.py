@@ -25,7 +25,7 @@ from int8kit.errors import Int8kitError
 from int8kit.spec import GemmShape, default_config
 from int8kit.toolchain import ANY_TOOLCHAIN
 from int8kit.tune import workers
-from int8kit.tune.space import kernel_variant
+from int8kit.tune.space import Compilation, kernel_variant
 
 FORMAT = "int8kit.resources/1"
 
@@ -42,7 +42,7 @@ def compiled(alias: str) -> dict[str, Any]:
     return {"format": FORMAT, "gpu": alias, "arch": gpu.arch, "triton": triton.__version__, "kernels": rows}
 
 
-def _row(compilation: workers.Compilation) -> list[int] | str:
+def _row(compilation: Compilation) -> list[int] | str:
     if isinstance(compilation, Resources):
         return [compilation.registers, compilation.spill_bytes, compilation.shared_bytes // 1024]
     return compilation[:80]

@@ -39,8 +39,7 @@ from int8kit.errors import FileError, InputError
 from int8kit.spec import GemmShape, Kernel, TileConfig, config_from
 from int8kit.timing.interleave import Times
 from int8kit.tune.search import ShapeHistory
-from int8kit.tune.space import KernelVariant, kernel_variant
-from int8kit.tune.workers import Compilation
+from int8kit.tune.space import Compilation, KernelVariant, kernel_variant
 
 FORMAT = "int8kit.journal/2"
 

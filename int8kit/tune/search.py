@@ -36,16 +36,14 @@ from typing import Any
 
 from int8kit import cost_model
 from int8kit.database.database import Database
-from int8kit.database.schema import Entry, Resources, RunnerUp
+from int8kit.database.schema import Entry, GpuState, Resources, RunnerUp
 from int8kit.errors import CheckFailed
 from int8kit.gpus import Gpu
 from int8kit.spec import POLICY, TIE, GemmShape, Kernel, Source, TileConfig, default_config, is_near, kernels_of
 from int8kit.timing.interleave import Times
 from int8kit.toolchain import runnable_archs
 from int8kit.tune import space
-from int8kit.tune.space import KernelVariant, variant_of
-from int8kit.tune.tasks import RoundTimes
-from int8kit.tune.workers import Compilation
+from int8kit.tune.space import Compilation, KernelVariant, variant_of
 
 TRITON_FIRST = 4
 """Configurations of the Triton kernel in round 0, ranked by the model. On 69 shapes and two GPUs the default won among
@@ -88,6 +86,16 @@ class Compilations:
     def of(self, config: TileConfig, shape: GemmShape) -> Resources | None:
         """Resources of the kernel that `config` needs for `shape`; None if it did not compile."""
         return self.resources.get(variant_of(config, shape))
+
+
+@dataclass(frozen=True)
+class RoundTimes:
+    """Times of one shape's configurations, timed together in interleaved samples."""
+
+    times: dict[TileConfig, Times]
+    rejected: dict[TileConfig, str]  # with the reason
+    bf16: Times | None = None  # torch's bf16 product, if requested
+    state: GpuState | None = None  # of the GPU under load, if `bf16` was requested
 
 
 @dataclass

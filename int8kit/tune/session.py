@@ -247,7 +247,7 @@ class _TargetRun:
         """The final round, and each shape's entry."""
         candidates = {shape: search.finalists(self.journal.history(shape)) for shape in pending}
 
-        def choose(shape: GemmShape, timed: tasks.RoundTimes) -> None:
+        def choose(shape: GemmShape, timed: search.RoundTimes) -> None:
             history, source = self.journal.history(shape), self.target.source
             self._choose(shape, lambda: search.entry(history, timed, self.compiled, source, timed_on))
 
@@ -270,14 +270,14 @@ class _TargetRun:
         todo = {shape: configs for shape, configs in candidates.items() if configs}
         sample_us = measure.SUSTAINED_US if number is None else interleave.SAMPLE_US
 
-        def store_result(shape: GemmShape, timed: tasks.RoundTimes) -> None:
+        def store_result(shape: GemmShape, timed: search.RoundTimes) -> None:
             self.journal.add_timed(shape, number, timed.times)
 
         yield from self._time(name, todo, search.ROUND_SAMPLES, sample_us, False, store_result)
 
     def _time(
         self, name: str, candidates: Candidates, samples: int, sample_us: int, bf16: bool,
-        on_timed: Callable[[GemmShape, tasks.RoundTimes], None],
+        on_timed: Callable[[GemmShape, search.RoundTimes], None],
     ) -> Job[None]:  # fmt: skip
         """Time the candidates of every shape. A shape whose process ends is timed again without the guilty kernels."""
         assert self.target.timed_on is not None

@@ -28,6 +28,7 @@ from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
+from int8kit.database.schema import Resources
 from int8kit.gpus import Gpu
 from int8kit.spec import (
     DOMAINS,
@@ -36,6 +37,7 @@ from int8kit.spec import (
     Kernel,
     TileConfig,
     default_config,
+    kernels_of,
     legal_configs,
     why_illegal,
 )
@@ -62,6 +64,10 @@ _WGMMA_SEEDS = (
     (64, 128, 128, 8, (8,), (0, 1)),
     (64, 64, 128, 8, (10,), (0, 1)),
 )
+_LISTED_SEEDS = {Kernel.MMA_SYNC: _MMA_SYNC_SEEDS, Kernel.WGMMA: _WGMMA_SEEDS}
+
+Compilation = Resources | str
+"""Resources of a compiled kernel, or why there is none. The reason begins with its class, such as "compile:"."""
 
 
 class KernelVariant(NamedTuple):
@@ -106,10 +112,10 @@ def seeds(gpu: Gpu) -> tuple[TileConfig, ...]:
 
 
 def _listed_seeds(gpu: Gpu) -> Iterator[TileConfig]:
-    kernel, rows = (Kernel.WGMMA, _WGMMA_SEEDS) if gpu.arch == 90 else (Kernel.MMA_SYNC, _MMA_SYNC_SEEDS)
-    for m, n, k, warps, all_stages, shares in rows:
-        for stages, stream_k in product(all_stages, shares):
-            yield TileConfig(m, n, k, warps, stages, GROUP_M, kernel, stream_k)
+    for kernel in kernels_of(gpu.arch):
+        for m, n, k, warps, all_stages, all_stream_k in _LISTED_SEEDS.get(kernel, ()):
+            for stages, stream_k in product(all_stages, all_stream_k):
+                yield TileConfig(m, n, k, warps, stages, GROUP_M, kernel, stream_k)
 
 
 def candidates(shape: GemmShape, gpu: Gpu) -> list[TileConfig]:

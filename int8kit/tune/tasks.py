@@ -16,19 +16,9 @@ from int8kit.gpus import Gpu, present
 from int8kit.spec import GemmShape, TileConfig
 from int8kit.timing import interleave
 from int8kit.timing.health import check_health
-from int8kit.timing.interleave import Times
 from int8kit.tune import measure
+from int8kit.tune.search import RoundTimes
 from int8kit.tune.space import KernelVariant
-
-
-@dataclass(frozen=True)
-class RoundTimes:
-    """Times of one shape's configurations, timed together in interleaved samples."""
-
-    times: dict[TileConfig, Times]
-    rejected: dict[TileConfig, str]  # with the reason
-    bf16: Times | None = None  # torch's bf16 product, if requested
-    state: GpuState | None = None  # of the GPU under load, if `bf16` was requested
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ once more, alone. A call that ends its process again has the result `ProcessEnde
 since dask blames every call that a dead worker held.
 
 Rejected: a pool on concurrent.futures. It cannot end a call that hangs, and cannot reach another host.
+`verify.process_pool` is a second pool, because verification has other needs. It stays on this machine, ends one silent
+child at once, and runs children on broken copies of the package. A dask worker could not start there.
 """
 
 from __future__ import annotations
@@ -30,16 +32,12 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from int8kit.database.schema import Resources
 from int8kit.errors import CheckFailed, InputError
 from int8kit.gpus import Gpu
 from int8kit.tune import tasks
-from int8kit.tune.space import KernelVariant
+from int8kit.tune.space import Compilation, KernelVariant
 
 T = TypeVar("T")
-
-Compilation = Resources | str
-"""Resources of a compiled kernel, or why there is none. The reason begins with its class, such as "compile:"."""
 
 LIMIT_S = 60.0  # for one compilation; the slowest observed took 19 s
 CONNECT_S = 10
