@@ -7,7 +7,7 @@ As sm_86 code, plain Triton is a seventh slower. One program computes one tile, 
     global memory --cp.async, 16 bytes per thread--> one of num_stages slots in shared memory (x 16 KB, w 16 KB)
     slot --ldmatrix--> fragments of 32 columns of K (32 registers of A and B for a warp's 64 x 64) --mma.sync--> acc
 
-The kernel does four things that Triton's pipeliner does not (figures: docs/kernels.md):
+The kernel does four things that Triton's pipeliner does not (figures: docs/kernel-experiments.md):
 
   one barrier per step    Each slot is its own allocation, and the loop is unrolled over the slots. The compiler then
                           sees that the copy into one slot and the reads of another do not meet. Otherwise it emits two

@@ -14,9 +14,10 @@ slots, adds them (the fix-up) and stores the tile. The order of integer addition
 is the same to the bit. No worker waits for another one, so the kernel cannot deadlock.
 
 Atomic additions into one int32 tile were rejected. On an H200 they are slower, and neither way pays unless K is long
-and tiles are few (docs/kernels.md). A slot holds BLOCK_M * BLOCK_N int32. Slot 2c belongs to worker c's first segment,
-slot 2c + 1 to its second one. arrived[i] counts the steps of leftover tile i whose sums are stored. The launcher sets
-it to zero.
+and tiles are few (docs/kernel-experiments.md).
+
+A slot holds BLOCK_M * BLOCK_N int32. Slot 2c belongs to worker c's first segment, slot 2c + 1 to its second one.
+arrived[i] counts the steps of leftover tile i whose sums are stored. The launcher sets it to zero.
 """
 
 from __future__ import annotations
