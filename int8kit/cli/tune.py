@@ -121,7 +121,7 @@ def _tune(
             session.check_health(pool, note)
         try:
             with stages() as stage:
-                outcomes = session.tune(wanted, targets, pool, force=force, stage=stage, note=note)
+                outcomes = session.tune(wanted, targets, pool, force=force, progress=stage, note=note)
         except KeyboardInterrupt:
             if as_json is not None:
                 note("run the same command again to continue from here")
@@ -140,18 +140,20 @@ def _document(outcome: Any) -> dict[str, Any]:
     return {
         "database": str(outcome.target.path), "gpu": outcome.target.gpu.alias, "source": outcome.target.source,
         "rejected": outcome.rejected, "failed": {str(shape): why for shape, why in outcome.failed.items()},
-        "kept": outcome.kept, "resumed": outcome.resumed, "kernels": outcome.kernels, "entries": rows,
+        "kept": outcome.not_replaced, "resumed": outcome.resumed, "kernels": outcome.variant_counts, "entries": rows,
     }  # fmt: skip
 
 
 def _table(outcome: Any) -> str:
     from int8kit.cli import layout, tables
 
-    written = layout.count(len(outcome.entries) - outcome.kept, "entry", "entries")
+    written = layout.count(len(outcome.entries) - outcome.not_replaced, "entry", "entries")
     lines = [tables.tuning_table(outcome.entries), "", f"wrote {written} to {outcome.target.path}"]
-    if outcome.kept:
-        lines.append(f"kept {layout.count(outcome.kept, 'stronger entry', 'stronger entries')}, measured or proxy")
-    before, after = outcome.kernels
+    if outcome.not_replaced:
+        lines.append(
+            f"kept {layout.count(outcome.not_replaced, 'stronger entry', 'stronger entries')}, measured or proxy"
+        )
+    before, after = outcome.variant_counts
     lines.append(layout.count(after, "kernel"))
     if before > after:
         lines[-1] += f", {before} before shapes within 1 % shared one"

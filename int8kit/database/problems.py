@@ -81,7 +81,7 @@ def _finalists(entry: Entry) -> list[Entry | RunnerUp]:
 def _too_fast(shape: GemmShape, us: float, gpu: Gpu) -> Iterator[str]:
     """A time below the data sheet's limit: all operations at the INT8 rate, or one read of the weight from DRAM."""
     floor = max(
-        shape.ops / (gpu.int8_tops * PEAK_MARGIN) / 1e6, shape.n * shape.k / (gpu.dram_gb_s * PEAK_MARGIN) / 1e3
+        shape.flops / (gpu.int8_tops * PEAK_MARGIN) / 1e6, shape.n * shape.k / (gpu.dram_gb_s * PEAK_MARGIN) / 1e3
     )
     if us < floor:
         yield f"{us} us is impossible; {gpu.name} needs {floor:.2f} us at its peak"
@@ -157,7 +157,7 @@ class _EntryChecks:
             if timed is not None and one.time_us is not None:
                 yield from _too_fast(entry.shape, one.time_us, timed)
         if timed is not None and entry.bf16_us is not None:
-            floor = entry.shape.ops / (timed.bf16_tflops * PEAK_MARGIN) / 1e6
+            floor = entry.shape.flops / (timed.bf16_tflops * PEAK_MARGIN) / 1e6
             if entry.bf16_us < floor:
                 yield f"bf16 in {entry.bf16_us} us is impossible; {timed.name} needs {floor:.2f} us"
         if entry.default_us is not None:

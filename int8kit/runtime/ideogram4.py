@@ -15,7 +15,6 @@ which accepts no mask, then runs on consumer GPUs.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from diffusers.models.transformers.transformer_ideogram4 import Ideogram4Attenti
 
 from int8kit import models
 from int8kit.database.database import Choice, Database
-from int8kit.errors import FileError, InputError, UnknownName
+from int8kit.errors import FileError, InputError
 from int8kit.layers import replace_linears
 from int8kit.lookup import Plan
 from int8kit.models import PATCH
@@ -59,11 +58,13 @@ class Int8Pipeline(Ideogram4Pipeline):
 
 
 def load(model: str) -> Any:
-    """The stock pipeline of `model`: "tiny", a local folder, or a hub id. Raises UnknownName or FileError."""
+    """The stock pipeline of `model`: "tiny", a local folder, or a hub id.
+
+    Raises UnknownName, InputError or FileError.
+    """
     if model == models.TINY:
         return models.tiny_pipeline()
-    if not Path(model).is_dir() and "/" not in model:
-        raise UnknownName("model", model, [models.TINY], "or name a local folder in diffusers' layout, or a hub id")
+    models.check_pipeline(model)
     try:
         return Ideogram4Pipeline.from_pretrained(model, dtype=torch.bfloat16)
     except Exception as error:  # the hub, safetensors and diffusers each raise their own types
