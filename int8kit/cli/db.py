@@ -104,7 +104,7 @@ def check(
     It reports damage, entries without a proof under the installed Triton, and entries of a changed kernel. It also
     reports times that contradict each other or the data sheet, copied stamps, and headers with another GPU's figures.
 
-    Example: int8kit db check tuning_db/rtx3090.json
+    Example: int8kit db check out/rtx3090.json
     """
     from int8kit.cli.layout import count
     from int8kit.database import problems, store, upgrade

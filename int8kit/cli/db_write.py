@@ -25,7 +25,7 @@ def merge(
 ) -> None:
     """Merge databases of one GPU: the stronger source stays, then the newer entry. Stamps stay with their tile.
 
-    Example: int8kit db merge tuning_db/rtx3090.json -o out/merged.json
+    Example: int8kit db merge out/rtx3090.json -o out/merged.json
     """
     from int8kit import files
     from int8kit.cli.layout import count
@@ -66,7 +66,7 @@ def migrate(
     no more here and as many blocks of it fit a multiprocessor. The copy is not proven: verify it. Copies of entries
     that have been tuned again are replaced.
 
-    Example: int8kit db migrate tuning_db/rtx3090.json
+    Example: int8kit db migrate out/rtx3090.json
     """
     from int8kit import files
     from int8kit.cli.layout import count
@@ -100,7 +100,7 @@ def upgrade(
     Stamps of format /1 are dropped: they covered a kernel's device code and not its launcher. All files are read before
     the first is written.
 
-    Example: int8kit db upgrade tuning_db/rtx3090.json
+    Example: int8kit db upgrade out/rtx3090.json
     """
     from int8kit import files
     from int8kit.cli.layout import count

@@ -27,7 +27,7 @@ def run(
     ] = None,
     database: Db = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse configurations that no proof covers on this system.")
+        bool, typer.Option("--strict", help="Refuse entries of a database without a proof on this system.")
     ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="The PNG file.")] = Path("out/image.png"),
     as_json: Json = False,

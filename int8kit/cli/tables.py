@@ -82,7 +82,7 @@ def database_table(database: Database, toolchain: Toolchain) -> str:
              "no" if proven == "no" else "yes", "changed" if e.is_stale(toolchain) else "present")
         )  # fmt: skip
     head = ("M x N x K", "tile", "source", "us", "TOP/s", "vs default", "vs bf16", "Triton", "proven", "kernel")
-    drop = ("kernel", "source", "Triton", "vs bf16", "vs default", "TOP/s", "us")
+    drop = ("kernel", "source", "vs bf16", "vs default", "TOP/s", "us", "Triton")
     table = fit(rows, head, drop=drop)
     return f"{table}\n{wrapped('proven: ' + '; '.join(sorted(proofs)))}" if proofs else table
 
@@ -227,8 +227,8 @@ def doctor_table(findings: Iterable[Finding]) -> str:
 def run_tables(outcome: GeneratedImage) -> str:
     """The configurations of an image, and the time and memory that it took."""
     rows = [(c.shape, n, c.config, c.level, "yes" if c.is_verified else "no", c.provenance) for c, n in outcome.choices]
-    head = ("M x N x K", "layers", "tile", "level", "proven", "from")
-    configs = fit(rows, head, drop=("from",), wrap="from", left="tile,level,proven,from")
+    head = ("M x N x K", "layers", "tile", "level", "proven", "why")
+    configs = fit(rows, head, drop=("why",), wrap="why", left="tile,level,proven,why")
     took = [
         ("load", f"{outcome.load_s:.2f} s"),
         ("encode and quantize", f"{outcome.prepare_s:.2f} s"),

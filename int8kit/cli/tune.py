@@ -67,9 +67,9 @@ def tune(
             if path.exists() and store.is_ours(path):
                 store.load(path, one.alias)
     need("tune", "torch", "triton", "distributed")
-    note(f"tuning {count(len(wanted), 'shape')}{where}")
     if not named and scheduler is None and gpus.present() is None:
         raise InputError(f"no GPU here to tune for; name one with --gpu: {', '.join(sorted(gpus.GPUS))}")
+    note(f"tuning {count(len(wanted), 'shape')}{where}")
     if output != STDOUT:
         _tune(named, wanted, scheduler, output, as_json, force)
         return
@@ -154,9 +154,10 @@ def _table(outcome: Any) -> str:
             f"kept {layout.count(outcome.not_replaced, 'stronger entry', 'stronger entries')}, measured or proxy"
         )
     before, after = outcome.variant_counts
-    lines.append(layout.count(after, "kernel"))
+    serve = "serves" if after == 1 else "serve"
+    lines.append(f"{layout.count(after, 'kernel')} {serve} {layout.count(len(outcome.entries), 'entry', 'entries')}")
     if before > after:
-        lines[-1] += f", {before} before shapes within 1 % shared one"
+        lines[-1] += f"; {before} before shapes within 1 % shared one"
     if outcome.rejected:
         rejected = ", ".join(f"{number} {kind}" for kind, number in sorted(outcome.rejected.items()))
         lines.append(layout.wrapped(f"rejected configurations by reason: {rejected}"))

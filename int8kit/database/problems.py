@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from int8kit import gpus
+from int8kit import files, gpus
 from int8kit.database.database import Database, identity_of
 from int8kit.database.schema import Entry, GpuIdentity, Resources, RunnerUp, Stamp
 from int8kit.gpus import Gpu
@@ -30,8 +30,11 @@ MODEL_ERROR = 5.0  # largest plausible ratio of estimate and time; 2.1 in the sh
 def problems(database: Database, toolchain: Toolchain, path: Path | None = None) -> list[str]:
     """Every problem of `database`, one line each. Entries with the same problem share a line.
 
-    path: its file, which the remedies name.
+    path: its file, which the remedies name. They never name a file inside the installed package, which a verb would
+    then change.
     """
+    if path is not None and path.is_absolute() and path.is_relative_to(files.shipped("tuning_db")):
+        path = None
     groups: dict[str, list[str]] = {}
     ids = {entry.identity: entry.shape for entry in database.entries}
     verify = f"run `int8kit verify --gpu {database.gpu.alias}{f' --db {path}' if path else ''}`"

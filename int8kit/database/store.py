@@ -34,7 +34,7 @@ from int8kit.spec import NUMERICS_VERSION, GemmShape, Source, why_illegal
 from int8kit.toolchain import Toolchain, require_supported
 
 FORMATS = (FORMAT, upgrade.OLD_FORMAT)
-_REMEDY = "make one with `int8kit tune`, or name another with --db"
+_REMEDY = "make one with `int8kit tune`, or name another file"
 
 
 def is_ours(path: Path) -> bool:

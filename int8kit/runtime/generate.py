@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -114,6 +115,8 @@ def check(request: ImageRequest) -> int:
         raise FileError(
             f"cannot load {request.model!r}: it holds no model_index.json; expected a folder in diffusers' layout"
         )
+    if not is_folder and request.model.startswith((".", "/", "~")):
+        raise FileError(f"no folder {request.model!r}; expected tiny, a folder in diffusers' layout, or a hub id")
     check_pipeline(request.model)
     return steps
 
@@ -152,7 +155,7 @@ def generate(request: ImageRequest, progress: Progress = no_progress) -> Generat
     guidance = preset.guidance(steps) if request.guidance is None else [request.guidance] * steps
     image, ends = _denoise(pipe, request, preset, guidance, tokens, progress("denoising", steps))
     done = time.perf_counter()
-    durations = sorted(b - a for a, b in zip([prepared, *ends], ends, strict=False))
+    durations = [b - a for a, b in zip([prepared, *ends], ends, strict=False)]
     return GeneratedImage(
         image=image,
         request=request,
@@ -165,7 +168,7 @@ def generate(request: ImageRequest, progress: Progress = no_progress) -> Generat
         prepare_s=prepared - loaded,
         denoise_s=ends[-1] - prepared,
         decode_s=done - ends[-1],
-        step_ms=1e3 * durations[len(durations) // 2],
+        step_ms=1e3 * statistics.median(durations),
         peak_gib=_peak_bytes(device) / 2**30,
     )
 

@@ -15,6 +15,7 @@ which accepts no mask, then runs on consumer GPUs.
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import torch
@@ -70,8 +71,8 @@ def load(model: str) -> Any:
     except Exception as error:  # the hub, safetensors and diffusers each raise their own types
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise FileError(
-            f"cannot load {model!r} as an Ideogram4Pipeline ({reason[:160]}); expected tiny, a local folder in "
-            "diffusers' layout, or a hub id that `hf auth login` gives you access to"
+            f"cannot load {model!r} as an Ideogram4Pipeline ({textwrap.shorten(reason, 160)}); expected tiny, a "
+            "local folder in diffusers' layout, or, with a network, a hub id that `hf auth login` gives you access to"
         ) from None
 
 
