@@ -50,7 +50,7 @@ def test_a_line_comes_while_one_step_takes_long(clock):
     loading = bars.add_task("loading a model", total=1)
     for clock.now in (29.9, 30, 59, 61, 3900):
         bars.look()
-    assert lines == ["loading a model, 30 s", "loading a model, 1 min", "loading a model, 1 h 5 min"]
+    assert lines == ["loading a model, 30 s", "loading a model, 1 min 1 s", "loading a model, 1 h 5 min"]
     bars.remove_task(loading)
     clock.now = 8000
     bars.look()
@@ -87,7 +87,7 @@ def test_a_stage_ends_after_its_steps(monkeypatch, clock):
         clock.now = 80
         other()
         stage("choosing", 1)
-    assert made[1:] == ["timing, 1 min"]
+    assert made[1:] == ["timing, 1 min 20 s"]
 
 
 def test_a_bar_leaves_nothing_behind():
