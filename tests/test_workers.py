@@ -94,7 +94,7 @@ def test_workers_of_another_cluster_compile_and_must_have_the_same_toolchain(mon
             ((kernel, compilation),) = pool.compile_all(86, [KERNEL]).items()
         assert kernel == KERNEL
         assert isinstance(compilation, Resources)
-        monkeypatch.setattr(tasks, "toolchain", lambda: "another Triton")
+        monkeypatch.setattr(tasks, "versions", lambda: "another Triton")
         with (
             workers.Workers(other.scheduler_address) as pool,
             pytest.raises(InputError, match=r"has int8kit .*, but this process has another Triton: install the same"),
