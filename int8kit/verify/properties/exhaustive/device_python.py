@@ -133,7 +133,7 @@ def _plain(function: Any, language: Language, replaced: dict[str, Any], made: di
     space = dict(function.fn.__globals__)
     copy = made[code] = FunctionType(code, space, code.co_name, function.fn.__defaults__)
     for name in code.co_names:
-        value = space.get(name)
+        value: Any = space.get(name)
         if name in replaced:
             space[name] = replaced[name]
         elif isinstance(value, tl.constexpr):

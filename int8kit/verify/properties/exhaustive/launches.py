@@ -110,7 +110,8 @@ class Gluon(Language):
             raise Fault("a slot of the workspace is loaded before it is stored")
         if cache_modifier != ".cg":
             raise Fault("another program's accumulators are loaded through L1, which may hold older ones")
-        return pointer.memory.values[offsets].view(Accumulators)
+        values: Accumulators = pointer.memory.values[offsets].view(Accumulators)
+        return values
 
     def atomic_add(self, pointer: Pointer, value: int, sem: str = "") -> int:
         """The value before the addition."""
