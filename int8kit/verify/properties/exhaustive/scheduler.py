@@ -67,11 +67,11 @@ def prove(executor: Executor, tiles: tuple[TileConfig, ...], report: Report) -> 
     return Outcome(count)
 
 
-def corner_cases(grids: tuple[tuple[int, int], ...] = GRIDS) -> Iterator[tuple[Cases, int, int]]:
+def corner_cases() -> Iterator[tuple[Cases, int, int]]:
     """(tile, M, N, group_m) of every tile of each launch, and the tile's extents."""
     for block_m, block_n in ((16, 32), (128, 64)):
         lots = []
-        for (rows, columns), group_m in product(grids, GROUPS):
+        for (rows, columns), group_m in product(GRIDS, GROUPS):
             tile = np.arange(rows * columns, dtype=np.int32)
             # a partial tile at each edge, and whole ones
             m, n = rows * block_m - 3 * (group_m % 2), columns * block_n - 5 * (rows % 2)
