@@ -5,8 +5,10 @@ The proofs of 2**32 inputs run here on a thousand, in the interpreter: tests/gpu
 
 import inspect
 import textwrap
+from pathlib import Path
 from types import FunctionType
 
+import exhaustive_faults
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,8 @@ from int8kit.kernels import quantize as quantize_module
 from int8kit.spec import Kernel, TileConfig
 from int8kit.verify import verify_kernels
 from int8kit.verify.executors import Executor
+from int8kit.verify.mutation import campaign
+from int8kit.verify.mutation.mutant import Mutant
 from int8kit.verify.properties.exhaustive import (
     PROOFS,
     bits,
@@ -244,7 +248,7 @@ def test_interpreters_conversion_of_subnormal_bfloat16_is_left_out():
     assert outcome.count == 0x90 + 0x11
 
 
-AMAXES = {torch.bfloat16: range(0, 0x7F80, 16319), torch.float16: range(0x5C00, 0x5C01)}
+AMAXES = {torch.bfloat16: range(0, 0x7F80, 0x4400), torch.float16: range(0x5C00, 0x5C01)}
 
 
 def test_pairs(monkeypatch):
@@ -275,10 +279,10 @@ def test_every_pair_is_in_a_row():
 
 
 def test_row_scale_of_fp32(monkeypatch):
-    domain = range(-(2**31), 2**31, 2**27 + 12345)
+    domain = range(-(2**31), 2**31, 2**29 + 12345)
     assert quantization.row_scale_fp32(HERE, ignore, domain) == quantization.Outcome(len(domain))
     quantize = quantize_module.quantize
-    monkeypatch.setattr(quantize_module, "quantize", lambda x: (quantize(x)[0], x.abs()[:, 0] * (1 / 127)))
+    monkeypatch.setattr(quantize_module, "quantize", lambda x: (quantize(x)[0], x.abs()[:, 0] * (1 / 126)))
     assert "s of a row" in quantization.row_scale_fp32(HERE, ignore, domain).failure
     monkeypatch.setattr(quantize_module, "quantize", lambda x: (quantize(x)[0] * 0, quantize(x)[1]))
     assert "q of a row" in quantization.row_scale_fp32(HERE, ignore, domain).failure
@@ -312,6 +316,27 @@ def test_swiglu_epilogue(monkeypatch):
     assert epilogues.silu_fp32(HERE, ignore, SPARSE) == quantization.Outcome(len(SPARSE))
     monkeypatch.setattr(epilogue, "silu", _silu_of_less)
     assert "gate = " in epilogues.swiglu(HERE, TRITON, ignore, SPARSE, rows=400).failure
+
+
+@pytest.mark.parametrize("mutant", exhaustive_faults.FAULTS, ids=lambda mutant: mutant.name)
+def test_faults_of_the_gpus_tests_have_one_place(mutant):
+    assert campaign.mutated(mutant, campaign.PACKAGE)
+    assert mutant.expected in {proof.name for proof in PROOFS}
+
+
+@pytest.mark.process
+def test_a_fault_in_a_copy_is_caught():
+    """As the tests on a GPU do it."""
+    wrong = "tl.where((bits < 0x7F800000) & (bits != 0x3F800000),"
+    mutant = Mutant("one", exhaustive_faults.ROWS, "tl.where(bits < 0x7F800000,", wrong, "1.0 is lost", "row scale")
+    found = exhaustive_faults.verdict(mutant, "row scale", Kernel.TRITON, HERE)
+    assert (found.ending, found.how) == ("killed", "differs")
+    assert "amax = -1.0 (0xbf80 of bfloat16): got nan" in found.evidence
+
+
+def test_the_page_lists_the_proofs():
+    page = (Path(__file__).parent.parent / "docs" / "verification.md").read_text()
+    assert [proof.name for proof in PROOFS if f"`{proof.name}`" not in page] == []
 
 
 def test_kernels_that_an_executor_runs():
