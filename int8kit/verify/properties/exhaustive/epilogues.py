@@ -159,7 +159,8 @@ def _silu_differs(g: torch.Tensor, arch: str | None) -> str | None:
     limit = torch.full_like(g, -86.0)
     exact = g.double().clamp(min=-86.0)
     exact = exact / (torch.exp(-exact) + torch.ones_like(exact))
-    unit = torch.ldexp(torch.ones_like(exact), torch.frexp(exact)[1].clamp(min=-125) - 24)
+    exponent = torch.frexp(exact)[1].long().clamp(min=-125) - 24
+    unit = (exponent + 1023 << 52).view(torch.float64)  # 2**exponent
     far = (want.double() - exact).abs() > ULPS * unit
     far |= (g < limit) & (want != reference.silu(limit))
     far = torch.where(g.isfinite(), far, ~((want == g) | (g == -torch.inf) | (g.isnan() & want.isnan())))
