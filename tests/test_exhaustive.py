@@ -151,6 +151,7 @@ FAULTS = [
     (gemm_wgmma, "_consume", "gl.where(alone, gl.program_id(0) % 2, CONSUMER) * ROWS", "CONSUMER * ROWS"),
     (gemm_wgmma, "_consume", "0 if COOPERATIVE else CONSUMER, items", "CONSUMER, items"),
     (gemm_wgmma, "_consume", "2 if COOPERATIVE else 1, CONSUMER if COOPERATIVE else 0", "1, 0"),
+    (gemm_wgmma, "_gemm_wgmma", "    gdc_wait()", "    if not SWIGLU:\n        gdc_wait()"),
     (gemm_wgmma, "launch", "min(tiles * pieces, multiprocessors(o.xq.device))", "min(tiles, 2)"),
     (gemm_wgmma, "launch", "cdiv(o.m, config.block_m)", "(o.m // config.block_m)"),
 ]

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import product
 from types import FunctionType, SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from int8kit.verify.properties.exhaustive.device_python import Array, Language, 
 
 COLUMNS = 2  # of the accumulators that stand for a tile; each has a value of its own
 _TILE = 1 << 20  # a tile's name is a multiple; the steps are the bits below
+
+
+Kind = Literal["accumulators", "output", "swiglu"]
 
 
 class Fault(Exception):
@@ -62,6 +65,17 @@ class Memory:
         return offsets
 
 
+class Absent:
+    """A vector that no part of a launch reads here, and each value that is loaded from it."""
+
+    def __add__(self, more: Any) -> Absent:
+        return self
+
+    def to(self, dtype: Any) -> Absent:
+        """Itself, as another type."""
+        return self
+
+
 @dataclass(frozen=True)
 class Pointer:
     """Offsets into a memory."""
@@ -80,6 +94,7 @@ class Gluon(Language):
 
     def __init__(self) -> None:
         super().__init__()
+        self.waited = False  # for the kernel ahead
         self.workspaces: list[Memory] = []
         self.ring: Ring = {}  # of the program that runs
 
@@ -103,8 +118,10 @@ class Gluon(Language):
             raise Fault("a slot of the workspace is stored twice")
         memory.values[offsets], memory.stored[offsets], memory.unordered = values, True, True
 
-    def load(self, pointer: Pointer, cache_modifier: str = "") -> Accumulators:
+    def load(self, pointer: Pointer | Absent, cache_modifier: str = "", **options: Any) -> Accumulators | Absent:
         """The stored values."""
+        if isinstance(pointer, Absent):
+            return pointer
         offsets = pointer.memory.at(pointer.offsets)
         if not pointer.memory.stored[offsets].all():
             raise Fault("a slot of the workspace is loaded before it is stored")
@@ -129,8 +146,12 @@ class Gluon(Language):
     def warp_specialize(self, parts: list[tuple[Any, tuple[Any, ...]]], warps: Any, registers: Any) -> None:
         """Run the producer, which is the last, and then the consumers."""
         self.ring.clear()
+        waited = self.waited
         for function, args in reversed(parts):
+            self.waited = waited
             function(*args)
+            if not self.waited:
+                raise Fault("a group of warps does not wait for the kernel ahead")
         cooperative = parts[0][1][2]
         if any(step.read != 1 + cooperative for steps in self.ring.values() for step in steps):
             raise Fault(f"program {self.pid} copies a step that its consumers do not release as often as expected")
@@ -143,17 +164,19 @@ class Gluon(Language):
 
 @dataclass
 class Launch:
-    """One launch of int32 accumulators under `config`, on a GPU of `sms` multiprocessors."""
+    """One launch under `config`, on a GPU of `sms` multiprocessors."""
 
     config: TileConfig
     m: int
     n: int
     k: int
     sms: int
+    kind: Kind = "accumulators"
     order: int = 1  # of the programs: 1 the first one first, -1 the last one first, else by multiples of it
 
     def __str__(self) -> str:
-        return f"{self.m}x{self.n}x{self.k}, {self.config}, {self.sms} multiprocessors, order {self.order}"
+        where = f"{self.sms} multiprocessors, order {self.order}"
+        return f"{self.kind} of {self.m}x{self.n}x{self.k}, {self.config}, {where}"
 
     @property
     def steps(self) -> int:
@@ -164,7 +187,10 @@ class Launch:
         """How the launch is wrong, or None."""
         self.stores: dict[tuple[int, int], int] = {}
         x, w = (torch.empty(rows, self.k, dtype=torch.int8) for rows in (self.m, self.n))
-        self.out = torch.empty(self.m, self.n, dtype=torch.int32)
+        sums = self.kind == "accumulators"
+        swiglu = self.kind == "swiglu"
+        sx, sw = (None, None) if sums else (torch.empty(self.m), torch.empty(self.n))
+        self.out = torch.empty(self.m, self.n // (1 + swiglu), dtype=torch.int32 if sums else torch.float32)
         replaced = {
             "launch_cached": self._launched,
             "multiprocessors": lambda device: self.sms,
@@ -172,8 +198,8 @@ class Launch:
         }
         launch = _host(gemm.module(self.config.kernel).launch, replaced)
         try:
-            launch(Operands(x, w, None, None, None, self.out), self.config, {})
-        except Fault as fault:
+            launch(Operands(x, w, sx, sw, sw, self.out, swiglu), self.config, {})
+        except (Fault, ArithmeticError, LookupError) as fault:
             return f"{self}: {fault}"
         corners = product(range(0, self.m, consumer_rows(self.config)), range(0, self.n, self.config.block_n))
         wrong = next((corner for corner in corners if self.stores.get(corner) != 1), None)
@@ -192,7 +218,7 @@ class Launch:
         elif self.order > 1:
             programs.sort(key=lambda p: (p * self.order % (grid[0] + 1), p))
         for program in programs:
-            gl.pid, gl.programs = program, grid[0]
+            gl.pid, gl.programs, gl.waited = program, grid[0], False
             body(*memories, **dict(values))
 
     def _memory(self, arg: Any) -> Any:
@@ -200,7 +226,7 @@ class Launch:
         if not isinstance(arg, torch.Tensor):
             return arg
         if arg is self.out or arg.dtype is not torch.int32:
-            return None
+            return Absent()
         if arg.dim() == 1:
             if arg.any():
                 raise Fault("the counters of arrivals do not start at zero")
@@ -227,6 +253,9 @@ class Launch:
 
         def nothing(*args: Any, **options: Any) -> None: ...
 
+        def wait_for_kernel_ahead() -> None:
+            gl.waited = True
+
         def wait(barrier: View, parity: int) -> None:  # of the producer, until a slot is empty
             gl.ring.setdefault(barrier.at, []).append(Step())
 
@@ -240,7 +269,7 @@ class Launch:
         return {
             "mbarrier": SimpleNamespace(wait=wait, expect=expect, init=nothing, MBarrierLayout=nothing),
             "tma": SimpleNamespace(async_copy_global_to_shared=copy, store_wait=nothing),
-            "gdc_wait": nothing,
+            "gdc_wait": wait_for_kernel_ahead,
             "_multiply": lambda consumer, *args: self._multiplied(gl.ring, consumer, *args),
             "_store": lambda consumer, acc, row, col, *rest: self._stored(acc, row, col),
         }
@@ -315,6 +344,9 @@ class View:
 
     at: int
     row: int = 0
+
+    def store(self, values: Any) -> None:
+        """Nothing: only the epilogue, which is left out, reads it."""
 
     def slice(self, row: int, rows: int, dim: int) -> View:
         """The rows from `row` on."""

@@ -23,7 +23,7 @@ from int8kit.spec import DOMAINS, K_MAX, Kernel, TileConfig
 from int8kit.verify.executors import Executor
 from int8kit.verify.properties.exhaustive import device_kernels
 from int8kit.verify.properties.exhaustive.device_python import Array, Language, evaluate, in_programs, plain
-from int8kit.verify.properties.exhaustive.launches import Launch
+from int8kit.verify.properties.exhaustive.launches import Kind, Launch
 from int8kit.verify.properties.proof import Outcome, Report
 
 LARGEST_SMS = 256  # more multiprocessors than any supported GPU has
@@ -52,6 +52,7 @@ SMALL_GRIDS = ((1, 1), (1, 2), (3, 1), (2, 2), (5, 1), (3, 3), (2, 7))
 SMALL_SMS = (1, 2, 3, 5, 8, 13)
 SMALL_STEPS = (1, 2, 3, 4, 9)
 ORDERS = (1, -1, 3)
+KINDS: tuple[Kind, ...] = ("accumulators", "output", "swiglu")
 Cases = tuple[Array, ...]
 
 
@@ -189,7 +190,7 @@ def launches(executor: Executor) -> Outcome:
             shape = rows * config.block_m - missing, columns * config.block_n - 4, steps * config.block_k - 16
             for order in ORDERS if config.stream_k else ORDERS[:1]:
                 count += 1
-                if why := Launch(config, *shape, sms, order).run():
+                if why := Launch(config, *shape, sms, KINDS[(sms + steps) % 3], order).run():
                     return Outcome(count, why)
     return Outcome(count)
 
