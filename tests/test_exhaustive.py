@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from int8kit import reference
-from int8kit.kernels import epilogue, gemm_mma_sync, gemm_triton, gemm_wgmma, l2_swizzle, tile_scheduler
+from int8kit.kernels import epilogue, gemm_mma_sync, gemm_triton, gemm_wgmma, l2_swizzle, stream_k
 from int8kit.kernels import gemm as gemm_module
 from int8kit.kernels import quantize as quantize_module
 from int8kit.spec import Kernel, TileConfig
@@ -108,32 +108,32 @@ def test_tile_scheduler_holds(small):
     outcome = scheduler.prove(HERE, (), steps.append)
     assert outcome.failure is None
     assert outcome.count > 5000
-    assert steps == ["corners", "stream_k", "launches"]
+    assert steps == ["corners", "stream_k_ranges", "launches"]
 
 
 FAULTS = [
     (l2_swizzle, "tile_corner", "tiles_m - first, group_m", "tiles_m, group_m"),
     (l2_swizzle, "tile_corner", "group_m * tl.cdiv(N, BLOCK_N)", "group_m * tl.minimum(tl.cdiv(N, BLOCK_N), 64)"),
     (l2_swizzle, "tile_corner", "tile % group // height * BLOCK_N", "(tile % group // height * BLOCK_N) % 4096"),
-    (tile_scheduler, "range_start", "total * worker // workers", "total // workers * worker"),
-    (tile_scheduler, "range_owner", "(step + 1) * workers", "step * workers"),
+    (stream_k, "range_start", "total * worker // workers", "total // workers * worker"),
+    (stream_k, "range_owner", "(step + 1) * workers", "step * workers"),
     (
-        tile_scheduler,
+        stream_k,
         "segment_count",
         "gl.where(hi > lo, (hi - 1) // steps - lo // steps + 1, 0)",
         "gl.where(hi > lo, 2, 0)",
     ),
-    (tile_scheduler, "segment", "gl.minimum(hi - index * steps, steps)", "steps"),
-    (tile_scheduler, "fix_up", "2 * worker + i", "worker + i"),
-    (tile_scheduler, "fix_up", "slot = 2 * other + index - start // steps", "slot = 2 * other"),
-    (tile_scheduler, "fix_up", "other != worker and", "other <= worker and"),
-    (tile_scheduler, "fix_up", "range(first, last + 1)", "range(first, last)"),
-    (tile_scheduler, "fix_up", "    barrier()", "    pass"),
-    (tile_scheduler, "fix_up", 'sem="acq_rel"', 'sem="relaxed"'),
-    (tile_scheduler, "fix_up", 'cache_modifier=".cg"', 'cache_modifier=""'),
-    (tile_scheduler, "fix_up", "PIECES * index + PIECE", "index"),
-    (tile_scheduler, "fix_up", "workspace_ptr + PIECE * SIZE", "workspace_ptr"),
-    (tile_scheduler, "fix_up", "+ taken == steps", "+ taken >= steps - 1"),
+    (stream_k, "segment", "gl.minimum(hi - index * steps, steps)", "steps"),
+    (stream_k, "fix_up", "2 * worker + i", "worker + i"),
+    (stream_k, "fix_up", "slot = 2 * other + index - start // steps", "slot = 2 * other"),
+    (stream_k, "fix_up", "other != worker and", "other <= worker and"),
+    (stream_k, "fix_up", "range(first, last + 1)", "range(first, last)"),
+    (stream_k, "fix_up", "    barrier()", "    pass"),
+    (stream_k, "fix_up", 'sem="acq_rel"', 'sem="relaxed"'),
+    (stream_k, "fix_up", 'cache_modifier=".cg"', 'cache_modifier=""'),
+    (stream_k, "fix_up", "PIECES * index + PIECE", "index"),
+    (stream_k, "fix_up", "workspace_ptr + PIECE * SIZE", "workspace_ptr"),
+    (stream_k, "fix_up", "+ taken == steps", "+ taken >= steps - 1"),
     (gemm_mma_sync, "_gemm_mma_sync", "pid - workers", "pid"),
     (gemm_mma_sync, "_gemm_mma_sync", "gl.minimum(k1 * BLOCK_K, K)", "k1 * BLOCK_K"),
     (gemm_mma_sync, "_gemm_mma_sync", "if k1 - k0 < steps:", "if k1 - k0 < steps - 1:"),
@@ -141,10 +141,10 @@ FAULTS = [
     (gemm_wgmma, "_work", "gl.cdiv(tiles - pid, programs)", "tiles // programs"),
     (gemm_wgmma, "_work", "gl.where(pid < halves, 1, 0)", "gl.where(pid < halves - 1, 1, 0)"),
     (gemm_wgmma, "_item", "index * steps + k0 - first", "k0"),
-    (gemm_wgmma, "_item", "waves * programs + pid // 2", "waves * programs + pid % 2"),
+    (gemm_wgmma, "_item", "whole_tiles * programs + pid // 2", "whole_tiles * programs + pid % 2"),
     (gemm_wgmma, "_item", "i * steps", "i * (steps - 1)"),
     (gemm_wgmma, "_produce", "gl.program_id(0) % 2 * ROWS", "0"),
-    (gemm_wgmma, "_produce", "range(segments + waves + half)", "range(segments + waves)"),
+    (gemm_wgmma, "_produce", "range(segments + whole_tiles + half)", "range(segments + whole_tiles)"),
     (gemm_wgmma, "_produce", "((box + 1) * ROWS + BLOCK_N) * BLOCK_K", "(box * ROWS + BLOCK_N) * BLOCK_K"),
     (gemm_wgmma, "_produce", "gl.minimum(gl.cdiv(M - row, ROWS), BOXES)", "gl.minimum((M - row) // ROWS, BOXES)"),
     (gemm_wgmma, "_produce", "[row + box * ROWS, k * BLOCK_K]", "[row + box * ROWS, step * BLOCK_K]"),
@@ -168,8 +168,8 @@ def test_tile_scheduler_fails(fault, small, plant):
 
 
 def test_int32_sums_that_overflow_are_found(plant):
-    plant(tile_scheduler, "range_start", "total * worker // workers", "total * (worker * 2) // (workers * 2)")
-    assert "partition" in scheduler.stream_k(HERE).failure
+    plant(stream_k, "range_start", "total * worker // workers", "total * (worker * 2) // (workers * 2)")
+    assert "partition" in scheduler.stream_k_ranges(HERE).failure
 
 
 def test_compiled_functions_are_compared(small, monkeypatch):

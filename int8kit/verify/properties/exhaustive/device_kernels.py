@@ -20,7 +20,7 @@ from int8kit.kernels.gemm_wgmma import _item, _work
 from int8kit.kernels.l2_swizzle import tile_corner
 from int8kit.kernels.launch import cdiv, launch_cached
 from int8kit.kernels.row_primitives import interpreter_fp32, larger, row_scale, widen
-from int8kit.kernels.tile_scheduler import range_owner, range_start, segment, segment_count
+from int8kit.kernels.stream_k import range_owner, range_start, segment, segment_count
 
 BLOCK = 1024
 INTERPRETED_BLOCK = 1 << 16  # numpy's operations cost by the call
@@ -91,15 +91,15 @@ def _work_items(
         M = gl.load(cases_ptr + case)
         N = gl.load(cases_ptr + COUNT + case)
         K = gl.load(cases_ptr + 2 * COUNT + case)
-        steps, total, segments, waves, half = _work(M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, STREAM_K, COOPERATIVE)
+        steps, total, segments, whole_tiles, half = _work(M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, STREAM_K, COOPERATIVE)
         at = out_ptr + (case * gl.num_programs(0) + gl.program_id(0)) * (5 + 4 * ITEMS)
         gl.store(at, steps)
         gl.store(at + 1, total)
         gl.store(at + 2, segments)
-        gl.store(at + 3, waves)
+        gl.store(at + 3, whole_tiles)
         gl.store(at + 4, half)
         for i in range(ITEMS):
-            tile, k0, k1, before = _item(i, steps, total, segments, waves, STREAM_K)
+            tile, k0, k1, before = _item(i, steps, total, segments, whole_tiles, STREAM_K)
             gl.store(at + 5 + 4 * i, tile)
             gl.store(at + 6 + 4 * i, k0)
             gl.store(at + 7 + 4 * i, k1)

@@ -1,6 +1,6 @@
 """Device functions as Python functions: the code of the kernels, run on int32 vectors or on Python integers.
 
-    share = plain(tile_scheduler.range_start, Language())
+    share = plain(stream_k.range_start, Language())
     evaluate(share, workers, totals, counts)        -> (int32 array,), an element per case
 
 The code object of a device function is unchanged. Its copy sees other global names: `gl` and `tl` are a `Language`, and

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from int8kit.kernels import gemm_wgmma, l2_swizzle, tile_scheduler
+from int8kit.kernels import gemm_wgmma, l2_swizzle, stream_k
 from int8kit.spec import DOMAINS, K_MAX, Kernel, TileConfig
 from int8kit.verify.executors import Executor
 from int8kit.verify.properties.exhaustive import device_kernels
@@ -59,7 +59,7 @@ Cases = tuple[Array, ...]
 def prove(executor: Executor, tiles: tuple[TileConfig, ...], report: Report) -> Outcome:
     """All parts of the proof; on a GPU also with compiled functions."""
     count = 0
-    for part in (corners, stream_k, launches, *([compiled] if executor.on != "interpreter" else [])):
+    for part in (corners, stream_k_ranges, launches, *([compiled] if executor.on != "interpreter" else [])):
         report(part.__name__)
         outcome = part(executor)
         count += outcome.count
@@ -137,7 +137,7 @@ def _columns(rows: list[tuple[int, int, int]], repeats: Array) -> list[Array]:
     return [np.repeat(column, repeats).astype(np.int32) for column in np.array(rows).T] + [number.astype(np.int32)]
 
 
-def stream_k(executor: Executor) -> Outcome:
+def stream_k_ranges(executor: Executor) -> Outcome:
     """Ranges, segments and owners."""
     rows = list(leftovers())
     workers, leftover, steps, worker = _columns(rows, np.array([row[0] for row in rows]))
@@ -178,7 +178,7 @@ def stream_k(executor: Executor) -> Outcome:
 
 def _stream_k_functions() -> list[Callable[..., Any]]:
     names, language = ("range_start", "range_owner", "segment_count", "segment"), Language()
-    return [plain(getattr(tile_scheduler, name), language) for name in names]
+    return [plain(getattr(stream_k, name), language) for name in names]
 
 
 def launches(executor: Executor) -> Outcome:
