@@ -93,7 +93,9 @@ def place(d: Draw, name: str, tensor: torch.Tensor) -> torch.Tensor:
     if name in VECTORS:
         return vector_in_poison(tensor, fronts(d)[name])
     if d.huge_stride == name:
-        return huge_stride_matrix(*tensor.shape, tensor.dtype, tensor.device, huge_stride(d, name)).copy_(tensor)
+        rows, width = tensor.shape
+        empty = huge_stride_matrix(rows, width, tensor.dtype, tensor.device, huge_stride(d, name))
+        return empty.copy_(tensor)
     tile = max(d.config.block_m, d.config.block_n)
     stride = strides(d)[name]
     return in_poison(tensor, stride - tensor.shape[1], tile_guard(stride, tile), fronts(d)[name])
@@ -138,7 +140,8 @@ class Output:
     """The place of a result of `d` with `m` rows: `view` in a buffer of sentinels."""
 
     def __init__(self, d: Draw, m: int, device: str) -> None:
-        n, dtype, self._guarded = columns(d), out_dtype(d), None
+        n, dtype = columns(d), out_dtype(d)
+        self._guarded: GuardedOutput | None = None
         if d.huge_stride == "out":
             self.view = huge_stride_matrix(m, n, dtype, device, huge_stride(d, "out")).fill_(SENTINEL)
             return
@@ -149,7 +152,7 @@ class Output:
 
     def written_outside(self) -> str | None:
         """The number of elements outside the view that were written, as text; None if there are none."""
-        return self._guarded and self._guarded.written_outside()
+        return self._guarded.written_outside() if self._guarded else None
 
 
 def expected(

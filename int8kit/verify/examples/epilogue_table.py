@@ -45,10 +45,10 @@ def x_rows(m: int, k: int, seed: int, device: str) -> torch.Tensor:
 
 
 def w_rows(n: int, k: int, seed: int, device: str) -> torch.Tensor:
-    """[n, k] int8: random bytes, in every seventh row 127. The first column is 1, the sum with a row of x that is 1."""
+    """[n, k] int8: random bytes, in some rows 127 or -128. The first column is 1, the sum with a row of x that is 1."""
     g = torch.Generator(device).manual_seed(seed)
     w = torch.randint(-128, 128, (n, k), generator=g, dtype=torch.int8, device=device)
-    w[3::7] = 127
+    w[3::7], w[5::7] = 127, -128
     w[:, 0] = 1
     return w
 

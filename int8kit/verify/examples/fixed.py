@@ -48,8 +48,6 @@ LONG_ROWS = tuple(  # rows that the kernel reads in one pass and, of each kind, 
 )
 
 
-
-
 def _kernels(tiles: Iterable[TileConfig]) -> Iterator[tuple[Kernel, list[TileConfig]]]:
     """Each kernel of `tiles` and its configurations, from the smallest to the largest tile."""
     ordered = sorted(tiles, key=lambda c: (c.block_m * c.block_n, c))
@@ -200,8 +198,9 @@ def late_operands(tiles: Iterable[TileConfig]) -> Iterator[Draw]:
     """Each operand of each variant written late, for every schedule of each kernel in `tiles`."""
     for kernel, _ in _kernels(tiles):
         for c in LATE_TILES[kernel]:
-            # no number of multiprocessors divides 99 or 33 tiles; seven k-steps
-            shape = GemmShape(11 * c.block_m if c.block_m < 256 else 3 * c.block_m, 9 * c.block_n, 6 * c.block_k + 16)
+            # 300 tiles: both consumers of a program have some, and no number of multiprocessors divides them
+            rows, columns = (20, 15) if kernel is Kernel.WGMMA else (3, 2)
+            shape = GemmShape(rows * c.block_m, columns * c.block_n, 6 * c.block_k + 16)
             for variant, names in LATE_OPERANDS.items():
                 for late in (*names, *(STREAM_K_OPERANDS if c.stream_k else ())):
                     yield Draw(

@@ -136,10 +136,10 @@ def pairs(tiles: Iterable[TileConfig]) -> Iterator[Pair]:
 def config_pairs(kernel: Kernel, field: str, present: Iterable[Kernel]) -> Iterator[tuple[TileConfig, TileConfig]]:
     """Two legal configurations of `kernel` that differ in `field` alone; for the field kernel, one pair per other."""
     if field == "kernel":
-        for other in Kernel:
-            if other in present and other is not kernel:
-                one = next(c for c in _legal(kernel) if _why_illegal(replace(c, kernel=other, schedule=None)) is None)
-                yield one, replace(one, kernel=other, schedule=None)
+        for named in Kernel:
+            if named in present and named is not kernel:
+                one = next(c for c in _legal(kernel) if _why_illegal(replace(c, kernel=named, schedule=None)) is None)
+                yield one, replace(one, kernel=named, schedule=None)
         return
     if field == "schedule" and kernel is not Kernel.WGMMA:
         return
@@ -155,7 +155,7 @@ def config_pairs(kernel: Kernel, field: str, present: Iterable[Kernel]) -> Itera
 
 def _values(kernel: Kernel, field: str) -> tuple[Any, ...]:
     given: dict[str, tuple[Any, ...]] = {"group_m": (1, 8), "schedule": tuple(Schedule)}
-    return given.get(field) or getattr(DOMAINS[kernel], field)  # type: ignore[no-any-return]
+    return given.get(field) or getattr(DOMAINS[kernel], field)
 
 
 def _legal(kernel: Kernel) -> Iterator[TileConfig]:
@@ -194,6 +194,7 @@ def empty_cache() -> Iterator[None]:
     try:
         yield
     finally:
+        launch._COMPILED.clear()
         launch._COMPILED.update(kept)
 
 

@@ -19,7 +19,16 @@ from int8kit.spec import Kernel, TileConfig
 from int8kit.verify.examples import fixed
 from int8kit.verify.examples.strategies import Draw, HugeStride, draws, rows
 from int8kit.verify.implementations import Implementation
-from int8kit.verify.properties import compiled_code, exhaustive, gemm, launch_cache, order, pdl_probe, row_kernels, tile_order
+from int8kit.verify.properties import (
+    compiled_code,
+    exhaustive,
+    gemm,
+    launch_cache,
+    order,
+    pdl_probe,
+    row_kernels,
+    tile_order,
+)
 from int8kit.verify.properties.budget import Budget
 from int8kit.verify.properties.proof import Level, Proof
 
