@@ -29,11 +29,11 @@ INT8KIT = implementations.int8kit(EXECUTOR, fixed.SMALL_TILES)
 
 
 def tried(name, tiles=DEFAULT_TILES):
-    """All examples of a property that a run tries, drawn and fixed."""
+    """The fixed examples of a property, and 40 of the drawn ones."""
     row, limits, seen = PROPERTIES[name], budget(EXECUTOR, None), []
     tiles = tuple(sorted(tiles))
     run_property(
-        name, EXECUTOR, row.strategy(tiles, limits), lambda d: None, examples=limits.examples, random_seed=0,
+        name, EXECUTOR, row.strategy(tiles, limits), lambda d: None, examples=40, random_seed=0,
         always=row.always(tiles, limits), on_example=seen.append,
     )  # fmt: skip
     return seen
@@ -92,9 +92,8 @@ def test_operands_have_their_own_strides_and_addresses():
 
 
 def test_places_of_operands():
-    d = Draw(
-        GemmShape(5, 6, 33), fixed.SMALL_TILES[0], "uniform", 1, torch.float16, torch.float16, 3, offset=1, shift=1
-    )
+    fp16 = torch.float16
+    d = Draw(GemmShape(5, 6, 33), fixed.SMALL_TILES[0], "uniform", 1, fp16, fp16, 3, offset=1, shift=1)
     x, w, sx, sw, bias = operands(d, "cpu")
     assert {t.data_ptr() % 16 for t in (x, w)} == {1, 2}
     assert len({x.stride(0), w.stride(0), 5, 6, 33}) == 5
@@ -157,7 +156,7 @@ def test_the_table_gives_every_kind_of_result_in_every_dtype():
         assert len(kinds) == 6, (key, kinds)
     assert {0, 1, -1} < sums
     assert max(sums) > 2**19
-    assert min(sums) < -(2**16)
+    assert min(sums) < -(2**19)
 
 
 def test_each_kernel_has_each_bias_and_output_dtype():
@@ -282,7 +281,7 @@ def test_a_launch_of_another_launch_is_seen(quiet_interpreter):
 
 @pytest.mark.slow
 def test_every_pair_of_launches_passes_in_the_interpreter(quiet_interpreter):
-    for pair in list(launch_cache.pairs(fixed.SMALL_TILES))[::7]:
+    for pair in list(launch_cache.pairs(fixed.SMALL_TILES))[::16]:
         assert launch_cache.check(pair, INT8KIT) is None
 
 
