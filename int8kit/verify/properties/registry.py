@@ -164,8 +164,8 @@ PROPERTIES: dict[str, Property] = {
         Property(
             "launch cache", "a launch never runs the kernel of another launch", launch_cache.check, _needs_a_cache,
             strategy=lambda tiles, budget: sampled_from(tuple(launch_cache.pairs(tiles))),
-            always=lambda tiles, budget: launch_cache.pairs(tiles),
-            scope="int8kit", mutants_of=tuple(Kernel),
+            always=lambda tiles, budget: launch_cache.pairs(tiles) if budget.large_k else (),  # no cache, no need
+            cost=50, scope="int8kit", mutants_of=tuple(Kernel),
         ),
         Property("configuration", "any two configurations give the same bits", gemm.configuration,
                  _needs_configurations),
