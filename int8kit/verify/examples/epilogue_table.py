@@ -16,8 +16,8 @@ TABLE_M, TABLE_N, TABLE_K = 65, 338, 48
 SCALES: dict[str, tuple[float, float]] = {  # a value is the first number, plus up to so much of it at random
     "ordinary": (5e-3, 1.0),
     "negative": (-5e-3, 1.0),
-    "one": (1.0, 0.0),  # sums are results: ties between two numbers of 16 bits
-    "large": (64.0, 1.0),  # past the largest fp16
+    "one": (1.0, 0.0),  # sums are results: ties between two numbers of 16 bits, and numbers past the largest fp16
+    "power of two": (2.0**-5, 0.0),  # more ties
     "tiny": (1e-20, 1.0),  # two of them give a subnormal number
     "huge": (1e36, 1.0),
     "subnormal": (1e-41, 1.0),
