@@ -25,8 +25,9 @@ from int8kit.verify import (
     verify_kernels,
 )
 from int8kit.verify.examples import regressions
+from int8kit.verify.examples.encoding import from_json, to_json
 from int8kit.verify.examples.fixed import SMALL_TILES
-from int8kit.verify.examples.strategies import Draw, draws, from_json, to_json
+from int8kit.verify.examples.strategies import Draw, draws
 from int8kit.verify.properties import gemm, pdl_probe
 from int8kit.verify.properties.registry import PROPERTIES, of_any_gemm
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from int8kit.spec import GemmShape, Kernel, TileConfig
-from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES, Draw, HugeStride, Rows
+from int8kit.verify.examples.strategies import Draw, HugeStride
 
 SMALL_TILES = (  # many tiles, swizzle groups and k-steps in a small matrix
     TileConfig(16, 16, 32, num_warps=1, num_stages=2, group_m=1),
@@ -25,12 +25,6 @@ LARGE_K_EXAMPLES = tuple(  # the same in larger matrices, up to the largest K, w
         (64, 64, 53248, "positive", torch.bfloat16),
         (17, 24, 131071, "all minus 128", None),
     )
-)
-ALL_KINDS_AND_DTYPES = tuple(Rows(3, 300, kind, 0, dtype, 3) for kind in FLOAT_KINDS for dtype in OUT_DTYPES)
-LONG_ROWS = tuple(  # rows that the kernel reads in one pass and, of each kind, in several passes
-    Rows(3, k, kind, 0, dtype, 3)
-    for k, kind in ((12288, "normal"), (53248, "one hot"), (53248, "inf"), *((17000, kind) for kind in FLOAT_KINDS))
-    for dtype in (torch.bfloat16, torch.float32)
 )
 
 
