@@ -5,7 +5,8 @@
     from_json(text)                          -> the example
 
 An example is a frozen dataclass of CLASSES. Its fields are numbers, strings, None, dtypes, enums, tuples, and
-dataclasses with such fields. The annotations of the fields say how a value is read. A `Draw` has no tag, as in files of earlier versions.
+dataclasses with such fields. The annotations of the fields say how a value is read. A `Draw` has no tag, as in files of
+earlier versions.
 """
 
 from __future__ import annotations

@@ -72,12 +72,12 @@ def base(kernel: str) -> RowExample:
 
 def always(kernel: str, *, huge_strides: bool) -> Iterator[RowExample]:
     """The examples of `kernel`."""
-    yield from _dtypes(kernel)
-    yield from _heads() if kernel == "qk_norm_rope" else _widths(kernel)
     yield from _layouts(kernel)
+    yield from _heads() if kernel == "qk_norm_rope" else _widths(kernel)
     yield from _many_rows(kernel)
     if huge_strides:
         yield from _beyond_32_bits(kernel)
+    yield from _dtypes(kernel)
 
 
 def _dtypes(kernel: str) -> Iterator[RowExample]:
