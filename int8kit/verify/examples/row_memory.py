@@ -9,6 +9,7 @@ or an offset may pass a limit. The other rows keep their sentinels, and nobody c
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -19,7 +20,7 @@ import torch
 
 from int8kit.kernels.launch import interpreted
 from int8kit.kernels.row_primitives import CHUNKS
-from int8kit.verify.examples.guarded_buffers import SENTINEL
+from int8kit.verify.examples.guarded_buffers import PATIENCE_S, SENTINEL
 
 LEAD = 64  # elements before the first row: addresses stay multiples of 16
 TAIL = 2 * CHUNKS[-1]  # elements after the last row: a whole chunk of any row kernel
@@ -67,6 +68,14 @@ def only_rows(rows: list[int] | None) -> Iterator[None]:
         del interpreter.range
 
 
+def _wait_for_memory(size: int) -> None:
+    """Wait up to PATIENCE_S until the GPU has `size` bytes, which other processes may hold."""
+    torch.cuda.empty_cache()
+    end = time.monotonic() + PATIENCE_S
+    while torch.cuda.mem_get_info()[0] < size and time.monotonic() < end:
+        time.sleep(0.1)
+
+
 class GuardedAllocations:
     """Replaces `torch.empty` in a context: each tensor lies in a buffer of sentinels, and holds sentinels itself.
 
@@ -91,6 +100,8 @@ class GuardedAllocations:
     def _empty(self, *size: Any, dtype: torch.dtype, device: Any = None) -> torch.Tensor:
         shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
         count = prod(shape)
+        if count > LARGE and torch.device(device or "cpu").type == "cuda":
+            _wait_for_memory(2 * count * dtype.itemsize)
         buffer = _EMPTY(LEAD + count + TAIL, dtype=dtype, device=device)
         view = buffer[LEAD : LEAD + count].view(shape)
         if count <= LARGE or self.rows is None or buffer.is_cuda:

@@ -145,7 +145,16 @@ def examples() -> st.SearchStrategy[LookupCase]:
 def always() -> tuple[LookupCase, ...]:
     """Each level, the limits of nearness and of the defaults, both operations, and an equal distance."""
     found = [LookupCase(m, 32, 32, False, 132, ()) for m in (1, 16, 17, 64, 65, 4096)]
-    for m, n, k in ((400, 100, 100), (401, 100, 100), (100, 401, 100), (100, 400, 100), (25, 100, 100), (24, 100, 100)):
+    for m, n, k in (
+        (400, 100, 100),
+        (401, 100, 100),
+        (100, 401, 100),
+        (100, 400, 100),
+        (25, 100, 100),
+        (24, 100, 100),
+        (100, 100, 401),
+        (100, 100, 25),
+    ):
         found += [LookupCase(m, n, k, swiglu, 132, ((100, 100, 100, 1, False),)) for swiglu in (False, True)]
     both = ((100, 100, 100, 0, False), (200, 100, 100, 1, True), (100, 100, 101, 2, False), (50, 100, 100, 3, False))
     for m in (50, 70, 71, 100, 140, 150, 200, 800):
