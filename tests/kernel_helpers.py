@@ -7,7 +7,7 @@ from int8kit import gpus, reference
 from int8kit.verify import executors
 from int8kit.verify.compare import bitwise_diff
 from int8kit.verify.properties import row_kernels
-from int8kit.verify.properties.row_kernels import Fused
+from int8kit.verify.properties.row_kernels import RowExample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXECUTOR = executors.available(gpus.get("rtx3090"))[-1]
@@ -17,7 +17,7 @@ MANY = settings(max_examples=60, suppress_health_check=[HealthCheck.function_sco
 
 def example(name, m, k, *, kind="normal", dtype=torch.bfloat16, images=1, padding=0, heads=1, seed=0):
     """An example of a row kernel: m rows in `images` images. k: row width, F of SwiGLU, or width of a head."""
-    return Fused(name, images, m // images, k, kind, seed, dtype, dtype, padding, heads)
+    return RowExample(name, images, m // images, k, kind, seed, dtype, dtype, padding, heads)
 
 
 def operands(name, m, k, *, device=DEVICE, **more):

@@ -25,8 +25,9 @@ from int8kit.verify import (
     verify_kernels,
 )
 from int8kit.verify.examples import regressions
+from int8kit.verify.examples.encoding import from_json, to_json
 from int8kit.verify.examples.fixed import SMALL_TILES
-from int8kit.verify.examples.strategies import Draw, draws, from_json, to_json
+from int8kit.verify.examples.strategies import Draw, draws
 from int8kit.verify.properties import gemm, order, pdl_probe
 from int8kit.verify.properties.registry import PROPERTIES, of_any_gemm
 
@@ -164,10 +165,11 @@ def test_property_of_several_configurations():
 
 def test_every_property_is_run_by_default():
     names = verify_kernels.names(EXECUTOR, Database(gpus.get("rtx3090")))
-    assert set(PROPERTIES) - set(names) <= {"order", "launch cache"}  # which need a GPU
+    assert set(PROPERTIES) - set(names) <= {"order", "launch cache", "row launches"}  # each needs a GPU
     other_code = replace(EXECUTOR, arch="sm86")
     assert set(names) - set(verify_kernels.names(other_code, Database(gpus.get("rtx3090")))) == {
-        "quantize", "rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope",
+        "quantize", "rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope", "operators",
+        "lookup", "stamps",
     }  # fmt: skip
 
 

@@ -5,14 +5,13 @@ from itertools import pairwise
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
-from kernel_helpers import DEVICE, MANY, assert_equals_reference
+from kernel_helpers import DEVICE, EXECUTOR, MANY, assert_equals_reference
 
 from int8kit import reference
 from int8kit.errors import ShapeError
-from int8kit.kernels.row_primitives import CHUNKS, RowTile
 from int8kit.kernels.swiglu_quantize import swiglu_quantize
-from int8kit.verify.examples.strategies import FLOAT_KINDS, float_matrix, rows
+from int8kit.verify.examples.strategies import FLOAT_KINDS, float_matrix
+from int8kit.verify.properties import row_kernels
 
 pytestmark = pytest.mark.usefixtures("quiet_interpreter")
 
@@ -25,15 +24,9 @@ def ulps(g):
 
 
 @MANY
-@given(
-    case=rows(5000),
-    scale=st.sampled_from([1.0, 30.0]),
-    tile=st.sampled_from([None, *(RowTile(chunk, max(1, chunk // 256)) for chunk in CHUNKS)]),
-)
-def test_equals_the_reference(case, scale, tile):
-    gu = float_matrix(case.m, 2 * case.k + case.padding, case.kind, case.seed, case.dtype, DEVICE)[:, : 2 * case.k]
-    gu = gu * scale if case.padding == 0 else gu
-    assert_equals_reference("swiglu_quantize", gu, tile=tile)
+@given(row_kernels.examples("swiglu_quantize", 5000))
+def test_equals_the_reference(f):
+    assert row_kernels.check(f, EXECUTOR) is None
 
 
 @pytest.mark.parametrize("kind", FLOAT_KINDS)

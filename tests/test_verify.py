@@ -166,7 +166,7 @@ def test_more_configurations_are_drawn_too():
 
 
 def _crashes(run, report):
-    report(f"an example of {run.name}")
+    report((f"an example of {run.name}", None))
     if run.name == "output":
         os.abort()
     return runner.Result(run.name, str(run.executor), 1), {}
@@ -186,7 +186,7 @@ def test_crash_is_a_failure_with_its_example(processes):
 
 
 def _hangs(run, report):
-    report(f"an example of {run.name}")
+    report((f"an example of {run.name}", None))
     if run.name == "output":
         while True:
             time.sleep(60)

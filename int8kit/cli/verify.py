@@ -179,7 +179,7 @@ def _verify(
             stamps.setdefault(key, []).extend(new)
     results = [result for result, _ in findings]
     failures = [r for r in results if r.failure]
-    lines = [tables.verify_table(results, markdown), *_failure_lines(failures, found)]
+    lines = [tables.verify_table(results, markdown), *_failure_lines(failures, found, gpu.alias, database)]
     show(
         {"gpu": gpu.alias, "databases": paths, "results": [vars(r) for r in results]}, "\n".join(lines), as_json, output
     )
@@ -192,7 +192,7 @@ def _verify(
         note(f"stamped no entry: no executor here runs the kernels of {entries}; a GPU does")
 
 
-def _failure_lines(failures: list[Result], found: list[Executor]) -> list[str]:
+def _failure_lines(failures: list[Result], found: list[Executor], gpu: str, database: Path | None) -> list[str]:
     """Each failure with its smallest example, and the command that repeats it. The examples are stored, too."""
     from int8kit.verify import replay
 
@@ -200,8 +200,8 @@ def _failure_lines(failures: list[Result], found: list[Executor]) -> list[str]:
     archs = {str(executor): executor.arch for executor in found}
     for r in failures:
         lines.append(f"\n{r.name} differs on {r.on}, smallest example:\n  {r.failure}")
+        lines.append(f"to repeat it:\n  {replay.command(r, arch=archs[r.on], gpu=gpu, database=database)}")
         if r.example:
-            lines.append(f"to repeat it:\n  {replay.command(r, arch=archs[r.on])}")
             _store_example(r.name, r.example)
     return lines
 

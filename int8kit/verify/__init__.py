@@ -2,12 +2,12 @@
 
 Packages and modules:
 
-    examples/            strategies, fixed examples, guarded buffers, stored regressions
+    examples/            strategies, fixed examples, their JSON, guarded buffers, stored regressions
     properties/          the registry of all properties, their checks, the budget, database entries and their stamps
     mutation/            seeded faults: the catalogue, the campaign, the work of its children
     runner               one property on many examples; `verify_kernels` runs it on int8kit's kernels
     process_pool         calls in child processes that may crash or hang; `property_runs` makes findings of them
     executors            native, cross_arch, interpreter
     implementations      int8kit, other libraries, a user's function; `compare_implementations` puts them side by side
-    replay               a failed example, tried again
+    replay               a failure, shown again by one command
 """

@@ -16,6 +16,7 @@ from int8kit.database.database import Database
 from int8kit.spec import GemmShape, TileConfig, default_config
 from int8kit.verify import implementations, property_runs
 from int8kit.verify.examples import regressions
+from int8kit.verify.examples.encoding import described
 from int8kit.verify.examples.strategies import Draw
 from int8kit.verify.executors import Executor
 from int8kit.verify.implementations import OURS
@@ -98,6 +99,6 @@ class VerifyImplementation:
                 examples=self.examples or EXAMPLES,
                 random_seed=self.random_seed,
                 always=always,
-                on_example=lambda example: report(str(example)),
+                on_example=lambda example: report(described(example)),
             )
         return result, {}

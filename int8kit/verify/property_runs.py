@@ -15,6 +15,7 @@ from int8kit.database.database import Choice, Database
 from int8kit.spec import TileConfig
 from int8kit.verify import process_pool, verify_kernels
 from int8kit.verify.examples import regressions
+from int8kit.verify.examples.encoding import described
 from int8kit.verify.examples.guarded_buffers import HUGE_STRIDE_BYTES
 from int8kit.verify.executors import Executor
 from int8kit.verify.process_pool import Call, Ending, Report
@@ -34,7 +35,7 @@ class PropertyRun:
 
 Finding = tuple[Result, Stamps]
 Verifier = Callable[[PropertyRun, Report], Finding]
-"""A child's work, pickled: it reports each example, as text, before it tries it."""
+"""A child's work, pickled: it reports each example, as `encoding.described` has it, before it tries it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class VerifyKernels:
         finding = verify_kernels.run(
             run.name, run.executor, self.database, examples=self.examples, random_seed=self.random_seed,
             more=self.more, kept=regressions.load(run.name), unlisted=self.unlisted,
-            on_example=lambda example: report(str(example)),
+            on_example=lambda example: report(described(example)),
         )  # fmt: skip
         torch.cuda.empty_cache()  # several children share one GPU; no effect without one
         return finding
@@ -78,7 +79,7 @@ def run_all(
 def _finding(run: PropertyRun, ending: Ending) -> Finding:
     if ending.kind == "done":
         return ending.result  # type: ignore[no-any-return]
-    last = ending.reports[-1] if ending.reports else "before its first example"
+    last, example = ending.reports[-1] if ending.reports else ("before its first example", None)
     reasons = {"silent": f"no end in {ending.detail}", "raised": ending.detail}
     why = reasons.get(ending.kind, f"the kernel ended its process ({ending.detail})")
-    return Result(run.name, str(run.executor), len(ending.reports), f"{last}: {why}"), {}
+    return Result(run.name, str(run.executor), len(ending.reports), f"{last}: {why}", example=example), {}

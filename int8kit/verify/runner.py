@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from int8kit.kernels import gemm
-from int8kit.verify.examples.strategies import Draw, to_json
+from int8kit.verify.examples.encoding import encoded
 from int8kit.verify.executors import Executor
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ class Result:
     failure: str | None = None  # the smallest failing example and how it differs
     skipped: int = 0  # entries that this executor cannot run
     raised: str | None = None  # the name of the exception, if the failure is not a difference
-    example: str | None = None  # the failing example of a GEMM, as `strategies.to_json` writes it
+    example: str | None = None  # the failing example, as `encoding.to_json` writes it
     reason: str | None = None  # if the property does not apply
     evidence: Evidence = "sampled"
 
@@ -49,7 +49,10 @@ def run_property(
     always: Iterable[T] = (),
     on_example: Callable[[object], None] = lambda _: None,
 ) -> Result:
-    """Try `check` on `examples` drawn examples and on all of `always`; the Result has the smallest failure, if any."""
+    """Try `check` on `examples` drawn examples and on all of `always`; the Result has the smallest failure, if any.
+
+    A strategy that is empty, such as `hypothesis.strategies.nothing()`, draws none.
+    """
     tried: list[T] = []
 
     def attempt(example: T) -> None:
@@ -73,7 +76,8 @@ def run_property(
 
     failure = raised = None
     try:
-        search()
+        if not strategy.is_empty:
+            search()
         for example in always:
             attempt(example)
     except _Differs as error:
@@ -81,8 +85,7 @@ def run_property(
     except Exception as error:  # a kernel that does not compile or launch is a failure of the kernel, not of the run
         raised = type(error).__name__
         failure = f"{tried[-1]}: {raised}: {str(error).splitlines()[0] if str(error) else _where(error)}"
-    last: object = tried[-1] if failure else None
-    kept = to_json(last) if isinstance(last, Draw) else None
+    kept = encoded(tried[-1]) if failure and tried else None
     return Result(name, str(on), len(tried), failure, raised=raised, example=kept)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from int8kit.database.database import Choice, Database
 from int8kit.database.schema import Entry
@@ -40,7 +41,7 @@ def run(
     examples: int | None = None,
     random_seed: int = 0,
     more: Iterable[TileConfig] = (),
-    kept: Iterable[Draw] = (),
+    kept: Iterable[Any] = (),
     unlisted: Sequence[Choice] = (),
     on_example: Callable[[object], None] = lambda _: None,
 ) -> tuple[Result, Stamps]:
@@ -68,7 +69,7 @@ def run_over_tiles(
     *,
     examples: int | None = None,
     random_seed: int = 0,
-    kept: Iterable[Draw] = (),
+    kept: Iterable[Any] = (),
     on_example: Callable[[object], None] = lambda _: None,
 ) -> Result:
     """Verify one property over the configurations that `executor` runs, without a database."""
@@ -87,9 +88,14 @@ def run_over_tiles(
             lambda example: row.check(example, kernels),
             examples=limits.examples,
             random_seed=random_seed,
-            always=(*(d for d in kept if executor.runs(d.config)), *row.always(runnable, limits)),
+            always=(*(one for one in kept if _runs(executor, one)), *row.always(runnable, limits)),
             on_example=on_example,
         )
+
+
+def _runs(executor: Executor, example: Any) -> bool:
+    """Whether `executor` can try a stored example. One of a GEMM names a configuration."""
+    return not isinstance(example, Draw) or executor.runs(example.config)
 
 
 def run_proof(

@@ -8,6 +8,7 @@ from int8kit.database import store
 from int8kit.kernels import gemm, quantize
 from int8kit.spec import GemmShape, Kernel, TileConfig, legal_configs
 from int8kit.verify import executors, implementations, property_runs, runner, verify_kernels
+from int8kit.verify.examples.encoding import described
 from int8kit.verify.examples.strategies import Draw
 from int8kit.verify.properties import gemm as gemm_properties
 
@@ -46,7 +47,7 @@ def _check_each(run, report):
     for config in CONFIGS[int(run.name) :: LOTS]:
         for shape, kind in zip(SHAPES, ("extremes", "normal", "uniform"), strict=True):
             d = Draw(shape, config, kind, 1, torch.bfloat16, torch.bfloat16, padding=16)
-            report(str(d))
+            report(described(d))
             failure = failure or gemm_properties.accumulators(d, kernels) or gemm_properties.output(d, kernels)
     return runner.Result(run.name, str(run.executor), len(CONFIGS) // LOTS, failure), {}
 

@@ -1,1 +1,1 @@
-"""The inputs of the properties: strategies, fixed examples, guarded buffers, stored regressions."""
+"""The inputs of the properties: strategies, fixed examples, their JSON, guarded buffers, stored regressions."""

@@ -13,7 +13,7 @@ import torch
 
 from int8kit.spec import K_MAX, GemmShape, Kernel, TileConfig, default_config
 from int8kit.verify.examples.epilogue_table import TABLE_K, TABLE_M, TABLE_N
-from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES, Draw, HugeStride, Rows, Variant
+from int8kit.verify.examples.strategies import OUT_DTYPES, Draw, HugeStride, Variant
 
 RANGES: Mapping[str, tuple[int, int]] = MappingProxyType(
     {
@@ -40,12 +40,6 @@ SMALL_TILES = (  # many tiles, swizzle groups and k-steps in a small matrix
 TALL = TileConfig(256, 16, 32, num_warps=4, num_stages=2)
 WIDE = TileConfig(16, 256, 32, num_warps=4, num_stages=2)
 DEEP = TileConfig(16, 16, 256, num_warps=1, num_stages=2)
-ALL_KINDS_AND_DTYPES = tuple(Rows(3, 300, kind, 0, dtype, 3) for kind in FLOAT_KINDS for dtype in OUT_DTYPES)
-LONG_ROWS = tuple(  # rows that the kernel reads in one pass and, of each kind, in several passes
-    Rows(3, k, kind, 0, dtype, 3)
-    for k, kind in ((12288, "normal"), (53248, "one hot"), (53248, "inf"), *((17000, kind) for kind in FLOAT_KINDS))
-    for dtype in (torch.bfloat16, torch.float32)
-)
 
 
 def _kernels(tiles: Iterable[TileConfig]) -> Iterator[tuple[Kernel, list[TileConfig]]]:

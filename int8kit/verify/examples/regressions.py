@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
 from int8kit import files
 from int8kit.errors import InputError
-from int8kit.verify.examples.strategies import Draw, from_json, to_json
+from int8kit.verify.examples.encoding import from_json, to_json
 
 MAX_EXAMPLES = 200
 
@@ -27,9 +28,9 @@ def path() -> Path:
     return Path(platformdirs.user_data_dir("int8kit")) / "examples.jsonl"
 
 
-def load(name: str, implementation: str = "int8kit") -> tuple[Draw, ...]:
+def load(name: str, implementation: str = "int8kit") -> tuple[Any, ...]:
     """The examples that broke property `name` of `implementation` in earlier runs, the newest first."""
-    found = (draw for kind, of, draw in _read() if (kind, of) == (name, implementation))
+    found = (example for kind, of, example in _read() if (kind, of) == (name, implementation))
     return tuple(found)[::-1]
 
 
@@ -38,14 +39,14 @@ def add(name: str, example: str, implementation: str = "int8kit") -> None:
     rows = [row for row in _read() if (row[0], row[1], to_json(row[2])) != (name, implementation, example)]
     rows = [*rows, (name, implementation, from_json(example))][-MAX_EXAMPLES:]
     lines = (
-        json.dumps({"property": kind, "implementation": of, "example": json.loads(to_json(d))}) + "\n"
-        for kind, of, d in rows
+        json.dumps({"property": kind, "implementation": of, "example": json.loads(to_json(one))}) + "\n"
+        for kind, of, one in rows
     )
     path().parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path(), "".join(lines))
 
 
-def _read() -> list[tuple[str, str, Draw]]:
+def _read() -> list[tuple[str, str, Any]]:
     try:
         lines = path().read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

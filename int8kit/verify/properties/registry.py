@@ -17,23 +17,29 @@ from hypothesis.strategies import SearchStrategy, sampled_from
 
 from int8kit.spec import Kernel, TileConfig
 from int8kit.verify.examples import fixed
-from int8kit.verify.examples.strategies import Draw, HugeStride, draws, rows
+from int8kit.verify.examples.strategies import Draw, HugeStride, draws
 from int8kit.verify.implementations import Implementation
 from int8kit.verify.properties import (
     compiled_code,
     exhaustive,
     gemm,
     launch_cache,
+    lookups,
+    operator_tables,
+    operators,
     order,
     pdl_probe,
     row_kernels,
+    row_launches,
+    row_tables,
+    stamps,
     tile_order,
 )
 from int8kit.verify.properties.budget import Budget
 from int8kit.verify.properties.proof import Level, Proof
 
 REPEAT_COST = 10  # these run the kernel several times, and look for faults that show at any extent
-FUSED_COST = 5
+ROW_COST = 5
 Tiles = tuple[TileConfig, ...]
 
 
@@ -103,6 +109,12 @@ def _needs_row_kernels(implementation: Implementation) -> str | None:
     return None if implementation.row_kernels else "it has no row kernels, or the same as the native executor"
 
 
+def _needs_compiled_row_kernels(implementation: Implementation) -> str | None:
+    if implementation.device == "cpu":
+        return "nothing is compiled here"
+    return _needs_row_kernels(implementation)
+
+
 @dataclass(frozen=True)
 class Property:
     """One row of the table."""
@@ -119,20 +131,23 @@ class Property:
     level: Level = "default"
 
 
-def _fused(name: str) -> Property:
+def _row_kernel(name: str) -> Property:
     return Property(
         name,
         f"the outputs of `{name}` are bit-equal to its reference",
         row_kernels.check,
         _needs_row_kernels,
         strategy=lambda tiles, budget: row_kernels.examples(name),
-        always=lambda tiles, budget: row_kernels.always(name),
-        cost=FUSED_COST,
+        always=lambda tiles, budget: row_tables.always(name, huge_strides=budget.huge_strides),
+        cost=ROW_COST,
         scope="int8kit",
         mutants_of=(Kernel.TRITON,),
     )
 
 
+_all_of_int8kit = partial(
+    Property, why_not=_needs_row_kernels, cost=ROW_COST, scope="int8kit", mutants_of=(Kernel.TRITON,)
+)
 _all_kernels = partial(Property, cost=1, mutants_of=tuple(Kernel))
 PROPERTIES: dict[str, Property] = {
     row.name: row
@@ -169,13 +184,26 @@ PROPERTIES: dict[str, Property] = {
         ),
         Property("configuration", "any two configurations give the same bits", gemm.configuration,
                  _needs_configurations),
+        *map(_row_kernel, row_kernels.KERNELS),
         Property(
-            "quantize", "q and s are bit-equal to the reference", row_kernels.check_quantize, _needs_row_kernels,
-            strategy=lambda tiles, budget: rows(2000),
-            always=lambda tiles, budget: (*fixed.ALL_KINDS_AND_DTYPES, *fixed.LONG_ROWS),
-            cost=1, scope="int8kit", mutants_of=(Kernel.TRITON,),
+            "row launches", "a compiled row kernel serves no example that needs other code", row_launches.check,
+            _needs_compiled_row_kernels, strategy=lambda tiles, budget: row_launches.examples(),
+            always=lambda tiles, budget: row_launches.pairs(huge_strides=budget.huge_strides), scope="int8kit",
+            mutants_of=(Kernel.TRITON,),
         ),
-        *map(_fused, row_kernels.KERNELS),
+        _all_of_int8kit(
+            "operators", "each half of a torch operator has the bits and the layout of the reference",
+            operators.check, strategy=lambda tiles, budget: operator_tables.examples(),
+            always=lambda tiles, budget: operator_tables.always(),
+        ),
+        _all_of_int8kit(
+            "lookup", "a plan and its text choose the configuration that the rule names", lookups.check,
+            strategy=lambda tiles, budget: lookups.examples(), always=lambda tiles, budget: lookups.always(), cost=1,
+        ),
+        _all_of_int8kit(
+            "stamps", "a stamp proves one kernel source, Triton, GPU, configuration and numerics alone", stamps.check,
+            strategy=lambda tiles, budget: stamps.examples(), always=lambda tiles, budget: stamps.always(), cost=1,
+        ),
     )
 }  # fmt: skip
 """Every property with examples by its name, in the order in which `int8kit verify` runs them."""

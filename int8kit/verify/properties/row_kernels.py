@@ -6,8 +6,10 @@
     swiglu_quantize         gu [M, 2 K]                                                    -> q, s
     qk_norm_rope            qkv [M, 3 H K], two weights [K], cos, sin [L, K]               -> q, k
 
-An example of a fused kernel has B images of L rows, M = B L; K is the width of a head in the last kernel. Matrices are
-rows of wider buffers of NaN. The fused kernels allocate their outputs, so no sentinels show a store outside them.
+An example has B images of L rows, M = B L; K is the width of a head in the last kernel. In real models each operand is
+a slice of a larger tensor. So each has another stride and another offset, in a buffer of NaN. Outputs that a kernel
+allocates lie in buffers of sentinels. Triton's interpreter converts 16-bit operands to contiguous fp32, so float32
+examples show strides there. `row_tables` has the examples that every run tries.
 """
 
 from __future__ import annotations
@@ -20,139 +22,241 @@ import torch
 from hypothesis import strategies as st
 
 from int8kit import reference
-from int8kit.kernels import quantize
+from int8kit.kernels import quantize as quantize_module
 from int8kit.kernels.qk_norm_rope import HEAD_DIMS, HeadTile, qk_norm_rope
 from int8kit.kernels.residual_norm_quantize import residual_norm_quantize
 from int8kit.kernels.rms_norm_quantize import rms_norm_quantize
-from int8kit.kernels.row_primitives import CHUNKS, RowTile
+from int8kit.kernels.row_primitives import CHUNKS, WARPS, RowTile
 from int8kit.kernels.swiglu_quantize import swiglu_quantize
 from int8kit.verify.compare import bitwise_diff
-from int8kit.verify.examples.guarded_buffers import GuardedOutput, chunk_guard, in_poison
-from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES, Rows, float_matrix, sizes
+from int8kit.verify.examples.guarded_buffers import SENTINEL, GuardedOutput, huge_stride_matrix
+from int8kit.verify.examples.row_memory import LARGE, GuardedAllocations, only_rows, picked, placed
+from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES, float_matrix, sizes
 from int8kit.verify.executors import Executor
 from int8kit.verify.implementations import Implementation
 
+
+def _quantize(*args: Any, **more: Any) -> tuple[torch.Tensor, ...]:
+    return quantize_module.quantize(*args, **more)
+
+
 KERNELS: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {
+    "quantize": _quantize,
     "rms_norm_quantize": rms_norm_quantize,
     "residual_norm_quantize": residual_norm_quantize,
     "swiglu_quantize": swiglu_quantize,
     "qk_norm_rope": qk_norm_rope,
 }
+OPERANDS = {
+    "quantize": ("x",),
+    "rms_norm_quantize": ("x", "weight", "modulation"),
+    "residual_norm_quantize": ("residual", "branch", "branch_weight", "gate", "weight", "modulation"),
+    "swiglu_quantize": ("gu",),
+    "qk_norm_rope": ("qkv", "q_weight", "k_weight", "cos", "sin"),
+}
+"""The operands of each kernel, in the order of its parameters."""
+
+VECTORS = ("weight", "branch_weight", "q_weight", "k_weight")  # [K]; of all rows
+PER_IMAGE = ("gate", "modulation")  # [B, K]
+TABLES = ("cos", "sin")  # [L, K]
 _OUTPUTS = {"residual_norm_quantize": ("new", "q", "s"), "qk_norm_rope": ("q", "k")}
-_WIDTHS = {"swiglu_quantize": 12288, "qk_norm_rope": 256}  # of Ideogram 4; else 4608
-_ROW_TILES = (None, *(RowTile(chunk, chunk // 256) for chunk in CHUNKS[:4]))
-_HEAD_TILES = (None, HeadTile(1, 1, 1), HeadTile(2, 3, 1), HeadTile(4, 2, 2), HeadTile(16, 1, 4))
 _LEFT_OUT: tuple[tuple[str, ...], ...] = ((), ("weight",), ("modulation",), ("weight", "modulation"))
 
 
 @dataclass(frozen=True)
-class Fused:
-    """One example of a fused row kernel."""
+class RowExample:
+    """One example of a row kernel. Operand i, from 1, has i * padding elements between rows, at i * offset elements."""
 
-    kernel: str
+    kernel: str  # of KERNELS
     images: int
     rows: int  # of each image
     k: int
     kind: str  # one of `strategies.FLOAT_KINDS`
     seed: int
-    dtype: torch.dtype  # of the matrices
+    dtype: torch.dtype  # of the matrices of M rows
     vectors: torch.dtype  # of weights, gates, modulations, cos and sin
     padding: int = 0
     heads: int = 1
     left_out: tuple[str, ...] = ()  # optional operands of `rms_norm_quantize` that are None
     eps: float = 1e-5
     tile: RowTile | HeadTile | None = None
+    offset: int = 0
+    other_dtype: str = ""  # the operand that has the next dtype of OUT_DTYPES
+    unaligned: str = ""  # the operand that lies one element further on
+    huge_stride: str = ""  # the operand, or the output q of `quantize`, whose third row starts beyond 2**31 elements
+    special: str = ""  # the operand that has a NaN, an infinity and a zero in its first row
+    given_out: bool = False  # `quantize` writes into given tensors
 
     def __str__(self) -> str:
         heads = f" of {self.heads} heads" if self.kernel == "qk_norm_rope" else ""
-        without = "".join(f", no {name}" for name in self.left_out)
+        more = "".join(f", no {name}" for name in self.left_out)
+        more += f", {self.other_dtype} of another dtype" if self.other_dtype else ""
+        more += f", unaligned {self.unaligned}" if self.unaligned else ""
+        more += f", huge row stride in {self.huge_stride}" if self.huge_stride else ""
+        more += f", special {self.special}" if self.special else ""
+        more += ", outputs given" if self.given_out else ""
         return (
             f"{self.images} x {self.rows} rows of K = {self.k}{heads}, {_short(self.dtype)}, {self.kind} data of seed "
-            f"{self.seed}, {_short(self.vectors)} vectors{without}, padding {self.padding}, eps {self.eps}, "
-            f"tile {self.tile or 'by default'}"
+            f"{self.seed}, {_short(self.vectors)} vectors, padding {self.padding}, offset {self.offset}, "
+            f"eps {self.eps}, tile {self.tile or 'by default'}{more}"
         )
+
+    @property
+    def m(self) -> int:
+        """Rows of all images."""
+        return self.images * self.rows
+
+    @property
+    def width(self) -> int:
+        """Columns of the kernel's first operand."""
+        return {"swiglu_quantize": 2 * self.k, "qk_norm_rope": 3 * self.heads * self.k}.get(self.kernel, self.k)
 
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def examples(kernel: str) -> st.SearchStrategy[Fused]:
-    """Strategy for examples of `kernel`, a name of KERNELS."""
-    heads = kernel == "qk_norm_rope"
+def examples(kernel: str, most_k: int = 3000) -> st.SearchStrategy[RowExample]:
+    """Strategy for examples of `kernel`, a name of KERNELS, with rows of up to `most_k` elements."""
+    heads, names = kernel == "qk_norm_rope", ("", *OPERANDS[kernel])
+    norms = kernel in ("rms_norm_quantize", "residual_norm_quantize")
+    row_tiles = st.builds(RowTile, st.sampled_from(CHUNKS[: 4 if norms else 5]), st.sampled_from(WARPS))
+    head_tiles = st.builds(HeadTile, st.sampled_from((1, 2, 4, 16)), st.integers(1, 4), st.sampled_from(WARPS[:3]))
     return st.builds(
-        Fused,
+        RowExample,
         kernel=st.just(kernel),
         images=st.integers(1, 3),
         rows=st.integers(1, 4),
-        k=st.sampled_from(HEAD_DIMS) if heads else sizes(128, 3000),
+        k=st.sampled_from(HEAD_DIMS) if heads else sizes(128, most_k),
         kind=st.sampled_from(FLOAT_KINDS),
         seed=st.integers(0, 7),
         dtype=st.sampled_from(OUT_DTYPES),
         vectors=st.sampled_from(OUT_DTYPES),
-        padding=st.sampled_from((0, 3)),
+        padding=st.sampled_from((0, 3, 16)),
         heads=st.integers(1, 7) if heads else st.just(1),
         left_out=st.sampled_from(_LEFT_OUT) if kernel == "rms_norm_quantize" else st.just(()),
         eps=st.sampled_from((1e-5, 1e-6)),
-        tile=st.sampled_from(_HEAD_TILES if heads else _ROW_TILES),
+        tile=st.none() | (head_tiles if heads else row_tiles),
+        offset=st.sampled_from((0, 1, 8)),
+        other_dtype=st.sampled_from(names),
+        unaligned=st.sampled_from(names),
+        given_out=st.booleans() if kernel == "quantize" else st.just(False),
     )
 
 
-def always(kernel: str) -> tuple[Fused, ...]:
-    """Examples of `kernel` that every run tries: the model's width, and each kind in each dtype."""
-    k, heads = (64, 3) if kernel == "qk_norm_rope" else (300, 1)
-    every = (Fused(kernel, 2, 2, k, kind, 1, dtype, dtype, 3, heads) for kind in FLOAT_KINDS for dtype in OUT_DTYPES)
-    bf16 = torch.bfloat16
-    return (Fused(kernel, 1, 2, _WIDTHS.get(kernel, 4608), "normal", 0, bf16, bf16, heads=6 * heads), *every)
+def operands(e: RowExample, device: str) -> tuple[Any, ...]:
+    """The arguments of the kernel and of its reference for `e`."""
+    names = OPERANDS[e.kernel]
+    plain = _vectors(e) | dict.fromkeys(e.left_out)
+    args: list[Any] = []
+    for number, name in enumerate(names, 1):
+        if name in e.left_out:
+            args.append(None)
+            continue
+        dtype = _dtype_of(e, name)
+        if name in plain:
+            data = _with_special(plain[name], dtype) if name == e.special else plain[name].to(dtype)
+        else:
+            rows = e.m if e.m * e.width <= LARGE else 1
+            kind = "normal" if name == "residual" and e.seed % 2 == 0 else e.kind
+            data = float_matrix(rows, e.width, kind, e.seed + (name == "residual"), dtype, "cpu")
+        data = data.to(device)
+        if name == e.huge_stride:
+            view = huge_stride_matrix(len(data), data.shape[1], dtype, device).copy_(data)
+        else:
+            view = placed(data, number * e.padding, number * e.offset + (name == e.unaligned))
+        args.append(view if view.dim() == 1 or len(view) > 1 or name in plain else view.expand(e.m, -1))
+    if e.kernel == "qk_norm_rope":
+        args.append(e.heads)
+    return (*args, e.eps) if e.kernel in ("rms_norm_quantize", "residual_norm_quantize", "qk_norm_rope") else (*args,)
 
 
-def operands(f: Fused, device: str) -> tuple[Any, ...]:
-    """The arguments of the kernel and of its reference for `f`."""
-
-    def matrix(width: int, salt: int = 0, kind: str = f.kind) -> torch.Tensor:
-        plain = float_matrix(f.images * f.rows, width, kind, f.seed + salt, f.dtype, device)
-        return in_poison(plain, f.padding, chunk_guard(width))
-
-    def vectors(count: int, around: float = 0.0) -> torch.Tensor:
-        return (torch.randn(count, f.k, generator=g) * 0.5 + around).to(f.vectors).to(device)
-
-    g = torch.Generator().manual_seed(f.seed)
-    if f.kernel == "swiglu_quantize":
-        return (matrix(2 * f.k),)
-    weights = vectors(2, 1.0)
-    if f.kernel == "qk_norm_rope":
-        angles = torch.rand(f.rows, f.k, generator=g) * 100
-        cos, sin = (t.to(f.vectors).to(device) for t in (angles.cos(), angles.sin()))
-        return matrix(3 * f.heads * f.k), weights[0], weights[1], cos, sin, f.heads, f.eps
-    modulation = vectors(f.images)
-    if f.kernel == "rms_norm_quantize":
-        given = {"weight": weights[0], "modulation": modulation} | dict.fromkeys(f.left_out)
-        return matrix(f.k), given["weight"], given["modulation"], f.eps
-    residual = matrix(f.k, 1, f.kind if f.seed % 2 else "normal")
-    return residual, matrix(f.k), weights[0], vectors(f.images).tanh(), weights[1], modulation, f.eps
+def _dtype_of(e: RowExample, name: str) -> torch.dtype:
+    matrix = name not in (*VECTORS, *PER_IMAGE, *TABLES)
+    dtype = e.dtype if matrix else e.vectors
+    return OUT_DTYPES[(OUT_DTYPES.index(dtype) + 1) % len(OUT_DTYPES)] if name == e.other_dtype else dtype
 
 
-def check(f: Fused, on: Executor | Implementation) -> str | None:
-    """How an output of the fused kernel differs from the reference's output, or None."""
-    args = operands(f, on.device)
-    got = KERNELS[f.kernel](*args, tile=f.tile)
-    want = getattr(reference, f.kernel)(*args)
-    for name, mine, theirs in zip(_OUTPUTS.get(f.kernel, ("q", "s")), got, want, strict=True):
-        if mine.dtype is not theirs.dtype:
-            return f"{name}: {mine.dtype}, expected {theirs.dtype}"
-        if why := bitwise_diff(mine, theirs):
+def _vectors(e: RowExample) -> dict[str, Any]:
+    """Weights near 1, modulations near 0, gates inside (-1, 1) and the cosines and sines of angles, all in fp32."""
+    g = torch.Generator().manual_seed(e.seed)
+    found: dict[str, Any] = {}
+    for name in OPERANDS[e.kernel]:
+        if name in VECTORS:
+            found[name] = torch.randn(e.k, generator=g) * 0.5 + 1.0
+        elif name in PER_IMAGE:
+            found[name] = torch.randn(e.images, e.k, generator=g) * 0.5
+        elif name == "cos":
+            angles = torch.rand(e.rows, e.k, generator=g) * 100
+            found |= {"cos": angles.cos(), "sin": angles.sin()}
+    if "gate" in found:
+        found["gate"] = found["gate"].tanh()
+    return found
+
+
+def _with_special(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`data` with a NaN, an infinity, a zero and a negative zero at the start of its first row."""
+    special = data.to(dtype)
+    first = special if special.dim() == 1 else special[0]
+    values = torch.tensor((torch.nan, torch.inf, 0.0, -0.0), dtype=dtype)
+    first[: len(values)] = values[: len(first)]
+    return special
+
+
+def check(e: RowExample, on: Executor | Implementation) -> str | None:
+    """How an output of the row kernel differs from the reference's output, or None."""
+    args = operands(e, on.device)
+    rows = picked(e.m, e.m * e.width)
+    more: dict[str, Any] = {} if e.tile is None else {"tile": e.tile}
+    given = _Given(e, on.device) if e.given_out else None
+    if given is not None:
+        more["out"] = given.out
+    allocated = GuardedAllocations(rows)
+    with allocated.active(), only_rows(rows):
+        got = KERNELS[e.kernel](*args, **more)
+    want = getattr(reference, e.kernel)(*(args if rows is None else _arguments_of_rows(e, args, rows)))
+    for name, mine, theirs in zip(_OUTPUTS.get(e.kernel, ("q", "s")), got, want, strict=True):
+        if why := _unlike(mine, theirs.dtype, (e.m, *theirs.shape[1:]), on.device, strided=e.given_out):
             return f"{name}: {why}"
-    return None
+        if why := bitwise_diff(mine if rows is None else mine[rows], theirs):
+            return f"{name}: {why}"
+    return allocated.written_outside() or (given.written_outside() if given else None)
 
 
-def check_quantize(r: Rows, on: Executor | Implementation) -> str | None:
-    """How q or s of `quantize` differs from the reference, or None."""
-    guard = chunk_guard(r.k)
-    x = in_poison(float_matrix(r.m, r.k, r.kind, r.seed, r.dtype, on.device), r.padding, guard)
-    values = GuardedOutput(r.m, r.k, 2 * r.padding, guard, torch.int8, on.device)  # another stride than that of x
-    column = GuardedOutput(1, r.m, 0, 1, torch.float32, on.device)
-    q, s = quantize.quantize(x, out=(values.view, column.view[0]))
-    want_q, want_s = reference.quantize(x)
-    why_s = bitwise_diff(s, want_s) or column.written_outside()
-    why_q = bitwise_diff(q, want_q) or values.written_outside()
-    return (why_s and f"scales: {why_s}") or (why_q and f"values: {why_q}")
+def _unlike(got: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: str, *, strided: bool) -> str | None:
+    """How the dtype, the shape, the strides or the device of an output differ from the expected ones, or None."""
+    if got.dtype is not dtype:
+        return f"{got.dtype}, expected {dtype}"
+    if tuple(got.shape) != shape:
+        return f"shape {tuple(got.shape)}, expected {shape}"
+    if not strided and not got.is_contiguous():
+        return f"strides {got.stride()}, expected a contiguous tensor"
+    return None if got.device.type == device.partition(":")[0] else f"on {got.device}, expected {device}"
+
+
+def _arguments_of_rows(e: RowExample, args: tuple[Any, ...], rows: list[int]) -> tuple[Any, ...]:
+    """The reference's arguments for these rows alone: each is an image of one row, with its own cos and sin."""
+    at = torch.tensor(rows)
+    index = dict.fromkeys(OPERANDS[e.kernel], at) | dict.fromkeys(PER_IMAGE, at // e.rows)
+    index |= dict.fromkeys(TABLES, at % e.rows)
+    found = list(args)
+    for number, name in enumerate(OPERANDS[e.kernel]):
+        if name not in VECTORS and args[number] is not None:
+            found[number] = args[number][index[name].to(args[number].device)]
+    return tuple(found)
+
+
+class _Given:
+    """Tensors that `quantize` writes into: another stride between rows than that of x, and sentinels around."""
+
+    def __init__(self, e: RowExample, device: str) -> None:
+        self.values = GuardedOutput(e.m, e.k, 2 * e.padding, CHUNKS[-1] // e.k + 2, torch.int8, device)
+        self.column = torch.full((3, e.m), SENTINEL, dtype=torch.float32, device=device)
+        if e.huge_stride == "q":
+            self.values.view = huge_stride_matrix(e.m, e.k, torch.int8, device)
+        self.out = self.values.view, self.column[1]
+
+    def written_outside(self) -> str | None:
+        """As text, or None."""
+        outside = int((self.column[::2] != SENTINEL).sum())
+        return f"{outside} elements around the scales were written" if outside else self.values.written_outside()

@@ -1,0 +1,164 @@
+"""The property `lookup`: a plan, its text and the torch operators choose the configuration that the rule names.
+
+The rule of `int8kit.lookup` is written here a second time, with its own constants and in another form: every candidate
+gets a rank, and the least rank serves. Without a candidate near enough the default of the shape serves, from a table.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from hypothesis import strategies as st
+
+from int8kit import lookup as lookup_module
+from int8kit import ops
+from int8kit.database.database import Database
+from int8kit.database.schema import Entry, Resources
+from int8kit.gpus import GPUS
+from int8kit.lookup import Candidate, Plan, lookup
+from int8kit.spec import GemmShape, Kernel, Operation, Source, TileConfig
+from int8kit.toolchain import Toolchain
+from int8kit.verify.executors import Executor
+from int8kit.verify.implementations import Implementation
+
+FACTOR = 4  # of extents that one configuration may serve
+CONFIGS = (
+    TileConfig(64, 64, 128, 4, 4),
+    TileConfig(128, 256, 64, 8, 3, 5),
+    TileConfig(64, 128, 64, 4, 5, 7, Kernel.MMA_SYNC, 2),
+    TileConfig(128, 128, 128, 8, 4, 1, Kernel.WGMMA, 1),
+    TileConfig(256, 128, 128, 8, 3, 8, Kernel.WGMMA),
+)
+"""Configurations of the candidates: every field has several values, and every kernel occurs."""
+
+DEFAULTS = {16: (16, 64, 128, 4, 4, 8), 64: (64, 64, 128, 4, 4, 8), 2**31: (128, 128, 64, 8, 4, 8)}
+"""The default configuration of the Triton kernel, by the largest M that it serves."""
+
+
+@dataclass(frozen=True)
+class LookupCase:
+    """A shape, and candidates as (m, n, k, index of CONFIGS, has a SwiGLU epilogue)."""
+
+    m: int
+    n: int
+    k: int
+    swiglu: bool
+    sms: int
+    candidates: tuple[tuple[int, int, int, int, bool], ...]
+
+    def __str__(self) -> str:
+        of = ", ".join(f"{m}x{n}x{k} {'swiglu ' if s else ''}{CONFIGS[c]}" for m, n, k, c, s in self.candidates)
+        operation = Operation.SWIGLU if self.swiglu else Operation.GEMM
+        return f"{operation} {self.m}x{self.n}x{self.k} on {self.sms} multiprocessors among [{of}]"
+
+
+def expected(case: LookupCase) -> tuple[str, TileConfig]:
+    """The level and the configuration that the rule names."""
+    wanted = case.m, case.n, case.k
+    ranks = []
+    for number, (m, n, k, index, swiglu) in enumerate(case.candidates):
+        near = all(a <= FACTOR * b and b <= FACTOR * a for a, b in zip((m, n, k), wanted, strict=True))
+        if (swiglu and not case.swiglu) or not near:
+            continue
+        config, distance = CONFIGS[index], 0.0
+        waves = [
+            -(-(-(-rows // config.block_m) * -(-columns // config.block_n)) // max(1, case.sms))
+            for rows, columns in ((m, n), (case.m, case.n))
+        ]
+        for a, b in zip((m, n, k, waves[0]), (*wanted, waves[1]), strict=True):
+            distance += abs(math.log(a) - math.log(b))
+        level = 0 if (m, n, k) == wanted else 1 if (n, k) == wanted[1:] else 2
+        ranks.append((level, swiglu is not case.swiglu, round(distance, 7), number))
+    if ranks:
+        level, *_, number = min(ranks)
+        return ("exact", "nearest-m", "nearest")[level], CONFIGS[case.candidates[number][3]]
+    return "default", TileConfig(*DEFAULTS[next(most for most in DEFAULTS if case.m <= most)])
+
+
+def check(case: LookupCase, on: Executor | Implementation) -> str | None:
+    """How the choice of a plan, of its text, of the operators or of a database differs from the rule's, or None."""
+    level, config = expected(case)
+    shape = GemmShape(case.m, case.n, case.k)
+    operation = Operation.SWIGLU if case.swiglu else Operation.GEMM
+    of = {False: Operation.GEMM, True: Operation.SWIGLU}
+    candidates = tuple(Candidate(GemmShape(m, n, k), CONFIGS[c], of[s]) for m, n, k, c, s in case.candidates)
+    for function in (ops._choose, lookup_module._plan_of):
+        getattr(function, "cache_clear", lambda: None)()  # of answers to an earlier rule
+    plan = Plan(candidates, case.sms)
+    again = Plan.from_text(plan.text)
+    if (again.candidates, again.sms, again.text) != (candidates, case.sms, plan.text):
+        return f"the plan of its text: {again}, expected {plan}"
+    match = lookup(shape, candidates, sms=case.sms, operation=operation)
+    found = {
+        "lookup": match.config,
+        "Plan.choose": plan.choose(shape, operation),
+        "the operators": ops._choose(plan.text, operation, *(case.m, case.n, case.k)),
+    }
+    for name, got in found.items():
+        if got != config:
+            return f"{name} chose {got}, expected {config} ({level})"
+    if match.level != level:
+        return f"level {match.level}, expected {level}"
+    return _in_database(case, shape, operation)
+
+
+def _in_database(case: LookupCase, shape: GemmShape, operation: Operation) -> str | None:
+    """How the choice of a database with the candidates as entries differs from the rule's, or None.
+
+    Its candidates are sorted, and no two are of one shape.
+    """
+    of = {False: Operation.GEMM, True: Operation.SWIGLU}
+    ordered = tuple(sorted(case.candidates, key=lambda c: (of[c[4]].value, c[1], c[2], c[0])))
+    if len({(m, n, k, s) for m, n, k, _, s in ordered}) < len(ordered) or not case.sms:
+        return None
+    entries = tuple(
+        Entry(
+            operation=of[s], m=m, n=n, k=k, source=Source.MODELLED, config=CONFIGS[c], triton="3.7.1", kernel="k",
+            resources=_RESOURCES, tried=1,
+        )
+        for m, n, k, c, s in ordered
+    )  # fmt: skip
+    database = Database(replace(GPUS["h200"], sms=case.sms), ()).merged(reversed(entries))
+    level, config = expected(replace(case, candidates=ordered))
+    choice = database.resolve(shape, _TOOLCHAIN, operation)
+    if (choice.level, choice.config) != (level, config):
+        return f"Database.resolve chose {choice.config} ({choice.level}), expected {config} ({level})"
+    planned = database.plan(case.n, case.k, _TOOLCHAIN).choose(shape, operation)
+    return None if planned == config else f"Database.plan chose {planned}, expected {config} ({level})"
+
+
+_RESOURCES = Resources(registers=1, spill_bytes=0, shared_bytes=1)
+_TOOLCHAIN = Toolchain("3.7.1", dict.fromkeys(Kernel, "k"))
+
+
+def examples() -> st.SearchStrategy[LookupCase]:
+    """Strategy for cases with up to five candidates, whose extents are often equal, or just near enough."""
+    base = st.sampled_from((1, 16, 17, 64, 65, 100, 256, 399, 400, 401, 1600, 1601))
+    candidate = st.tuples(base, base, base, st.integers(0, len(CONFIGS) - 1), st.booleans())
+    return st.builds(
+        LookupCase, m=base, n=base, k=base, swiglu=st.booleans(), sms=st.sampled_from((0, 1, 20, 132)),
+        candidates=st.lists(candidate, max_size=5).map(tuple),
+    )  # fmt: skip
+
+
+def always() -> tuple[LookupCase, ...]:
+    """Each level, the limits of nearness and of the defaults, both operations, and an equal distance."""
+    found = [LookupCase(m, 32, 32, False, 132, ()) for m in (1, 16, 17, 64, 65, 4096)]
+    for m, n, k in (
+        (400, 100, 100),
+        (401, 100, 100),
+        (100, 401, 100),
+        (100, 400, 100),
+        (25, 100, 100),
+        (24, 100, 100),
+        (100, 100, 401),
+        (100, 100, 25),
+    ):
+        found += [LookupCase(m, n, k, swiglu, 132, ((100, 100, 100, 1, False),)) for swiglu in (False, True)]
+    both = ((100, 100, 100, 0, False), (200, 100, 100, 1, True), (100, 100, 101, 2, False), (50, 100, 100, 3, False))
+    for m in (50, 70, 71, 100, 140, 150, 200, 800):
+        found += [LookupCase(m, 100, 100, swiglu, 4, both) for swiglu in (False, True)]
+    found += [LookupCase(100, 100, 100, False, 132, ((50, 100, 100, a, False), (200, 100, 100, b, False)))
+              for a in range(len(CONFIGS)) for b in range(len(CONFIGS)) if a != b]  # fmt: skip
+    return tuple(found)

@@ -1,0 +1,117 @@
+"""The cases of the property `operators` that every run tries, for each operator.
+
+    dtypes     each dtype of the matrices with each dtype of the vectors, and each output dtype of a product
+    shapes     no row, one row, several images, x of one and of three axes, slices of larger matrices
+    plans      each plan at several M: the candidates' own, between them, and far from them
+    refusals   each operand of a wrong dtype, shape, stride and device
+
+The kernel half of `linear` and `linear_swiglu` has no case without rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from hypothesis import strategies as st
+
+from int8kit import ops
+from int8kit.spec import K_MAX
+from int8kit.verify.examples.strategies import OUT_DTYPES
+from int8kit.verify.properties.operators import PLANS, PRODUCTS, OperatorCase, arguments
+
+_OPTIONAL = {"rms_norm_quantize": (("weight",), ("modulation",), ("weight", "modulation")), "scaled_mm": (("bias",),),
+             "scaled_mm_swiglu": (("bias",),), "linear": (("bias",),), "linear_swiglu": (("bias",),)}  # fmt: skip
+_TAKEN = (
+    *((name, "x", fault) for name in ("linear", "linear_swiglu") for fault in ("stride", "axes", "device")),
+    *(("quantize", "x", fault) for fault in ("shape", "device")),
+    ("swiglu_quantize", "gu", "device"),
+)
+"""Operands that are no mistake although another operator refuses them, or that no other operand contradicts."""
+
+
+def base(operator: str) -> OperatorCase:
+    """A small case of an operator."""
+    if operator == "qk_norm_rope":
+        return OperatorCase(operator, (3, 2), 16, n=3)
+    return OperatorCase(operator, (3, 2) if operator not in PRODUCTS else (5,), 40)
+
+
+def always() -> Iterator[OperatorCase]:
+    """All cases."""
+    for operator in ops.OPERATORS:
+        yield from _dtypes(base(operator))
+        yield from _shapes(base(operator))
+        yield from refusals(base(operator))
+        if operator in PRODUCTS:
+            for plan in range(len(PLANS)):
+                for m in (5, 33, 70) if operator.startswith("linear") else (5, 16, 24, 33, 70, 300):
+                    yield replace(base(operator), rows=(m,), plan=plan)
+
+
+def _dtypes(c: OperatorCase) -> Iterator[OperatorCase]:
+    for dtype in OUT_DTYPES:
+        for other in OUT_DTYPES:
+            yield replace(c, dtype=dtype, vectors=other)
+            if c.operator.startswith("scaled"):
+                yield replace(c, out_dtype=dtype, vectors=other)
+    for out_dtype in OUT_DTYPES if c.operator.startswith("scaled") else ():
+        yield replace(c, out_dtype=out_dtype, left_out=("bias",))
+
+
+def _shapes(c: OperatorCase) -> Iterator[OperatorCase]:
+    linear = c.operator.startswith("linear")
+    yield replace(c, rows=(1,))
+    yield replace(c, contiguous=False)
+    yield replace(c, contiguous=False, dtype=torch.float16, vectors=torch.bfloat16)
+    yield replace(c, rows=(7,), eps=1e-3)
+    yield replace(c, rows=(2, 1))
+    yield replace(c, rows=(1, 4))
+    for left_out in _OPTIONAL.get(c.operator, ()):
+        yield replace(c, left_out=left_out)
+    if linear:
+        for rows in ((), (2, 3), (2, 3, 2)):
+            for dtype in (torch.float32, torch.bfloat16):
+                yield replace(c, rows=rows, dtype=dtype)
+        yield replace(c, rows=(4, 3), contiguous=False)
+        yield replace(c, rows=(4, 3), contiguous=False, dtype=torch.bfloat16)
+    else:
+        yield replace(c, rows=(0,))
+        yield replace(c, rows=(0,), left_out=_OPTIONAL.get(c.operator, ((),))[-1], dtype=torch.bfloat16)
+
+
+def refusals(c: OperatorCase) -> Iterator[OperatorCase]:
+    """Each operand wrong in each way in which it can be."""
+    for name, value in arguments(c, "cpu").items():
+        if isinstance(value, torch.Tensor):
+            for fault in ("dtype", "shape", "axes", "stride", "device"):
+                if (c.operator, name, fault) not in _TAKEN:
+                    yield replace(c, wrong=name, fault=fault)
+        if name in ("gate", "modulation", "cos", "sin"):
+            yield replace(c, wrong=name, fault="images")
+    if c.operator.startswith("scaled"):
+        yield replace(c, wrong="out_dtype", fault="dtype")
+    if c.operator in PRODUCTS:
+        yield replace(c, rows=(1,), k=K_MAX + 1, wrong="wq", fault="largest k")
+    if c.operator.endswith("swiglu"):
+        yield replace(c, n=23, wrong="wq", fault="odd n")
+    if c.operator == "qk_norm_rope":
+        yield replace(c, wrong="heads", fault="shape")
+
+
+def examples() -> st.SearchStrategy[OperatorCase]:
+    """Strategy for cases of every operator."""
+    one = st.builds(
+        OperatorCase,
+        operator=st.sampled_from(tuple(ops.OPERATORS)),
+        rows=st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple),
+        k=st.sampled_from((1, 17, 40, 64)),
+        n=st.sampled_from((2, 16, 24)),
+        dtype=st.sampled_from(OUT_DTYPES),
+        vectors=st.sampled_from(OUT_DTYPES),
+        out_dtype=st.sampled_from(OUT_DTYPES),
+        contiguous=st.booleans(),
+        plan=st.integers(0, len(PLANS) - 1),
+    )
+    return one.map(lambda c: replace(c, k=32) if c.operator == "qk_norm_rope" else c)

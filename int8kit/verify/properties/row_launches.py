@@ -1,0 +1,130 @@
+"""The property `row launches`: a compiled row kernel is never launched for an example that needs other code.
+
+The launcher stores compiled kernels by a key (`kernels.launch`). A key that lacks a value gives an example the kernel
+of another one. So two examples that differ in one thing run one after the other, in both orders, each time from an
+empty store. Each field of `RowExample` is changed by a function of CHANGES, so that no field is forgotten. Triton's
+interpreter compiles nothing and has no store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from int8kit.kernels import launch
+from int8kit.kernels.qk_norm_rope import HeadTile
+from int8kit.kernels.row_primitives import RowTile
+from int8kit.verify.executors import Executor
+from int8kit.verify.implementations import Implementation
+from int8kit.verify.properties import row_kernels
+from int8kit.verify.properties.row_kernels import KERNELS, OPERANDS, PER_IMAGE, TABLES, VECTORS, RowExample
+
+
+@dataclass(frozen=True)
+class LaunchPair:
+    """Two examples of one kernel that run in one process."""
+
+    first: RowExample
+    second: RowExample
+
+    def __str__(self) -> str:
+        return f"{self.first}; then {self.second}"
+
+
+def base(kernel: str) -> RowExample:
+    """An example whose addresses and strides are multiples of 16, so that its kernel is stored."""
+    bf16, heads = torch.bfloat16, kernel == "qk_norm_rope"
+    k, count, tile = (64, 4, HeadTile(2, 2, 1)) if heads else (512, 1, RowTile(256, 1))
+    return RowExample(
+        kernel, 2, 2, k, "normal", 1, bf16, bf16, padding=16, heads=count, tile=tile, offset=8,
+        given_out=kernel == "quantize",
+    )  # fmt: skip
+
+
+def _changed(e: RowExample, field: str, value: Any) -> RowExample:
+    change: dict[str, Any] = {field: value}
+    return replace(e, **change)
+
+
+def _of_each(field: str) -> Callable[[RowExample], Iterable[RowExample]]:
+    """Examples in which `field` names one operand after the other."""
+    return lambda e: (_changed(e, field, name) for name in OPERANDS[e.kernel])
+
+
+def _values(field: str, *values: Any, only: str = "") -> Callable[[RowExample], Iterable[RowExample]]:
+    return lambda e: (_changed(e, field, value) for value in values if only in ("", e.kernel))
+
+
+def _tiles(e: RowExample) -> Iterator[RowExample]:
+    heads = (HeadTile(1, 2, 1), HeadTile(2, 1, 1), HeadTile(2, 2, 4))
+    for tile in heads if e.kernel == "qk_norm_rope" else (RowTile(512, 1), RowTile(256, 4)):
+        yield replace(e, tile=tile)
+
+
+def _widths(e: RowExample) -> Iterator[RowExample]:
+    yield replace(e, k=128 if e.kernel == "qk_norm_rope" else 528)
+    if e.kernel != "qk_norm_rope":
+        yield replace(e, k=300)  # rows that lie at no multiple of 16
+    if e.kernel == "quantize":
+        yield replace(e, k=16384 + 512)
+
+
+def _huge(e: RowExample) -> Iterator[RowExample]:
+    """Strides that need 64 bits, on which Triton specializes a kernel too. The last row is the third."""
+    for name in OPERANDS[e.kernel]:
+        if name not in VECTORS:
+            images, rows = (3, 1) if name in PER_IMAGE else (1, 3)
+            yield replace(e, huge_stride=name, images=images, rows=rows)
+
+
+CHANGES: dict[str, Callable[[RowExample], Iterable[RowExample]]] = {
+    "images": _values("images", 1, 3, 7),
+    "rows": _values("rows", 1, 16, 17),
+    "k": _widths,
+    "dtype": _values("dtype", torch.float16, torch.float32),
+    "vectors": _values("vectors", torch.float16, torch.float32),
+    "padding": _values("padding", 0, 3),
+    "heads": _values("heads", 3, 5, only="qk_norm_rope"),
+    "left_out": _values("left_out", ("weight",), ("modulation",), ("weight", "modulation"), only="rms_norm_quantize"),
+    "eps": _values("eps", 1.0, 0.0),
+    "tile": _tiles,
+    "offset": _values("offset", 1),
+    "other_dtype": _of_each("other_dtype"),
+    "unaligned": _of_each("unaligned"),
+    "huge_stride": _huge,
+    "special": lambda e: (replace(e, special=n) for n in OPERANDS[e.kernel] if n in (*VECTORS, *PER_IMAGE, *TABLES)),
+    "given_out": _values("given_out", False, only="quantize"),
+    "kind": _values("kind", "subnormal", "huge"),
+    "seed": _values("seed", 2),
+}
+"""The changed examples, by the field that changes. A change of data shows a launch with stale arguments."""
+
+
+def pairs(*, huge_strides: bool) -> Iterator[LaunchPair]:
+    """Each base example beside each changed example."""
+    for kernel in KERNELS:
+        for field, changed in CHANGES.items():
+            if huge_strides or field != "huge_stride":
+                yield from (LaunchPair(base(kernel), other) for other in changed(base(kernel)))
+
+
+def examples() -> st.SearchStrategy[LaunchPair]:
+    """Strategy for pairs whose two examples have one kernel and differ in anything."""
+    one = st.sampled_from(tuple(KERNELS)).flatmap(
+        lambda kernel: st.tuples(row_kernels.examples(kernel, 600), row_kernels.examples(kernel, 600))
+    )
+    return one.map(lambda two: LaunchPair(*two))
+
+
+def check(pair: LaunchPair, on: Executor | Implementation) -> str | None:
+    """How an example of the pair differs from the reference after the other one, or None."""
+    for order in ((pair.first, pair.second, pair.first), (pair.second, pair.first, pair.second)):
+        launch._COMPILED.clear()
+        for number, one in enumerate(order):
+            if why := row_kernels.check(one, on):
+                return f"launch {number + 1}, {one}: {why}"
+    return None
