@@ -252,9 +252,8 @@ class _Given:
     def __init__(self, e: RowExample, device: str) -> None:
         self.values = GuardedOutput(e.m, e.k, 2 * e.padding, CHUNKS[-1] // e.k + 2, torch.int8, device)
         self.column = torch.full((3, e.m), SENTINEL, dtype=torch.float32, device=device)
-        if e.huge_stride == "q":
-            self.values.view = huge_stride_matrix(e.m, e.k, torch.int8, device)
-        self.out = self.values.view, self.column[1]
+        self.huge = huge_stride_matrix(e.m, e.k, torch.int8, device) if e.huge_stride == "q" else None  # not guarded
+        self.out = self.values.view if self.huge is None else self.huge, self.column[1]
 
     def written_outside(self) -> str | None:
         """As text, or None."""
