@@ -33,7 +33,7 @@ Run = Callable[[Executor, tuple[TileConfig, ...], Report], Outcome]
 
 
 @contextmanager
-def _compiling(index: int) -> Iterator[Place]:
+def compiling(index: int) -> Iterator[Place]:
     """The place of a child in which Triton compiles, with this process's copy of the package."""
     yield Place(environment={"TRITON_INTERPRET": "0", "TRITON_DISABLE_LINE_INFO": "0"})
 
@@ -46,7 +46,7 @@ def inspect(wanted: Sequence[Variant], report: Report) -> Outcome:
     endings = process_pool.run_all(
         [Call(inspection.inspect, (package, share)) for share in shares],
         processes=processes,
-        open_place=_compiling,
+        open_place=compiling,
         on_report=lambda index, text: report(text),
     )
     failures = [failure for ending in endings if (failure := _failure(ending))]

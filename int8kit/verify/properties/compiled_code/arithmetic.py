@@ -26,9 +26,7 @@ EXACT: dict[str, dict[str, int]] = {
     "dequantize": {"cvt.s32": 1, "mul": 2},
     "add_bias": {"add": 1},
     "swiglu": {"mul": 1},
-    "silu": {"add": 6, "mul": 5, "fma": 2},
-    "_rounded": {"fma": 1},
-    "reciprocal": {"rcp": 1, "fma": 2},
+    "silu": {"add": 6, "mul": 5, "fma": 5, "rcp": 1},
     "row_scale": {"div": 1},
     "reciprocal_root": {"add": 1, "sqrt": 1, "div": 1},
     "reciprocal_and_rest": {"div": 1, "fma": 1, "mul": 1},
@@ -40,10 +38,14 @@ EXACT: dict[str, dict[str, int]] = {
 }
 """Rounded operations of functions that compute each element by itself: their numbers, up to a common factor."""
 
+PARTS = {"_rounded": "silu", "reciprocal": "silu"}
+"""Functions that count as parts of another one, so that each of its elements has all of them."""
+
 AMONG: dict[str, frozenset[str]] = {
     "mean_square": frozenset({"mul", "add", "div"}),
     "_rotate_tiles": frozenset({"mul", "add", "div"}),
-    **dict.fromkeys(("_neighbours", "_halves", "_fold", "sums_of_rows", "_sum_eighths", "tl.sum"), frozenset({"add"})),
+    **dict.fromkeys(("_neighbours", "_halves", "_fold", "sums_of_rows", "_sum_eighths"), frozenset({"add"})),
+    "tl.sum": frozenset({"add", "mul"}),  # Triton's sum of squares: it may move the square to its addition
 }
 """Rounded operations of functions that add up a row: their kinds. Their numbers depend on the row and the tile."""
 
@@ -77,7 +79,7 @@ def operations(code: Code, config: TileConfig | None) -> str | None:
     program = parse(code.ptx)
     for one in program.instructions:
         if (kind := _kind(one)) and not _negates(program, one):
-            name = _function(one)
+            name = PARTS.get(where := _function(one), where)
             found[name][kind] += 2 if one.op.endswith("x2") else 1
             example.setdefault((name, kind), one)
     for name, counts in found.items():
@@ -98,7 +100,7 @@ def _missing(code: Code, found: dict[str, Counter[str]]) -> str | None:
         return None
     wanted = set() if constants["INT32_OUT"] else {"dequantize"}
     wanted |= {"add_bias"} if constants["HAS_BIAS"] else set()
-    wanted |= {"swiglu", "silu", "_rounded", "reciprocal"} if constants["SWIGLU"] else set()
+    wanted |= {"swiglu", "silu"} if constants["SWIGLU"] else set()
     if wanted != set(found):
         return f"arithmetic of {_names(set(found))}: expected {_names(wanted)}"
     return None
@@ -143,7 +145,7 @@ def _negates(program: Program, one: Instruction) -> bool:
 def _function(one: Instruction) -> str:
     """The innermost function of int8kit's kernels that the instruction's source line is in; "" if it is in none.
 
-    Triton 3.9 loses the callers of the additions inside its own reductions, which count as "tl.sum".
+    Triton 3.9 loses the callers of operations inside its own reductions, which count as "tl.sum".
     """
     for file, line in one.lines:
         for start, end, name in _functions().get(file, ()):
