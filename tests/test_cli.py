@@ -194,7 +194,7 @@ def test_verify_proves_every_property(tmp_path):
     assert names == {
         "accumulator", "output", "swiglu", "batch", "linearity", "zero rows", "nan rows", "strided", "repeats",
         "configuration", "quantize", "rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope",
-        "entries",
+        "triton code", "mma_sync code", "wgmma code", "row code", "entries",
     } | ({"order"} if pdl_probe.overlaps(HERE) else set())  # fmt: skip
     assert done.stdout.count("holds") == len(names)
     assert "the stamps of all entries are up to date" in done.stderr

@@ -10,7 +10,7 @@ import torch
 
 import int8kit
 from int8kit import gpus
-from int8kit.spec import Kernel, TileConfig
+from int8kit.spec import Kernel
 from int8kit.verify import executors, process_pool
 from int8kit.verify.process_pool import Call, Ending
 from int8kit.verify.properties import compiled_code, proof
@@ -226,6 +226,7 @@ def test_the_proof_gives_the_first_failure_of_its_children(monkeypatch):
     endings[1] = [Ending("exited", detail="no module")]
     assert "before the first kernel: the process" in compiled_code.inspect(wanted, print).failure
     monkeypatch.setattr(compiled_code, "MAX_PROCESSES", 2)
+    monkeypatch.setattr(compiled_code, "PER_PROCESS", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
     assert compiled_code.inspect(wanted, print) == proof.Outcome(3)
 
@@ -245,10 +246,13 @@ def test_the_variants_are_those_of_the_gpu_asked_for():
     }  # fmt: skip
 
 
-def test_served_configurations_are_compiled_once():
-    one = TileConfig(128, 128, 128, 8, 4, kernel=Kernel.MMA_SYNC, stream_k=2)
-    found = variants.served(86, (one, replace(one, group_m=3), replace(one, stream_k=4), WGMMA.config))
-    assert [(v.arch, v.config.kernel) for v in found] == [(86, Kernel.MMA_SYNC), (90, Kernel.WGMMA)]
+@pytest.mark.parametrize("arch", [86, 90])
+def test_shipped_configurations_are_compiled_once(arch):
+    found = variants.served(arch)
+    assert len(set(found)) == len(found) > 5
+    assert {v.arch for v in found} == {arch}
+    assert {v.config.kernel for v in found} == {Kernel.TRITON, Kernel.WGMMA if arch == 90 else Kernel.MMA_SYNC}
+    assert {v.config.group_m for v in found} == {8}
 
 
 HEAD = ".visible .entry k(\n\t.param .u64 k_param_0\n)\n{\n\tmov.u32 %r1, %tid.x;\n\tld.param.b64 %rd1, [k_param_0];\n"

@@ -28,6 +28,7 @@ from int8kit.verify.properties.compiled_code.variants import Variant
 from int8kit.verify.properties.proof import Outcome, Proof, Report
 
 MAX_PROCESSES = 4
+PER_PROCESS = 5  # variants, which take as long as the start of a process
 DEFAULT_ARCH = 86  # where nothing names a GPU
 Run = Callable[[Executor, tuple[TileConfig, ...], Report], Outcome]
 
@@ -40,7 +41,8 @@ def compiling(index: int) -> Iterator[Place]:
 
 def inspect(wanted: Sequence[Variant], report: Report) -> Outcome:
     """Compile and check the variants, up to MAX_PROCESSES at a time."""
-    processes = max(1, min(len(os.sched_getaffinity(0)), MAX_PROCESSES, len(wanted)))
+    cores = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+    processes = max(1, min(cores, len(wanted) // PER_PROCESS))
     shares = [tuple(wanted[first::processes]) for first in range(processes)]
     package = str(Path(int8kit.__file__).parent)
     endings = process_pool.run_all(
@@ -61,33 +63,37 @@ def _failure(ending: Ending) -> str | None:
     return f"{last}: the process that compiles ended: {ending.kind} {ending.detail}"
 
 
-def _run(of: Callable[[int, tuple[TileConfig, ...]], Sequence[Variant]]) -> Run:
-    """The `run` of a proof about the variants that `of` gives for an architecture and the configurations."""
+def _run(of: Callable[[int], Sequence[Variant]]) -> Run:
+    """The `run` of a proof about the variants that `of` gives for an architecture."""
 
     def run(executor: Executor, tiles: tuple[TileConfig, ...], report: Report) -> Outcome:
-        return inspect(of(executor.code or executor.asked or DEFAULT_ARCH, tiles), report)
+        return inspect(of(executor.code or executor.asked or DEFAULT_ARCH), report)
 
     return run
 
 
-PROOFS: tuple[Proof, ...] = (
-    Proof(
-        "gemm code",
-        "the compiled GEMM kernels wait, fence, count and round where they must, in every variant",
+def _of_kernel(kernel: Kernel) -> Proof:
+    return Proof(
+        f"{kernel} code",
+        f"the compiled {kernel} kernel waits, fences, counts and rounds where it must, in every variant",
         "compiled code",
-        _run(lambda arch, tiles: variants.gemms(arch)),
-        mutants_of=tuple(Kernel),
-    ),
+        _run(lambda arch: [one for one in variants.gemms(arch) if one.config.kernel is kernel]),
+        mutants_of=(kernel,),
+    )
+
+
+PROOFS: tuple[Proof, ...] = (
+    *map(_of_kernel, Kernel),
     Proof(
         "row code",
         "the compiled row kernels round each operation by itself, and have the operations of their source",
         "compiled code",
-        _run(lambda arch, tiles: variants.rows(arch)),
+        _run(variants.rows),
         mutants_of=(Kernel.TRITON,),
     ),
     Proof(
         "database code",
-        "the GEMM kernels of all given configurations do so too, with bias and bf16 output",
+        "the GEMM kernels of every shipped configuration do so too, with bias and bf16 output",
         "compiled code",
         _run(variants.served),
         level="exhaustive",

@@ -5,19 +5,20 @@ A variant is a value without tensors, so that it travels to the process that com
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
+from int8kit import files
+from int8kit.database import store
 from int8kit.kernels import gemm
 from int8kit.kernels.qk_norm_rope import qk_norm_rope
 from int8kit.kernels.quantize import quantize
 from int8kit.kernels.residual_norm_quantize import residual_norm_quantize
 from int8kit.kernels.rms_norm_quantize import rms_norm_quantize
 from int8kit.kernels.swiglu_quantize import swiglu_quantize
-from int8kit.spec import Kernel, Schedule, TileConfig
+from int8kit.spec import GROUP_M, Kernel, Schedule, TileConfig
 
 SM_90 = 90  # of the wgmma kernel, whatever GPU was asked for
 
@@ -144,10 +145,9 @@ def rows(arch: int) -> tuple[RowVariant, ...]:
     )
 
 
-def served(arch: int, tiles: Iterable[TileConfig]) -> tuple[GemmVariant, ...]:
-    """Every configuration with bias and bf16 output, for its architecture. One kernel serves all widths of group_m."""
-    kernels = {replace(tile, group_m=8, stream_k=min(tile.stream_k, 1)) for tile in tiles}
-    return tuple(
-        GemmVariant(SM_90 if tile.kernel is Kernel.WGMMA else arch, tile)
-        for tile in sorted(kernels, key=lambda tile: (tile.kernel, str(tile)))
-    )
+def served(arch: int) -> tuple[GemmVariant, ...]:
+    """The configurations that the shipped databases have for `arch`. One kernel serves all widths of group_m."""
+    databases = [store.load(path) for path in sorted(files.shipped("tuning_db").glob("*.json"))]
+    tiles = {entry.config for base in databases if base.gpu.arch == arch for entry in base.entries}
+    kernels = {replace(tile, group_m=GROUP_M, stream_k=min(tile.stream_k, 1)) for tile in tiles}
+    return tuple(GemmVariant(arch, tile) for tile in sorted(kernels, key=lambda tile: (tile.kernel, str(tile))))
