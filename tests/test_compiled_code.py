@@ -182,6 +182,22 @@ def test_a_slot_released_before_the_last_product_is_found(codes):
     assert "releases the last slot" in fault("wgmma", COOPERATIVE, replace(code, ptx=changed))
 
 
+def test_a_staging_buffer_of_both_consumers_is_found(codes):
+    """The addresses of one consumer's buffers become those of the other one."""
+    code = codes[WGMMA]
+    first, *_, last = sorted(
+        {int(n) for n in re.findall(r"add\.s32 \t%r\d+, %r\d+, (\d+);", code.ptx) if 49152 <= int(n) < 65536}
+    )
+    size = 64 * 64
+    changed = re.sub(
+        r"(add\.s32 \t%r\d+, %r\d+, )(\d+);",
+        lambda m: m[1] + str(int(m[2]) - 2 * size if first + 2 * size <= int(m[2]) <= last else int(m[2])) + ";",
+        code.ptx,
+    )
+    assert changed != code.ptx
+    assert "another group of warps" in fault("staging buffers", WGMMA, replace(code, ptx=changed))
+
+
 def test_contraction_by_the_launch_is_found(codes):
     assert "enable_fp_fusion" in fault("rounding", ROW, replace(codes[ROW], contraction=True))
 
@@ -231,7 +247,7 @@ def test_the_proof_gives_the_first_failure_of_its_children(monkeypatch):
     assert compiled_code.inspect(wanted, print) == proof.Outcome(3)
 
 
-def test_the_variants_are_those_of_the_gpu_asked_for():
+def test_the_variants_follow_the_gpu_that_was_asked_for():
     asked = executors.available(gpus.get("rtx4090"))[-1]
     assert asked.asked == 89
     for arch in (86, 120):

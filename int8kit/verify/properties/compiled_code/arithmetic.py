@@ -107,7 +107,7 @@ def _missing(code: Code, found: dict[str, Counter[str]]) -> str | None:
 
 
 def tensor_cores(code: Code, config: TileConfig | None) -> str | None:
-    """Products are those of the integer tensor cores, with the instruction of the kernel and the GPU."""
+    """Products run on the integer tensor cores, with the instruction of the kernel and the GPU."""
     if config is None:
         return None
     warpgroups = config.kernel is Kernel.WGMMA or (

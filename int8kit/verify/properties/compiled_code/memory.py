@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 
 from int8kit.spec import Kernel, TileConfig, consumer_rows
 from int8kit.verify.properties.compiled_code.launched import Code
@@ -142,6 +143,8 @@ def staging(code: Code, config: TileConfig | None) -> str | None:
     places = [(start, consumer_rows(config) * CHUNK_BYTES) for start in starts]
     at |= {one.index: values.address(one.operands) for one in program.find("st.shared", "stmatrix")}
     of = {index: place for index, address in at.items() if (place := _place(address, places)) is not None}
+    if why := _of_two_groups(program, stores, of):
+        return why
     shared = {one.index for one in barriers(program) if not one.guard}
     everyone = {one.index for one in barriers(program) if "," not in one.operands}
     others = program.find("cp.async.bulk.commit_group", "cp.async.bulk.wait_group", "fence.proxy.async", "ret")
@@ -171,6 +174,17 @@ def staging(code: Code, config: TileConfig | None) -> str | None:
         return replace(state, open_group=state.open_group | {buffer})
 
     return _explore(program, step, {*of, *shared, *(one.index for one in others)})
+
+
+def _of_two_groups(program: Program, stores: list[Instruction], of: dict[int, int]) -> str | None:
+    """A staging buffer that two groups of warps store: no path leads from one store to the other within a group."""
+    ends = [one for one in barriers(program) if "," not in one.operands]
+    for first, second in combinations(stores, 2):
+        if of[first.index] == of[second.index] and not (
+            program.escape([first], guards=ends, to=[second]) or program.escape([second], guards=ends, to=[first])
+        ):
+            return f"{second} reads staging buffer {of[second.index]}, which another group of warps writes"
+    return None
 
 
 @dataclass
