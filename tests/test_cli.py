@@ -25,7 +25,6 @@ from int8kit.kernels.gemm import kernel_hash
 from int8kit.spec import GemmShape, Kernel, default_config
 from int8kit.tune import session, workers
 from int8kit.verify import property_runs
-from int8kit.verify.properties import pdl_probe
 
 WITHOUT_A_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -191,11 +190,13 @@ def test_verify_proves_every_property(tmp_path):
     _, rule, *rows = done.stdout.splitlines()
     assert set(rule) == {"-", " "}
     names = {re.split("  +", row)[0] for row in rows if not row.startswith("the same in every row")}
-    assert names == {
+    everywhere = {
         "accumulator", "output", "swiglu", "batch", "linearity", "zero rows", "nan rows", "strided", "repeats",
         "configuration", "quantize", "rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope",
-        "tile order", "entries",
-    } | ({"order"} if pdl_probe.overlaps(HERE) else set()) | (set() if HERE == "cpu" else {"launch cache"})  # fmt: skip
+        "operators", "lookup", "stamps", "tile order", "tile scheduler", "bias", "row scale", "silu", "triton code",
+        "mma_sync code", "wgmma code", "row code", "entries",
+    }  # fmt: skip
+    assert names == everywhere if HERE == "cpu" else names > everywhere
     assert done.stdout.count("holds") == len(names)
     assert "the stamps of all entries are up to date" in done.stderr
 

@@ -89,32 +89,6 @@ def _state():
     return len(os.listdir(f"/proc/{os.getppid()}/task")), launch.interpreted(), launch._FINALIZED
 
 
-def _instructions(arch, config):
-    from int8kit.verify.executors import tensor_core_instructions
-
-    ptx = cross_compile.assemble(arch, kernel_variant(config, True)).asm["ptx"]
-    return tensor_core_instructions(ptx), "fma.rn.f32" in ptx, ".ftz" in ptx
-
-
-@pytest.mark.process
-@pytest.mark.xdist_group("offline-fresh")
-@pytest.mark.parametrize(
-    ("arch", "config", "instruction"),
-    [
-        (86, TileConfig(128, 128, 64, 8, 3), "mma.sync"),
-        (90, TileConfig(128, 128, 64, 8, 3), "wgmma.mma_async"),
-        (86, MMA_SYNC[0], "mma.sync"),
-        (90, WGMMA[1], "wgmma.mma_async"),
-    ],
-    ids=str,
-)
-def test_kernels_use_integer_tensor_cores_and_no_contraction(fresh, arch, config, instruction):
-    found, fma, ftz = fresh(_instructions, arch, config)
-    assert found == {instruction}
-    assert not fma
-    assert not ftz
-
-
 def test_the_interpreter_cannot_compile():
     from int8kit.kernels import gemm
 

@@ -11,7 +11,6 @@ Executors:
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +30,7 @@ class Executor:
     name: str  # the device, in messages and stamps
     arch: str | None = None
     code: int | None = None  # architecture whose code is compiled, 86 for sm_86; None in the interpreter
+    asked: int | None = None  # architecture of the GPU whose configurations are executed
 
     def __str__(self) -> str:
         return f"{self.name}, {self.arch} code" if self.arch else self.name
@@ -48,18 +48,13 @@ def available(gpu: Gpu) -> list[Executor]:
     """
     require_supported()
     if gemm.interpreted():
-        return [Executor("interpreter", "cpu", "Triton's interpreter on the CPU")]
+        return [Executor("interpreter", "cpu", "Triton's interpreter on the CPU", asked=gpu.arch)]
     here = present()
     if here is None:
         raise InputError(
             "no CUDA device here: set TRITON_INTERPRET=1 before triton is imported, as `int8kit verify` does"
         )
-    own = Executor("native", "cuda", here.name, code=here.arch)
+    own = Executor("native", "cuda", here.name, code=here.arch, asked=gpu.arch)
     if gpu.arch in runnable_archs(here.arch) and here.arch > gpu.arch:
-        return [Executor("cross_arch", "cuda", here.name, f"sm{gpu.arch}", gpu.arch), own]
+        return [Executor("cross_arch", "cuda", here.name, f"sm{gpu.arch}", gpu.arch, gpu.arch), own]
     return [own]
-
-
-def tensor_core_instructions(ptx: str) -> set[str]:
-    """The integer tensor-core instructions in `ptx`, without shapes: {"mma.sync"} or {"wgmma.mma_async"}."""
-    return set(re.findall(r"\b(mma\.sync|wgmma\.mma_async)\b[^;]*\.s32\.s8\.s8", ptx))
