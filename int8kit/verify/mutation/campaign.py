@@ -199,7 +199,7 @@ def _verdict(trial: Trial, ending: Ending) -> Verdict:
     for report in ending.reports:
         example = report.get("example", example)
         if report.get("failure"):
-            failure, how = report["failure"], _how(report["raised"])
+            failure, how = report["failure"], how_of(report["raised"])
         elif "property" in report:
             tried[report["property"]] = report["examples"]
     if not failure and ending.kind != "done":
@@ -210,7 +210,8 @@ def _verdict(trial: Trial, ending: Ending) -> Verdict:
     return Verdict(*about, "killed" if how else "survived", by, how, failure, tried, ending.seconds)
 
 
-def _how(raised: str | None) -> How:
+def how_of(raised: str | None) -> How:
+    """The way in which a property caught a fault. raised: the name of the exception, if any."""
     if raised in _COMPILERS:
         return "compile"
     # hypothesis' word for an example that fails at times: a race
