@@ -149,8 +149,11 @@ class _Campaign:
                     on_ending=on_ending,
                 )
 
-    def compare_survivors(self, silence: float) -> None:
-        """Compile the survivors in device code, and the original, and tell the equivalent mutants from the others."""
+    def compare_survivors(self, silence: float, most: int | None = None) -> None:
+        """Compile the survivors in device code and the original, and find the equivalent mutants.
+
+        most: variants of each kernel that are compiled; all by default.
+        """
         left = [
             m for m in self.mutants
             if (v := self.verdicts[m.name]).ending == "survived" and m.device and not v.compared
@@ -164,7 +167,7 @@ class _Campaign:
         environment = {"TRITON_INTERPRET": "0", "TRITON_DISABLE_LINE_INFO": "1", "CUDA_VISIBLE_DEVICES": ""}
         with ForkServer(environment) as server:
             endings = process_pool.run_all(
-                [Call(equivalence.digests, {"groups": group, "archs": archs}) for _, group in work],
+                [Call(equivalence.digests, {"groups": group, "archs": archs, "most": most}) for _, group in work],
                 processes=self.processes,
                 open_place=lambda index: self._copy(work[index][0], server, environment),
                 silence=silence,

@@ -178,7 +178,9 @@ def order(p: Parsed, node: ast.AST) -> Iterator[Edit]:
             known = p.bound_before(one)
             new = writes(one) - known
             depends = writes(one) & (reads(two) | writes(two)) or writes(two) & reads(one)
-            if not new & reads(two) and (depends or (_acts(one) and _acts(two))):
+            # in host code, two calls that share no name are checks: their order selects a message alone
+            acting = p.is_device(one) and _acts(one) and _acts(two)
+            if not new & reads(two) and (depends or acting):
                 (start, middle), (after, end) = p.span(one), p.span(two)
                 yield Edit(start, end, p.text(two) + p.between(middle, after) + p.text(one))
 

@@ -40,6 +40,7 @@ _TEXT = "its result is a text or a hash that no kernel reads"
 _DEVICES = "it needs two GPUs"
 _PARTS: dict[tuple[str, str], str] = {
     ("", "source"): _COMPILER,
+    ("", "compiler_source"): _COMPILER,
     ("", "default_tile"): _TUNING,
     ("", "__str__"): _TEXT,
     ("", "__all__"): _TEXT,
@@ -52,6 +53,7 @@ _PARTS: dict[tuple[str, str], str] = {
     ("gemm", "KernelModule"): "it is a type",
     ("gemm", "kernel_hash"): _TEXT,
     ("gemm", "toolchain"): _TEXT,
+    ("gemm", "_rounded"): "it serves the interpreter alone, and passes everything else on",
     ("gemm", "_is_compilers"): "it serves versions of Triton that do not compile a kernel",
     ("gemm", "_notice"): _TEXT,
     ("gemm_mma_sync", "PASS_K"): _TUNING,
@@ -115,11 +117,7 @@ _ON_GPU: tuple[tuple[str, str, str], ...] = (  # stem, function ("" for all), te
 )
 _IN_INTERPRETER: tuple[tuple[str, str, str], ...] = (("activations", "ROUNDER_64", ""),)
 _GPU_BRANCHES = ("is_ordinary(s)", "x.dtype == tl.bfloat16 and (not INTERPRETED)")
-_INTERPRETER_BRANCHES = (
-    "INTERPRETED",
-    "INTERPRETED and tl.bfloat16 == DTYPE",
-    "interpreted() and out.dtype is torch.bfloat16",
-)
+_INTERPRETER_BRANCHES = ("INTERPRETED", "INTERPRETED and tl.bfloat16 == DTYPE")
 
 
 def why_left_out(stem: str, qualified: str) -> str | None:
