@@ -15,13 +15,17 @@ from int8kit.verify.properties.proof import Proof
 from int8kit.verify.properties.registry import Property
 
 GEMM = ("accumulator", "output", "swiglu")
-GEMM_MORE = (
-    "batch", "linearity", "zero rows", "nan rows", "strided", "repeats", "order", "configuration",
-)  # fmt: skip
 ROWS = ("quantize", "rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope")
+_GEMM_MORE = (
+    "batch", "linearity", "zero rows", "nan rows", "strided", "repeats", "order", "configuration", "launch cache",
+    "tile order",
+)  # fmt: skip
+_ROWS_MORE = ("row launches",)
+_OF_PYTHON = ("lookup", "stamps")
 _NORMS = ("rms_norm_quantize", "residual_norm_quantize")
 _LIKELY: dict[str, tuple[str, ...]] = {
     "epilogue": ("output", "swiglu", "accumulator"),
+    "l2_swizzle": ("tile order", *GEMM),
     "activations": ("swiglu_quantize", "swiglu", "output"),
     "row_primitives": ROWS,
     "quantize": ("quantize",),
@@ -29,26 +33,27 @@ _LIKELY: dict[str, tuple[str, ...]] = {
     "residual_norm_quantize": ("residual_norm_quantize",),
     "swiglu_quantize": ("swiglu_quantize",),
     "qk_norm_rope": ("qk_norm_rope",),
-    "launch": ("launch cache", *GEMM, *ROWS),
-    "operands": ("output", "accumulator", "swiglu", "launch cache", "refused operands", "operators"),
+    "launch": ("launch cache", "row launches", *GEMM, *ROWS),
+    "operands": ("output", "accumulator", "swiglu", "launch cache", "operators"),
     "ops": ("operators",),
-    "lookup": ("operators",),
+    "lookup": ("lookup", "operators"),
 }
-_OF_ROWS = {"row_primitives", *ROWS}
-_OF_BOTH = {"launch", "activations"}
-_OF_OPERATORS = {"ops", "lookup"}
+_UNREACHED: dict[str, tuple[str, ...]] = {
+    "launch": _OF_PYTHON,
+    "activations": _OF_PYTHON,
+    "ops": (*GEMM, *_GEMM_MORE, *ROWS, *_ROWS_MORE, "stamps"),
+    "lookup": (*GEMM, *_GEMM_MORE, *ROWS, *_ROWS_MORE),
+    **{
+        name: (*GEMM, *_GEMM_MORE, *_OF_PYTHON, *(row for row in ROWS if row not in _LIKELY[name]))
+        for name in ("row_primitives", *ROWS)
+    },
+}
 
 
 def properties_of(file: str) -> tuple[str, ...]:
     """The properties and proofs to try on a fault in `file`, in order. An executor may lack some of them."""
     stem = sources.stem(file)
-    unreached: tuple[str, ...] = ()
-    if stem in _OF_ROWS:
-        unreached = (*GEMM, *GEMM_MORE, *(name for name in ROWS if name not in _LIKELY[stem]))
-    elif stem in _OF_OPERATORS:
-        unreached = (*GEMM, *GEMM_MORE, *ROWS)
-    elif stem not in _OF_BOTH:
-        unreached = ROWS
+    unreached = _UNREACHED.get(stem, (*ROWS, *_ROWS_MORE, *_OF_PYTHON))
     rows: dict[str, Property | Proof] = {**registry.PROPERTIES, **registry.PROOFS}
     present = [name for name, row in rows.items() if row.level == "default" and name not in unreached]
     likely = [name for name in _LIKELY.get(stem, GEMM) if name in present]
