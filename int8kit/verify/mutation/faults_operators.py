@@ -21,7 +21,7 @@ FAULTS = (
     Mutant(
         "stamp-of-any-kernel", "database/schema.py",
         "if s.of == own and toolchain.proves(", "if s.of == own or toolchain.proves(",
-        "a stamp proves an entry under another kernel source", "operators",
+        "a stamp proves an entry under another kernel source", "stamps",
     ),
     Mutant(
         "key-without-n", "kernels/operands.py",

@@ -208,7 +208,7 @@ FUSED_FAULTS = (
     Mutant(
         "row-key-without-constants", "kernels/row_primitives.py",
         "dtypes and (*dtypes, values),", "dtypes and (*dtypes,),",
-        "a compiled row kernel is launched for another K", "launch cache",
+        "a compiled row kernel is launched for another K", "row launches",
         "the interpreter has no cache of compiled kernels",
     ),
 )  # fmt: skip
