@@ -54,7 +54,7 @@ _OPERATORS = {
 _COLLECTIONS = (ast.Tuple, ast.List, ast.Dict, ast.Set, ast.JoinedStr)
 _COMMUTATIVE = {"min", "max", "minimum", "maximum", "isinstance", "getattr", "zip", "print"}
 _CASTS = {"to", "contiguous", "float"}
-_CASTING_CALLS = {"widen", "widen_row", "round_to", "interpreter_fp32", "int", "float"}
+_CASTING_CALLS = {"widen", "widen_row", "round_to", "int", "float"}
 _KINDS = (
     {"M", "N", "K"}, {"m", "n", "k"}, {"row", "col"}, {"rows", "cols"}, {"sx", "sw"}, {"xq", "wq"}, {"x", "w"},
     {"a", "b"}, {"lo", "hi"}, {"k0", "k1"}, {"first", "last"}, {"q", "s"}, {"g", "u"}, {"gate", "up"},
