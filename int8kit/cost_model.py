@@ -26,7 +26,7 @@ Constants of the hardware:
 Fitted constants. A size of 128 x 128 means that the value is for such a tile, and grows with the tile's area.
 
     L2_REUSE                3               times `Gpu.l2_gb_s`: several multiprocessors read a tile at once
-    SMOOTHNESS              5               norm that replaces the maximum of several times: near ones add up a little
+    SMOOTHNESS              5               p of the p-norm that smooths max()
     LAUNCH_US               10.3 us         a launch, its first copies and its last stores
 
     mma.sync code
@@ -54,7 +54,7 @@ import math
 
 from int8kit.database.schema import Resources
 from int8kit.gpus import Gpu
-from int8kit.spec import GemmShape, Kernel, Schedule, TileConfig, warp_grid
+from int8kit.spec import GemmShape, Kernel, Schedule, TileConfig, triton_uses_warpgroups, warp_grid
 
 REGISTERS_SM = 65536
 BLOCKS_SM = 16
@@ -118,7 +118,7 @@ def estimate(shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gp
 def _uses_wgmma(config: TileConfig, arch: int) -> bool:
     """Whether the kernel of `config` computes with wgmma on `arch`; for the Triton kernel the compiler decides."""
     if config.kernel is Kernel.TRITON:
-        return arch in (90, 100) and config.num_warps >= 4 and config.block_m >= 64
+        return triton_uses_warpgroups(config, arch)
     return config.kernel is Kernel.WGMMA
 
 
@@ -200,9 +200,13 @@ def _mma_clocks(
 def _wgmma_clocks(shape: GemmShape, config: TileConfig, gpu: Gpu, tiles: int, resident: int) -> float:
     """Clocks of the busiest multiprocessor's tiles by `wgmma`.
 
-    A step of K takes the maximum of three times: products, the traffic from L2, and the latency of a step's copies
-    divided by the steps in flight. Each tile adds a constant. It adds its epilogue instead in the cooperative schedule,
-    where no other consumer warpgroup computes meanwhile.
+    A step of K takes the maximum of three times:
+
+        the products
+        the traffic from L2
+        the latency of a step's copies, divided by the steps in flight
+
+    A ping-pong tile adds a constant. A cooperative tile adds its epilogue, because both consumers are busy with it.
     """
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     steps = math.ceil(shape.k / bk)

@@ -223,7 +223,7 @@ def _fault(requirement: Requirement) -> str | None:
 
 
 def _databases(name: str | None) -> Iterator[Finding]:
-    """Which database serves which share of the shipped shapes, by the level of the lookup, and what is unproven."""
+    """The database's files, the number of shipped shapes on each level of the lookup, and unproven configurations."""
     toolchain = present_toolchain()[0]
     try:
         gpu = gpus.resolve(name)
@@ -241,7 +241,7 @@ def _databases(name: str | None) -> Iterator[Finding]:
         yield Finding("lookup", "ok", served)
     else:
         yield Finding("lookup", "note", served, f"run `int8kit tune --gpu {gpu.alias}`")
-    unproven = sum(not choice.verified for choice in choices)
+    unproven = sum(not choice.is_verified for choice in choices)
     if toolchain is ANY_TOOLCHAIN:
         yield Finding("proofs", "note", "no Triton to compare them with", "install torch and Triton")
     elif unproven:
@@ -252,7 +252,7 @@ def _databases(name: str | None) -> Iterator[Finding]:
 
 
 def _label(path: Path, gpu: Gpu) -> str:
-    """What a database file is, without its folder."""
+    """Name of a database file's role; its folder stays private."""
     if path == store.user_path(gpu.alias):
         return "your own database"
     return "the shipped database" if path.parent == files.shipped("tuning_db") else "./tuning_db"

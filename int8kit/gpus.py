@@ -123,7 +123,7 @@ def _is_rate(value: object, *, whole: bool) -> bool:
 def present() -> Gpu | None:
     """The record of the current CUDA device; None without a device, or where torch cannot be imported.
 
-    A GPU without a record gets one from the driver's properties and under its own name. Its rates are those of the
+    A GPU without a record gets one from the driver's properties and under its own name. It takes the rates of the
     most similar known GPU, scaled by multiprocessors.
     """
     try:

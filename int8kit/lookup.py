@@ -25,7 +25,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from int8kit.errors import ConfigError, ShapeError
-from int8kit.spec import GemmShape, Kernel, Operation, TileConfig, default_config, is_near
+from int8kit.spec import GemmShape, Kernel, Operation, Schedule, TileConfig, default_config, is_near, usual_schedule
 
 
 class Candidate(NamedTuple):
@@ -155,9 +155,9 @@ class Plan:
         object.__setattr__(self, "text", ";".join([_TEXT_FORMAT, str(self.sms), *rows]))
 
     @classmethod
-    def fixed(cls, *rungs: tuple[GemmShape, TileConfig]) -> Plan:
+    def fixed(cls, *pairs: tuple[GemmShape, TileConfig]) -> Plan:
         """A plan of given configurations for given shapes."""
-        return cls(tuple(Candidate(shape, config) for shape, config in rungs))
+        return cls(tuple(Candidate(shape, config) for shape, config in pairs))
 
     def choose(self, shape: GemmShape, operation: Operation = Operation.GEMM) -> TileConfig:
         """The configuration for `shape`."""
@@ -172,7 +172,10 @@ class Plan:
 def _row(candidate: Candidate) -> str:
     c = candidate.config
     numbers = c.block_m, c.block_n, c.block_k, c.num_warps, c.num_stages, c.group_m, c.stream_k
-    return f"{candidate.operation.value} {candidate.shape} {c.kernel.value} {','.join(map(str, numbers))}"
+    words = [candidate.operation.value, str(candidate.shape), c.kernel.value, ",".join(map(str, numbers))]
+    if c.schedule is not None and c.schedule is not usual_schedule(c):  # left out otherwise, as in earlier texts
+        words.append(c.schedule.value)
+    return " ".join(words)
 
 
 @lru_cache(maxsize=1024)
@@ -188,7 +191,8 @@ def _plan_of(text: str) -> Plan:
 
 
 def _candidate(row: str) -> Candidate:
-    operation, shape, kernel, numbers = row.split(" ")
+    operation, shape, kernel, numbers, *schedule = row.split(" ")
     block_m, block_n, block_k, warps, stages, group_m, stream_k = map(int, numbers.split(","))
-    config = TileConfig(block_m, block_n, block_k, warps, stages, group_m, Kernel(kernel), stream_k)
+    [named] = map(Schedule, schedule) if schedule else [None]
+    config = TileConfig(block_m, block_n, block_k, warps, stages, group_m, Kernel(kernel), stream_k, named)
     return Candidate(GemmShape(*map(int, shape.split("x"))), config, Operation(operation))

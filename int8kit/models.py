@@ -34,6 +34,7 @@ PATCH = 16  # side of an image token in pixels: VAE factor 8, patches of 2 x 2
 IMAGE_POSITION_OFFSET = 65536
 TEXT, IMAGE, PAD = 3, 2, 0  # the indicator's values
 TINY = "tiny"
+HUB_ID = "ideogram-ai/ideogram-4-nf4-diffusers"  # weights of ideogram4
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,11 @@ class Model:
     name: str
     build: Callable[[], torch.nn.Module]
     inputs: Callable[[torch.nn.Module, Case], dict[str, Any]]
-    keep: tuple[str, ...]  # linears whose name contains one of these are not quantized
+    unquantized: tuple[str, ...]  # linears whose name contains one of these are not quantized
 
     def quantizes(self, layer: str) -> bool:
         """True if the linear with this name runs in INT8."""
-        return not any(part in layer for part in self.keep)
+        return not any(part in layer for part in self.unquantized)
 
 
 def _ideogram4_inputs(transformer: torch.nn.Module, case: Case) -> dict[str, Any]:
@@ -134,8 +135,8 @@ def _ideogram4(name: str, **config: Any) -> Model:
         return module
 
     # adaLN, time embedding and head see one row per prompt or 128 channels: INT8 gains nothing and costs quality.
-    keep = ("adaln", "t_embedding", "input_proj", "final_layer")
-    return Model(name, build, _ideogram4_inputs, keep)
+    unquantized = ("adaln", "t_embedding", "input_proj", "final_layer")
+    return Model(name, build, _ideogram4_inputs, unquantized)
 
 
 TINY_TRANSFORMER: dict[str, Any] = {
@@ -161,6 +162,18 @@ def get(name: str) -> Model:
     if name and folder.is_dir():
         return _from_folder(folder)
     raise UnknownName("model", name, MODELS, "or name a local folder that holds transformer/config.json")
+
+
+def check_pipeline(name: str) -> None:
+    """Raises UnknownName or InputError for a name that `run` cannot load: not tiny, no local folder and no hub id."""
+    if name == TINY or "/" in name or (name and Path(name).is_dir()):
+        return
+    if name in MODELS:
+        raise InputError(
+            f"model {name!r}: it has no weights here; name its hub id, such as {HUB_ID}, or a local folder in "
+            "diffusers' layout"
+        )
+    raise UnknownName("model", name, [TINY], "or name a local folder in diffusers' layout, or a hub id")
 
 
 def _from_folder(folder: Path) -> Model:
@@ -195,7 +208,7 @@ def tiny_pipeline(seed: int = 0) -> Any:
     """A small `Ideogram4Pipeline` of the real classes with random weights, built without a download.
 
     The tokenizer works on bytes, so a prompt has about as many tokens as bytes. Head size, RoPE sections and VAE factor
-    are those of the full model. K = 416 of the text projection is not a multiple of any tile.
+    equal the full model's. K = 416 of the text projection is not a multiple of any tile.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch

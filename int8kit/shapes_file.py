@@ -82,7 +82,7 @@ def int8_shapes(document: dict[str, Any], size: tuple[int, int] | None = None) -
         for gemm in case["gemms"]:
             shape = GemmShape(gemm["m"], gemm["n"], gemm["k"])
             if gemm.get("int8", min(shape.m, shape.n, shape.k) > 128):
-                shapes[shape] += shape.ops * gemm["count"]
+                shapes[shape] += shape.flops * gemm["count"]
     return dict(shapes)
 
 
@@ -106,31 +106,31 @@ def select(
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit}: expected 1 or more shapes")
-    weights = dict.fromkeys((parse_shape(text) for text in texts or ()), 1)
-    if not weights:
-        weights = _of_file(path or find(), sizes)
-    return sorted(weights) if limit is None else representative(weights, limit)
+    flops_by_shape = dict.fromkeys((parse_shape(text) for text in texts or ()), 1)
+    if not flops_by_shape:
+        flops_by_shape = _of_file(path or find(), sizes)
+    return sorted(flops_by_shape) if limit is None else representative(flops_by_shape, limit)
 
 
 def _of_file(path: Path, sizes: Sequence[tuple[int, int] | None]) -> dict[GemmShape, int]:
     document = read(path)
-    weights: Counter[GemmShape] = Counter()
+    flops_by_shape: Counter[GemmShape] = Counter()
     for size in sizes or [None]:
         found = int8_shapes(document, size)
         if not found:
             where = f" of {size[1]}x{size[0]} px" if size else ""
             raise InputError(f"no INT8 shape{where} in {str(path)!r}; trace it with `int8kit trace-shapes`")
-        weights.update(found)
-    return dict(weights)
+        flops_by_shape.update(found)
+    return dict(flops_by_shape)
 
 
-def representative(weights: dict[GemmShape, int], limit: int) -> list[GemmShape]:
+def representative(flops_by_shape: dict[GemmShape, int], limit: int) -> list[GemmShape]:
     """`limit` of the shapes, sorted: layers in turn by their FLOPs, and of each the m furthest from those taken."""
     layers: dict[tuple[int, int], list[GemmShape]] = {}
-    for shape in sorted(weights, key=lambda s: (-weights[s], s)):
+    for shape in sorted(flops_by_shape, key=lambda s: (-flops_by_shape[s], s)):
         layers.setdefault((shape.n, shape.k), []).append(shape)
     taken: list[GemmShape] = []
-    while len(taken) < min(limit, len(weights)):
+    while len(taken) < min(limit, len(flops_by_shape)):
         for (n, k), left in layers.items():
             if left and len(taken) < limit:
                 same = [s.m for s in taken if (s.n, s.k) == (n, k)]

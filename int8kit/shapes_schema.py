@@ -80,8 +80,8 @@ def check(document: ShapesDocument) -> None:
         seen = set()
         for row in case.gemms:
             shape = GemmShape(row.m, row.n, row.k)
-            if row.flops is not None and row.flops != shape.ops * row.count:
-                raise ValueError(f"case {number}, {shape}: {row.flops} FLOPs; expected {shape.ops * row.count}")
+            if row.flops is not None and row.flops != shape.flops * row.count:
+                raise ValueError(f"case {number}, {shape}: {row.flops} FLOPs; expected {shape.flops * row.count}")
             if (key := (row.op, shape, row.bias, row.int8, row.layers)) in seen:
                 raise ValueError(f"case {number}, {shape} occurs twice")
             seen.add(key)

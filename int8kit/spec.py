@@ -86,8 +86,8 @@ class GemmShape:
             )
 
     @property
-    def ops(self) -> int:
-        """Operations, 2 m n k: multiplications and additions."""
+    def flops(self) -> int:
+        """FLOPs, 2 m n k: multiplications and additions."""
         return 2 * self.m * self.n * self.k
 
     def __str__(self) -> str:
@@ -101,7 +101,7 @@ class Kernel(StrEnum):
     """
 
     TRITON = "triton"  # plain Triton: every GPU, every shape, and the CPU interpreter
-    MMA_SYNC = "mma_sync"  # Gluon, mma.sync and cp.async: sm_80 and later
+    MMA_SYNC = "mma_sync"  # Gluon, mma.sync and cp.async: sm_80 and later; the tuner leaves it out on sm_90
     WGMMA = "wgmma"  # Gluon, wgmma and TMA, warp-specialized and persistent: sm_90
 
 
@@ -117,9 +117,6 @@ class Schedule(StrEnum):
 
     PINGPONG = "pingpong"  # the consumers take alternate tiles
     COOPERATIVE = "cooperative"  # each consumer computes half of every tile
-
-
-GROUP_M = 8  # width of the L2 swizzle, unless another width was faster
 
 
 def digest(document: Any) -> str:
@@ -145,28 +142,33 @@ class TileConfig:
     num_stages: int  # steps of K in flight
     group_m: int = 8  # width of the L2 swizzle: tile rows that are finished before the next ones start
     kernel: Kernel = Kernel.TRITON
-    stream_k: int = 0  # programs per multiprocessor that share, along K, the tiles that fill no wave; 0: whole tiles
+    stream_k: int = 0  # programs per multiprocessor that share, along K, the tiles of the partial wave; 0: none
     schedule: Schedule | None = None  # of the wgmma kernel; None for the others
 
     def __post_init__(self) -> None:
         if self.schedule is None:
-            object.__setattr__(self, "schedule", _usual_schedule(self))
+            object.__setattr__(self, "schedule", usual_schedule(self))
 
     @property
     def id(self) -> str:
         """12 hexadecimal digits of the values. A field at its default leaves no trace, so a new field keeps ids."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        if self.schedule is _usual_schedule(self):
+        if self.schedule is usual_schedule(self):
             values.pop("schedule", None)
         return digest(values)
 
     def __str__(self) -> str:
         tile = f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages} g{self.group_m}"
         stream = f" k{self.stream_k}" if self.stream_k else ""
-        return tile + stream if self.kernel is Kernel.TRITON else f"{self.kernel} {tile}{stream}"
+        schedule = "" if self.schedule is usual_schedule(self) else f" {self.schedule}"
+        return tile + stream if self.kernel is Kernel.TRITON else f"{self.kernel} {tile}{stream}{schedule}"
 
 
-def _usual_schedule(config: TileConfig) -> Schedule | None:
+GROUP_M = TileConfig.group_m
+"""Width of the L2 swizzle, unless another width was faster."""
+
+
+def usual_schedule(config: TileConfig) -> Schedule | None:
     """The schedule of a configuration that names none."""
     if config.kernel is not Kernel.WGMMA:
         return None
@@ -222,9 +224,13 @@ def shared_memory_bound(config: TileConfig, *, arch: int, out_bytes: int = 2) ->
         return config.num_stages * step + 4 * rows * 64 + 16 * config.block_n + 1024
     if config.kernel is Kernel.MMA_SYNC:
         return config.num_stages * step + 16 * (config.stream_k > 0)
-    warpgroups = arch in (90, 100) and config.num_warps >= 4 and config.block_m >= 64  # else mma.sync there too
-    steps = config.num_stages if warpgroups else config.num_stages - 1
+    steps = config.num_stages if triton_uses_warpgroups(config, arch) else config.num_stages - 1
     return max(steps * step, config.block_m * config.block_n * out_bytes)
+
+
+def triton_uses_warpgroups(config: TileConfig, arch: int) -> bool:
+    """Whether Triton compiles its kernel to products of warpgroups (wgmma) on `arch`; elsewhere it takes mma.sync."""
+    return arch in (90, 100) and config.num_warps >= 4 and config.block_m >= 64
 
 
 def warp_grid(config: TileConfig) -> tuple[int, int]:
@@ -273,13 +279,16 @@ def why_illegal(config: TileConfig, *, arch: int, shared_memory: int) -> str | N
 
 
 def kernels_of(arch: int) -> tuple[Kernel, ...]:
-    """The kernels that the tuner tries on an architecture. On sm_90 the mma_sync kernel is far slower than wgmma."""
+    """The kernels that the tuner tries on an architecture.
+
+    The mma_sync kernel runs on sm_90 too, as code of that or of an older architecture. It is far slower than wgmma.
+    """
     return Kernel.TRITON, Kernel.WGMMA if arch == 90 else Kernel.MMA_SYNC
 
 
 @lru_cache
 def legal_configs(arch: int, shared_memory: int) -> tuple[TileConfig, ...]:
-    """Every legal configuration of `kernels_of` an architecture, sorted, with group_m = GROUP_M.
+    """Every legal configuration of `kernels_of` an architecture, sorted, with group_m = GROUP_M and the usual schedule.
 
     group_m is an argument of a compiled kernel, so its values share one. Arguments as for `why_illegal`.
     """

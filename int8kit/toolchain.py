@@ -26,11 +26,11 @@ class Toolchain:
     """Triton version, kernel hashes and numerics of a process. An empty field equals any value."""
 
     triton: str  # version, such as 3.7.1
-    kernels: Mapping[Kernel, str]  # `gemm.kernel_hash` of each
+    kernel_hashes: Mapping[Kernel, str]  # `gemm.kernel_hash` of each
     numerics: int = NUMERICS_VERSION
 
     def __hash__(self) -> int:
-        return hash((self.triton, frozenset(self.kernels.items()), self.numerics))
+        return hash((self.triton, frozenset(self.kernel_hashes.items()), self.numerics))
 
     def is_other_triton(self, version: str) -> bool:
         """True if Triton `version` is of another generation: it compiles the kernels to other code."""
@@ -38,7 +38,7 @@ class Toolchain:
 
     def is_stale(self, kernel: Kernel, kernel_hash: str) -> bool:
         """True if the present hash of `kernel` is another than `kernel_hash`."""
-        return self.kernels.get(kernel, kernel_hash) != kernel_hash
+        return self.kernel_hashes.get(kernel, kernel_hash) != kernel_hash
 
     def proves(self, kernel: Kernel, *, kernel_hash: str, triton: str, numerics: int) -> bool:
         """True if a verification with these values also holds for the code that this toolchain compiles."""

@@ -1,4 +1,4 @@
-"""Shared parts of the kernel tests: device, executor, operands of the fused kernels, bitwise comparison."""
+"""Shared parts of the kernel tests: device, executor, operands of the row kernels, bitwise comparison."""
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -16,12 +16,12 @@ MANY = settings(max_examples=60, suppress_health_check=[HealthCheck.function_sco
 
 
 def example(name, m, k, *, kind="normal", dtype=torch.bfloat16, images=1, padding=0, heads=1, seed=0):
-    """An example of a fused kernel: m rows in `images` images. k: row width, F of SwiGLU, or width of a head."""
+    """An example of a row kernel: m rows in `images` images. k: row width, F of SwiGLU, or width of a head."""
     return Fused(name, images, m // images, k, kind, seed, dtype, dtype, padding, heads)
 
 
 def operands(name, m, k, *, device=DEVICE, **more):
-    """The arguments of a fused kernel and of its reference, for the example with these parameters."""
+    """The arguments of a row kernel and of its reference, for the example with these parameters."""
     return row_kernels.operands(example(name, m, k, **more), device)
 
 
@@ -33,5 +33,5 @@ def assert_equal(got, want):
 
 
 def assert_equals_reference(name, *args, **more):
-    """Assert that a fused kernel gives the bits of its reference. more: its tile."""
+    """Assert that a row kernel gives the bits of its reference. more: its tile."""
     assert_equal(row_kernels.KERNELS[name](*args, **more), getattr(reference, name)(*args))

@@ -16,7 +16,7 @@ from int8kit.cli import tables
 from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
 from int8kit.spec import GemmShape
 from int8kit.timing import captured, gpu_state, interleave
-from int8kit.timing.captured import Entrant
+from int8kit.timing.captured import PreparedContestant
 from int8kit.timing.interleave import Times
 from int8kit.timing.operands import COPIES_MAX, TimingOperands, differing, poison, poisoned, weight_copies
 
@@ -43,13 +43,13 @@ def result():
 
 
 def right(o):
-    return Entrant([partial(torch.clone, o.truth("output")) for _ in o.weights], "exact")
+    return PreparedContestant([partial(torch.clone, o.truth("output")) for _ in o.weights], "exact")
 
 
 def wrong(o):
     made = o.truth("output").clone()
     made[3, 5:7] += 1
-    return Entrant([lambda: made])
+    return PreparedContestant([lambda: made])
 
 
 def crash(o):
@@ -119,7 +119,7 @@ def test_document(result):
     assert document["complete"]
     row = document["shapes"][0]["rows"][1]
     assert (row["p20_us"], row["p50_us"], row["p80_us"], row["timed_by"]) == (16, 20, 24, "host")
-    assert row["tops"] == round(SHAPE.ops / 20 / 1e6, 1)
+    assert row["tops"] == round(SHAPE.flops / 20 / 1e6, 1)
     assert document["contestants"][0]["what"]
 
 
@@ -168,8 +168,8 @@ def test_an_absent_contestant_is_listed_with_its_reason():
         Contestant("int8kit", "gemm", "", right, ours=True),
         Contestant("crash", "gemm", "", crash),
         Contestant("declines", "gemm", "", lambda o: "not today"),
-        Contestant("narrow", "gemm", "", lambda o: Entrant([lambda: o.truth("output")[:, 1:]])),
-        Contestant("late", "gemm", "", lambda o: Entrant([partial(crash, o)])),
+        Contestant("narrow", "gemm", "", lambda o: PreparedContestant([lambda: o.truth("output")[:, 1:]])),
+        Contestant("late", "gemm", "", lambda o: PreparedContestant([partial(crash, o)])),
     ]
     result = run(*listed)
     result.conclude()
@@ -335,7 +335,7 @@ def test_a_graph_is_trusted_only_if_it_writes(monkeypatch, replays, refuses, by,
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    call = captured.RepeatableCall(Entrant([launch] * 3, "n"), graph=True, least=4)
+    call = captured.RepeatableCall(PreparedContestant([launch] * 3, "n"), graph=True, least=4)
     assert (call.by, call.note, call.launches) == (by, note, 6 if by == "graph" else 1)
     assert streams == (["mine"] if by == "host" else [])
     assert call.result.tolist() == [3] * 4

@@ -51,7 +51,7 @@ def test_fused_kernels_dry_run(quiet_interpreter):
     assert [run["variant"] for run in heard] == ["copy", *map(str, fused.SWIGLU_TILES), "eager"]
     assert {(run["kernel"], run["m"]) for run in heard} == {("swiglu_quantize", 3)}
     assert {run["bytes"] for run in heard} == {5 * 3 * 256 + 4 * 3}
-    with pytest.raises(UnknownName, match="unknown fused kernel 'softmax'"):
+    with pytest.raises(UnknownName, match="unknown row kernel 'softmax'"):
         fused.measure(only=["softmax"], dry_run=True)
     with pytest.raises(InputError, match="--dry-run runs tiny sizes"):
         fused.measure()

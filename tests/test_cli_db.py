@@ -176,7 +176,7 @@ def test_merge(home, capfd):
     assert merged.resolve(SHAPE, ANY_TOOLCHAIN).config == TILE
     assert len(merged.entries) == len(store.load(SHIPPED).entries)
     call(capfd, "db", "merge", "b.json", "--user")
-    assert store.load(store.user_path("rtx3090")).entries == (entry().named(),)
+    assert store.load(store.user_path("rtx3090")).entries == (entry().with_id(),)
     before = (home / "c.json").read_bytes()
     shutil.copy(files.shipped("tuning_db") / "h200.json", home / "h.json")
     _, err = call(capfd, "db", "merge", "a.json", "h.json", "-o", "c.json", status=2)

@@ -41,7 +41,7 @@ def test_swizzle_widths_share_a_kernel():
     wide = replace(A, group_m=16)
     entries = [entry(1, (A, 100.0), (wide, 100.5)), entry(2, (wide, 100.0), (A, 100.5))]
     assert consolidate.reduce(entries) == entries
-    assert len(consolidate.kernels(entries)) == 1
+    assert len(consolidate.variants(entries)) == 1
 
 
 def test_untimed_entries_stay_and_a_swap_voids_the_stamp():
@@ -66,4 +66,4 @@ def test_no_entry_exceeds_the_slack_and_no_kernel_is_added(times, slack):
         assert new.time_us == row[new.config] <= old.time_us * (1 + slack)
         found = {new.config, *(o.config for o in new.runners_up)}
         assert found == set(row)  # no finalist is lost
-    assert len(consolidate.kernels(reduced)) <= len(consolidate.kernels(entries))
+    assert len(consolidate.variants(reduced)) <= len(consolidate.variants(entries))

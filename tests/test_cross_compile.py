@@ -14,7 +14,7 @@ from int8kit.database.schema import Resources
 from int8kit.errors import ConfigError
 from int8kit.spec import GROUP_M, GemmShape, Kernel, TileConfig, shared_memory_bound
 from int8kit.tune import cross_compile
-from int8kit.tune.space import compiled_kernel
+from int8kit.tune.space import kernel_variant
 
 RTX3090 = gpus.get("rtx3090")
 SHAPE = GemmShape(4296, 4608, 4608)
@@ -48,8 +48,8 @@ WGMMA = [
 @pytest.mark.xdist_group("compilers")
 @pytest.mark.parametrize("arch", [80, 86, 89, 90])
 def test_kernels_compile_for_absent_gpus(compilers, arch):
-    kernels = [compiled_kernel(c, even) for c in SAMPLE for even in (True, False)]
-    kernels += [compiled_kernel(c, True) for c in (WGMMA if arch == 90 else MMA_SYNC)]
+    kernels = [kernel_variant(c, even) for c in SAMPLE for even in (True, False)]
+    kernels += [kernel_variant(c, True) for c in (WGMMA if arch == 90 else MMA_SYNC)]
     compilations = compilers.compile_all(arch, kernels)
     assert len(compilations) == 2 * len(SAMPLE) + 3
     for (config, _), resources in compilations.items():
@@ -92,7 +92,7 @@ def _state():
 def _instructions(arch, config):
     from int8kit.verify.executors import tensor_core_instructions
 
-    ptx = cross_compile.assemble(arch, compiled_kernel(config, True)).asm["ptx"]
+    ptx = cross_compile.assemble(arch, kernel_variant(config, True)).asm["ptx"]
     return tensor_core_instructions(ptx), "fma.rn.f32" in ptx, ".ftz" in ptx
 
 
@@ -121,7 +121,7 @@ def test_the_interpreter_cannot_compile():
     if not gemm.interpreted():
         pytest.skip("Triton compiles here")
     with pytest.raises(ConfigError, match="TRITON_INTERPRET"):
-        cross_compile.compile_for(86, compiled_kernel(SAMPLE[0], True))
+        cross_compile.compile_for(86, kernel_variant(SAMPLE[0], True))
     assert os.environ["TRITON_INTERPRET"] == "1"
 
 
@@ -136,7 +136,7 @@ def test_occupancy():
 def test_the_model_respects_peak_rates_spills_and_rounds():
     config = TileConfig(128, 128, 64, 8, 4)
     us = cost_model.estimate(SHAPE, config, FREE, RTX3090)
-    assert us > SHAPE.ops / RTX3090.int8_tops / 1e6  # never faster than the GPU's peak
+    assert us > SHAPE.flops / RTX3090.int8_tops / 1e6  # never faster than the GPU's peak
     assert cost_model.estimate(GemmShape(2 * 4296, 4608, 4608), config, FREE, RTX3090) > 1.7 * us
     spilling = FREE.model_copy(update={"spill_bytes": 500})
     assert cost_model.estimate(SHAPE, config, spilling, RTX3090) > us
@@ -156,7 +156,7 @@ def _sought(arch, config, code):
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import JITFunction
 
-    from int8kit.kernels import gemm, tile_scheduler
+    from int8kit.kernels import gemm, stream_k
 
     class Driver:
         def get_current_target(self):
@@ -175,13 +175,13 @@ def _sought(arch, config, code):
     )
     torch.cuda.current_device = lambda: 0
     torch.cuda.get_device_capability = lambda device=None: (arch // 10, arch % 10)
-    tile_scheduler.multiprocessors = lambda device: 132
+    stream_k.multiprocessors = lambda device: 132
     x, w = torch.zeros(300, 4096, dtype=torch.int8), torch.zeros(256, 4096, dtype=torch.int8)
     with contextlib.suppress(Exception):  # nothing can be launched here
         gemm.scaled_mm(
             x, w, torch.ones(300), torch.ones(256), torch.zeros(256, dtype=torch.bfloat16), config=config, arch=code
         )
-    source, options = gemm.module(config.kernel).source(config)
+    source, options = gemm.module(config.kernel).compiler_source(config)
     options |= {} if code is None else {"arch": code}
     mine = source.hash(), make_backend(GPUTarget("cuda", arch, 32)).parse_options(options).hash()
     return seen == [mine]
@@ -211,7 +211,7 @@ def _key(config, before):
         finalize_cache_keys(activations.silu)
     elif before == "swiglu_quantize":
         finalize_cache_keys(swiglu_quantize._swiglu_quantize)
-    source, _ = gemm.module(config.kernel).source(config)
+    source, _ = gemm.module(config.kernel).compiler_source(config)
     finalize_cache_keys(source.fn)
     return source.hash()
 

@@ -230,8 +230,8 @@ REAL = {  # one edit of each part of each kernel: file, old text, new text, part
         ("kernels/gemm_mma_sync.py", "128: 768}", "128: 384}", "table"),
         ("kernels/gemm_mma_sync.py", "[16, 8])),", "[16, 16])),", "constants"),
         ("kernels/gemm_mma_sync.py", "operands.k % 16", "operands.k % 8", "why_not"),
-        ("kernels/tile_scheduler.py", "total * worker // workers", "total // workers * worker", "scheduler"),
-        ("kernels/tile_scheduler.py", "max(leftover, 1) * pieces", "max(leftover, 1)", "workspace"),
+        ("kernels/stream_k.py", "total * worker // workers", "total // workers * worker", "scheduler"),
+        ("kernels/stream_k.py", "max(leftover, 1) * pieces", "max(leftover, 1)", "workspace"),
         ("spec.py", "m <= config.num_warps]", "m < config.num_warps]", "warp grid"),
     ],
     "wgmma": [
@@ -250,7 +250,7 @@ SAME = [
     ("kernels/gemm_wgmma.py", "is not a multiple of 16", "has to be a multiple of 16"),
     ("kernels/gemm_mma_sync.py", "tiles", "count"),
     ("kernels/operands.py", "move them to it", "use one device"),
-    ("kernels/tile_scheduler.py", '"""Number of multiprocessors of a CUDA device."""', '"""Multiprocessors."""'),
+    ("kernels/stream_k.py", '"""Number of multiprocessors of a CUDA device."""', '"""Multiprocessors."""'),
 ]
 
 CHILD = """

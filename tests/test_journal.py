@@ -19,7 +19,7 @@ from int8kit.spec import GemmShape, Kernel, Source, TileConfig
 from int8kit.timing.interleave import Times
 from int8kit.tune.journal import Journal
 from int8kit.tune.search import ShapeHistory
-from int8kit.tune.space import CompiledKernel
+from int8kit.tune.space import KernelVariant
 
 RTX3090 = gpus.get("rtx3090")
 RUN = {"gpu": "rtx3090", "policy": 3}
@@ -48,9 +48,9 @@ def database(tmp_path):
 def write(database, run=RUN):
     """The journal of a run that was killed."""
     with Journal(database, run) as journal:
-        journal.add_compiled(CompiledKernel(A, True), FREE)
-        journal.add_compiled(CompiledKernel(B), "crash: the compiler ended its process")
-        journal.add_wrong(SHAPE, A, "wrong: is not bit-equal")
+        journal.add_compiled(KernelVariant(A, True), FREE)
+        journal.add_compiled(KernelVariant(B), "crash: the compiler ended its process")
+        journal.add_rejected(SHAPE, A, "wrong: is not bit-equal")
         journal.add_timed(SHAPE, 0, {B: Times(1.5, 2.0, 2.5), A: Times(3, 4, 5)})
         journal.add_timed(SHAPE, None, {B: Times(1.5, 2.0, 2.5)})
         journal.add_chosen(ENTRY)
@@ -58,7 +58,7 @@ def write(database, run=RUN):
 
 
 def held(journal):
-    return journal.compiled, journal.wrong, journal.histories, journal.chosen
+    return journal.compiled, journal.rejected, journal.histories, journal.chosen
 
 
 ALL = (
@@ -78,7 +78,7 @@ ALL = (
 
 def lines_of(journal):
     rounds = sum(len(h.rounds) + (h.sustained is not None) for h in journal.histories.values())
-    return len(journal.compiled) + len(journal.wrong) + len(journal.chosen) + rounds
+    return len(journal.compiled) + len(journal.rejected) + len(journal.chosen) + rounds
 
 
 def test_a_journal_replays_every_step(database):
@@ -109,7 +109,7 @@ def test_a_truncated_journal_loses_at_most_the_last_line(database):
         with Journal(database, RUN) as journal:
             done = lines_of(journal)
             assert done == max(whole[:size].count(b"\n") - 1, 0)
-            journal.add_compiled(CompiledKernel(A, False), FREE)  # a new line, not the rest of the incomplete one
+            journal.add_compiled(KernelVariant(A, False), FREE)  # a new line, not the rest of the incomplete one
         with Journal(database, RUN) as journal:
             assert lines_of(journal) == done + 1
     assert lines == 7

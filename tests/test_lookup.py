@@ -1,7 +1,7 @@
 """lookup.py: the levels of the lookup, the same for every caller; and the text form of a plan."""
 
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +16,17 @@ from int8kit.database import store
 from int8kit.errors import ConfigError
 from int8kit.kernels import gemm
 from int8kit.lookup import Candidate, Level, Plan
-from int8kit.spec import GemmShape, Kernel, Operation, TileConfig, default_config
+from int8kit.spec import (
+    GemmShape,
+    Kernel,
+    Operation,
+    Schedule,
+    TileConfig,
+    default_config,
+    kernels_of,
+    legal_configs,
+    why_illegal,
+)
 from int8kit.toolchain import ANY_TOOLCHAIN, Toolchain
 
 LOW, HIGH = TileConfig(64, 64, 64, 4, 3), TileConfig(128, 128, 64, 8, 3)
@@ -36,6 +46,33 @@ def test_text_of_a_plan_names_kernels():
     config = TileConfig(256, 128, 128, 8, 4, 12, Kernel.WGMMA, 1)
     plan = Plan((Candidate(GemmShape(4296, 12288, 4608), config),), 132)
     assert plan.text == "int8kit.plan/2;132;gemm 4296x12288x4608 wgmma 256,128,128,8,4,12,1"
+    unusual = Plan((Candidate(GemmShape(4296, 12288, 4608), UNUSUAL),), 132)
+    assert unusual.text == "int8kit.plan/2;132;gemm 4296x12288x4608 wgmma 256,64,128,8,4,8,0 pingpong"
+
+
+UNUSUAL = TileConfig(256, 64, 128, 8, 4, kernel=Kernel.WGMMA, schedule=Schedule.PINGPONG)
+
+
+@pytest.mark.parametrize(("arch", "shared_memory"), [(86, 101376), (90, 232448)])
+def test_every_legal_configuration_survives_the_text(arch, shared_memory):
+    legal = legal_configs(arch, shared_memory)
+    scheduled = [replace(c, schedule=s) for c in legal if c.kernel is Kernel.WGMMA for s in Schedule]
+    both = {*legal, *(c for c in scheduled if why_illegal(c, arch=arch, shared_memory=shared_memory) is None)}
+    assert {c.kernel for c in both} == set(kernels_of(arch))
+    assert (UNUSUAL in both) is (arch == 90)
+    plan = Plan(tuple(Candidate(GemmShape(1, 1, 1), config) for config in sorted(both, key=str)), 132)
+    assert Plan.from_text(plan.text) == plan
+
+
+OTHER = {"kernel": Kernel.MMA_SYNC, "schedule": Schedule.COOPERATIVE}
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(TileConfig)])
+def test_every_field_of_a_configuration_is_in_the_text(name):
+    changed = replace(UNUSUAL, **{name: OTHER.get(name, 3)})
+    one, other = (Plan((Candidate(GemmShape(1, 1, 1), config),)) for config in (UNUSUAL, changed))
+    assert one.text != other.text
+    assert Plan.from_text(other.text) == other
 
 
 @pytest.mark.parametrize(
@@ -47,6 +84,8 @@ def test_text_of_a_plan_names_kernels():
         ("int8kit.plan/2;82;gemm 4x4x4 triton 1,2,3", "damaged plan"),
         ("int8kit.plan/2;82;gemm 4x4x4 cublas 64,64,64,4,3,8,0", "damaged plan"),
         ("int8kit.plan/2;82;gemm 0x4x4 triton 64,64,64,4,3,8,0", "damaged plan"),
+        ("int8kit.plan/2;82;gemm 4x4x4 wgmma 256,64,128,8,4,8,0 serial", "damaged plan"),
+        ("int8kit.plan/2;82;gemm 4x4x4 wgmma 256,64,128,8,4,8,0 pingpong pingpong", "damaged plan"),
     ],
 )
 def test_damaged_plan_gives_a_one_line_error(text, reason):
@@ -109,7 +148,7 @@ def shapes(base, count, seed):
 def test_every_caller_finds_the_same(path, triton):
     """Layers, `run`, `verify` and `db explain`, for 125 shapes per shipped database and Triton version."""
     base = store.load(path)
-    toolchain = Toolchain(triton, gemm.toolchain().kernels)
+    toolchain = Toolchain(triton, gemm.toolchain().kernel_hashes)
     drawn = list(shapes(base, 125, DATABASES.index(path)))
     unlisted = {choice.shape: choice.config for choice in base.choices_without_entry(drawn, toolchain)}  # `verify`
     listed = {e.shape for e in base.entries}

@@ -38,7 +38,7 @@ def test_the_truth_is_the_references(bench, m):
 
 
 def test_an_exact_configuration_passes_and_others_have_a_reason(bench, monkeypatch):
-    assert bench.why_not(CONFIG) is None
+    assert bench.launch_and_check(CONFIG) is None
 
     def incomplete(xq, wq, sx, sw, bias, *, config, out, arch):
         out[:, 1:] = bench.truth[:, 1:]
@@ -51,7 +51,7 @@ def test_an_exact_configuration_passes_and_others_have_a_reason(bench, monkeypat
 
     for launcher, reason in ((incomplete, "wrong: "), (too_large, "resources: "), (broken, "compile: ")):
         monkeypatch.setattr(gemm, "scaled_mm", launcher)
-        assert bench.why_not(CONFIG).startswith(reason)
+        assert bench.launch_and_check(CONFIG).startswith(reason)
 
 
 def test_a_lost_context_is_an_error(bench, monkeypatch):
@@ -61,7 +61,7 @@ def test_a_lost_context_is_an_error(bench, monkeypatch):
     monkeypatch.setattr(gemm, "scaled_mm", fault)
     monkeypatch.setattr(torch.cuda, "synchronize", fault)
     with pytest.raises(measure.ContextLost, match="CUDA error"):
-        bench.why_not(CONFIG)
+        bench.launch_and_check(CONFIG)
 
 
 def test_a_graph_launches_every_copy_of_the_weight_once(bench, monkeypatch):

@@ -1,4 +1,4 @@
-"""The torch operators of the fused kernels on the CPU: values, schema, fake kernels, torch.compile."""
+"""The torch operators of the row kernels on the CPU: values, schema, fake kernels, torch.compile."""
 
 import pytest
 import torch

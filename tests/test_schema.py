@@ -36,11 +36,11 @@ def test_stamp_proves_one_configuration_kernel_triton_and_numerics():
     (proven,) = base.entries
     assert len(proven.proofs(here, 86)) == 1
     for other in (
-        Toolchain("3.7.0", here.kernels),
-        Toolchain("3.6.0", here.kernels),
-        Toolchain("3.7.1+git1", here.kernels),
+        Toolchain("3.7.0", here.kernel_hashes),
+        Toolchain("3.6.0", here.kernel_hashes),
+        Toolchain("3.7.1+git1", here.kernel_hashes),
         Toolchain("3.7.1", {Kernel.TRITON: "k2"}),
-        Toolchain("3.7.1", here.kernels, numerics=2),
+        Toolchain("3.7.1", here.kernel_hashes, numerics=2),
     ):
         assert proven.proofs(other, 86) == []
     for edit in ({"config": B}, {"m": 4097}, {"n": 4609}, {"operation": Operation.SWIGLU}):

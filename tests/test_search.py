@@ -11,8 +11,8 @@ from int8kit.errors import CheckFailed
 from int8kit.spec import GemmShape, Kernel, Source, TileConfig, default_config
 from int8kit.timing.interleave import Times
 from int8kit.tune import search, space
-from int8kit.tune.space import kernel_of
-from int8kit.tune.tasks import RoundTimes
+from int8kit.tune.search import RoundTimes
+from int8kit.tune.space import variant_of
 
 RTX3090, H200 = gpus.get("rtx3090"), gpus.get("h200")
 SHAPE = GemmShape(4296, 4608, 4608)
@@ -22,10 +22,10 @@ DEFAULT = default_config(SHAPE)
 
 
 def compiled(configs=(), resources=None):
-    found = search.CompiledKernels(RTX3090)
+    found = search.Compilations(RTX3090)
     for config in (*space.candidates(SHAPE, RTX3090), *configs):
-        found.add(kernel_of(config, SHAPE), FREE)
-    found.resources.update({kernel_of(config, SHAPE): value for config, value in (resources or {}).items()})
+        found.add(variant_of(config, SHAPE), FREE)
+    found.resources.update({variant_of(config, SHAPE): value for config, value in (resources or {}).items()})
     return found
 
 
@@ -52,8 +52,8 @@ def test_modelled_entry_is_the_models_first_without_spills():
 
 
 def test_nothing_compiled_is_one_clear_error():
-    found = search.CompiledKernels(
-        RTX3090, failed={kernel_of(space.candidates(SHAPE, RTX3090)[0], SHAPE): "compile: boom"}
+    found = search.Compilations(
+        RTX3090, failed={variant_of(space.candidates(SHAPE, RTX3090)[0], SHAPE): "compile: boom"}
     )
     with pytest.raises(CheckFailed, match=r"no configuration for 4296x4608x4608 on rtx3090: compile: boom"):
         search.modelled_entry(SHAPE, RTX3090, found)
@@ -61,8 +61,8 @@ def test_nothing_compiled_is_one_clear_error():
 
 def test_missing_kernels_are_distinct_and_sorted():
     odd = GemmShape(4296, 4608, 4600)
-    kernels = [kernel_of(c, s) for s in (SHAPE, odd, SHAPE) for c in (DEFAULT, A, replace(A, group_m=16))]
-    missing = search.CompiledKernels(RTX3090).missing(kernels)
+    kernels = [variant_of(c, s) for s in (SHAPE, odd, SHAPE) for c in (DEFAULT, A, replace(A, group_m=16))]
+    missing = search.Compilations(RTX3090).missing(kernels)
     assert missing == sorted({(DEFAULT, False), (DEFAULT, True), (A, None)})
     assert compiled().missing(kernels) == [(DEFAULT, False)]
 
@@ -84,7 +84,7 @@ def test_round_0_has_the_default_the_models_choices_and_those_of_near_shapes():
 
 def test_next_candidates_are_untried_and_near():
     history = search.ShapeHistory(SHAPE, [{DEFAULT: exactly(200), A: exactly(100), B: exactly(110), C: exactly(120)}])
-    history.wrong[replace(A, num_warps=8)] = "wrong: no"
+    history.rejected[replace(A, num_warps=8)] = "wrong: no"
     unusual = TileConfig(64, 256, 128, 8, 2, kernel=Kernel.MMA_SYNC, stream_k=3)
     other = search.ShapeHistory(GemmShape(4096, 4608, 4608), [{unusual: exactly(90)}])
     found = search.next_candidates(history, RTX3090, [history, other])

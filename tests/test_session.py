@@ -17,7 +17,7 @@ from int8kit.errors import CheckFailed, FileError
 from int8kit.spec import GemmShape, Kernel, Source, default_config, shared_memory_bound
 from int8kit.timing.interleave import Times
 from int8kit.tune import search, session, space
-from int8kit.tune.tasks import RoundTimes
+from int8kit.tune.search import RoundTimes
 from int8kit.tune.workers import ProcessEnded
 
 RTX3090, H200 = gpus.get("rtx3090"), gpus.get("h200")
@@ -95,7 +95,7 @@ class Pool:
     def try_alone(self, shape, arch, config):
         if not self.lethal(shape, config):
             return None
-        self.calls["ended alone", space.kernel_of(config, shape)] += 1
+        self.calls["ended alone", space.variant_of(config, shape)] += 1
         return ProcessEnded("timeout", 1)
 
 
@@ -136,7 +136,7 @@ def swizzled(config):
 def test_an_entry_names_its_source_and_its_runners_up(tmp_path):
     (result,) = session.tune(SHAPES[:1], proxy(tmp_path / "t.json"), Pool(H200))
     (entry,) = store.load(tmp_path / "t.json").entries
-    assert [entry] == [one.named() for one in result.entries]
+    assert [entry] == [one.with_id() for one in result.entries]
     assert (entry.source, entry.measured_on, entry.bf16_us) == (Source.PROXY, "NVIDIA H200", 900)
     assert 0 < len(entry.runners_up) <= search.RUNNERS_UP
     times = [entry.time_us, *(o.time_us for o in entry.runners_up)]
@@ -206,7 +206,7 @@ def test_a_resumed_run_repeats_nothing_and_gives_the_same_database(tmp_path, mon
 def test_each_target_has_its_own_file(tmp_path):
     rtx4090, rtx5090 = gpus.get("rtx4090"), gpus.get("rtx5090")
     targets = session.targets_of([RTX3090, H200, rtx4090, rtx5090], [H200])
-    assert [t.arch for t in targets] == ["sm86", None, "sm89", None]
+    assert [t.code_arch for t in targets] == ["sm86", None, "sm89", None]
     pool = Pool(H200)
     results = session.tune(SHAPES[:2], targets, pool)
     assert [r.target.source for r in results] == [Source.PROXY, Source.MEASURED, Source.PROXY, Source.MODELLED]

@@ -73,11 +73,11 @@ def test_illegal_configurations_would_not_run(compilers, alias):
         spilling += random.Random(0).sample(of, min(2 if kernel is Kernel.TRITON else 1, len(of)))
     assert len(over) == 6
     assert len(spilling) == (3 if gpu.arch < 90 else 2)  # the wgmma kernel has none
-    compilations = compilers.compile_all(gpu.arch, [space.compiled_kernel(c, True) for c in {*over, *spilling}])
+    compilations = compilers.compile_all(gpu.arch, [space.kernel_variant(c, True) for c in {*over, *spilling}])
     for config in over:
-        assert compilations[space.compiled_kernel(config, True)].shared_bytes > gpu.shared_memory, config
+        assert compilations[space.kernel_variant(config, True)].shared_bytes > gpu.shared_memory, config
     for config in spilling:
-        assert compilations[space.compiled_kernel(config, True)].spill_bytes > 0, config
+        assert compilations[space.kernel_variant(config, True)].spill_bytes > 0, config
     for config in pruned["warps"]:  # a warp computes at least 16 x 8, in the mma_sync kernel 16 x 16
         width = 8 if config.kernel is Kernel.TRITON else 16
         assert config.block_m * config.block_n < 16 * width * config.num_warps or config.block_n < width * 8, config
@@ -110,6 +110,6 @@ def test_a_kernel_is_shared_by_configurations_and_shapes():
     """Only the Triton kernel is compiled differently where K is not a multiple of block_k."""
     triton, mma_sync = TileConfig(128, 128, 64, 8, 4), TileConfig(128, 128, 64, 4, 3, kernel=Kernel.MMA_SYNC)
     even, odd = GemmShape(64, 64, 4608), GemmShape(64, 64, 4624)
-    assert space.kernel_of(triton, even) == space.kernel_of(replace(triton, group_m=16), even) == (triton, True)
-    assert space.kernel_of(triton, odd) == (triton, False)
-    assert space.kernel_of(mma_sync, even) == space.kernel_of(mma_sync, odd) == (mma_sync, None)
+    assert space.variant_of(triton, even) == space.variant_of(replace(triton, group_m=16), even) == (triton, True)
+    assert space.variant_of(triton, odd) == (triton, False)
+    assert space.variant_of(mma_sync, even) == space.variant_of(mma_sync, odd) == (mma_sync, None)

@@ -1,6 +1,7 @@
 """spec.py and errors.py: shapes, tile configurations, legality, ids, the error tree."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from int8kit import errors, spec
 from int8kit.errors import ShapeError, UnknownName
-from int8kit.spec import GemmShape, Kernel, Source, TileConfig, why_illegal
+from int8kit.spec import GemmShape, Kernel, Schedule, Source, TileConfig, why_illegal
 
 RTX3090 = {"arch": 86, "shared_memory": 101376}
 H200 = {"arch": 90, "shared_memory": 232448}
@@ -66,9 +67,11 @@ def test_default_is_legal_everywhere(m):
 def _of(kernel):
     domain = spec.DOMAINS[kernel]
     values = (domain.block_m, domain.block_n, domain.block_k, domain.num_warps, domain.num_stages)
+    schedules = (None, *Schedule) if kernel is Kernel.WGMMA else (None,)
     return st.builds(
-        TileConfig, *map(st.sampled_from, values), st.integers(1, 64), st.just(kernel), st.sampled_from(domain.stream_k)
-    )
+        TileConfig, *map(st.sampled_from, values), st.integers(1, 64), st.just(kernel),
+        st.sampled_from(domain.stream_k), st.sampled_from(schedules),
+    )  # fmt: skip
 
 
 CONFIGS = st.one_of([_of(kernel) for kernel in spec.Kernel])
@@ -92,6 +95,13 @@ def test_ids_never_change():
     assert TileConfig(256, 128, 128, 8, 4, 12, Kernel.WGMMA, 1).id == "165dc9ca317b"
     assert [kernel.value for kernel in Kernel] == ["triton", "mma_sync", "wgmma"]
     assert [operation.value for operation in spec.Operation] == ["gemm", "swiglu"]
+
+
+def test_text_of_a_configuration_shows_an_unusual_schedule():
+    usual = TileConfig(256, 64, 128, 8, 4, kernel=Kernel.WGMMA)
+    assert str(usual) == "wgmma 256x64x128 w8 s4 g8"
+    assert str(replace(usual, schedule=Schedule.PINGPONG)) == "wgmma 256x64x128 w8 s4 g8 pingpong"
+    assert str(replace(usual, schedule=Schedule.COOPERATIVE)) == str(usual)
 
 
 def test_errors_form_one_tree():

@@ -98,7 +98,6 @@ def test_search_path(tmp_path, monkeypatch):
     assert store.find("nosuchgpu") is None
     store.update(tmp_path / "tuning_db" / "rtx3090.json", GPU, [entry()])
     assert store.find("rtx3090").resolve() == tmp_path / "tuning_db" / "rtx3090.json"
-    assert store.find("rtx3090", tmp_path / "x.json") == tmp_path / "x.json"
 
 
 def test_gpu_without_a_record_keeps_its_identity(tmp_path):
@@ -111,7 +110,7 @@ def test_gpu_without_a_record_keeps_its_identity(tmp_path):
 @pytest.mark.parametrize("path", sorted(files.shipped("tuning_db").glob("*.json")), ids=lambda p: p.stem)
 def test_shipped_databases_are_sound(path):
     """Every entry is legal, without spills, of the present kernels, and proven under both tested versions of Triton."""
-    base, kernels = store.load(path, path.stem), gemm.toolchain().kernels
+    base, kernels = store.load(path, path.stem), gemm.toolchain().kernel_hashes
     assert path.read_text() == base.dumps()
     assert base.gpu == gpus.get(path.stem)
     for triton in ("3.6.0", "3.7.1"):

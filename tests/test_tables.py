@@ -103,8 +103,10 @@ def test_a_benchmark_fits():
 
 
 def test_verdicts_fit():
-    result = SimpleNamespace(evidence="sampled", name="residual_norm_quantize", on="interpreter on the CPU as sm_86 code of a long name",
-                             examples=150, failure=None, skipped=1, reason=None)  # fmt: skip
+    result = SimpleNamespace(
+        name="residual_norm_quantize", on="interpreter on the CPU as sm_86 code of a long name", examples=150,
+        failure=None, skipped=1, reason=None, evidence="sampled",
+    )  # fmt: skip
     assert_fits(tables.verify_table([result]), "residual_norm_quantize", "holds; 1 needs a GPU")
     found = [SimpleNamespace(implementation=f"a.package.{n}:function", results=[result]) for n in range(5)]
     assert_fits(tables.implementations_table(found), *(one.implementation for one in found))

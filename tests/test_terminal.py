@@ -40,8 +40,8 @@ def test_a_line_at_most_every_30_seconds(clock):
     for second in range(200):
         clock.now = second
         bars.advance(task, 0.25)
-    assert lines == ["tuning 7.75 of 48, 30 s", "tuning 15.25 of 48, 1 min", "tuning 22.75 of 48, 1 min",
-                     "tuning 30.25 of 48, 2 min", "tuning 37.75 of 48, 2 min", "tuning 45.25 of 48, 3 min"]  # fmt: skip
+    times = ("30 s", "1 min", "1 min 30 s", "2 min", "2 min 30 s", "3 min")
+    assert lines == [f"tuning {7.75 + 7.5 * at:g} of 48, {time}" for at, time in enumerate(times)]
 
 
 def test_a_line_comes_while_one_step_takes_long(clock):
@@ -50,7 +50,7 @@ def test_a_line_comes_while_one_step_takes_long(clock):
     loading = bars.add_task("loading a model", total=1)
     for clock.now in (29.9, 30, 59, 61, 3900):
         bars.look()
-    assert lines == ["loading a model, 30 s", "loading a model, 1 min", "loading a model, 1 h 5 min"]
+    assert lines == ["loading a model, 30 s", "loading a model, 1 min 1 s", "loading a model, 1 h 5 min"]
     bars.remove_task(loading)
     clock.now = 8000
     bars.look()
@@ -87,7 +87,7 @@ def test_a_stage_ends_after_its_steps(monkeypatch, clock):
         clock.now = 80
         other()
         stage("choosing", 1)
-    assert made[1:] == ["timing, 1 min"]
+    assert made[1:] == ["timing, 1 min 20 s"]
 
 
 def test_a_bar_leaves_nothing_behind():

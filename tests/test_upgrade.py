@@ -61,7 +61,7 @@ def test_upgraded_file_has_the_present_format_and_round_trips(path, tmp_path):
     (tmp_path / "a.json").write_text(text)
     again = store.load(tmp_path / "a.json")
     assert again.dumps() == text
-    assert [e.named() for e in base.entries] == list(again.entries)
+    assert [e.with_id() for e in base.entries] == list(again.entries)
     one = base.entries[0]
     assert again.resolve(one.shape, ANY_TOOLCHAIN) == base.resolve(one.shape, ANY_TOOLCHAIN)
 

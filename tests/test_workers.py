@@ -14,17 +14,17 @@ from int8kit.database.schema import Resources
 from int8kit.errors import CheckFailed, InputError
 from int8kit.spec import TileConfig
 from int8kit.tune import tasks, workers
-from int8kit.tune.space import CompiledKernel
+from int8kit.tune.space import KernelVariant
 
 pytestmark = [pytest.mark.process, pytest.mark.xdist_group("workers-pool")]
 FREE = Resources(registers=128, spill_bytes=0, shared_bytes=49152)
-KERNEL = CompiledKernel(TileConfig(16, 64, 128, 4, 4), True)
+KERNEL = KernelVariant(TileConfig(16, 64, 128, 4, 4), True)
 DEVICE = "7"
 
 
 def _describe():
     """A worker that has a device has an H200."""
-    return tasks.toolchain(), gpus.get("h200") if os.environ["CUDA_VISIBLE_DEVICES"] else None
+    return tasks.versions(), gpus.get("h200") if os.environ["CUDA_VISIBLE_DEVICES"] else None
 
 
 def _where(number, fate):
@@ -77,8 +77,8 @@ def _compile_or_die(arch, kernel, launch_code):
 def test_a_compiler_that_aborts_or_hangs_costs_one_configuration(pool, monkeypatch):
     monkeypatch.setattr(tasks, "compile_kernel", _compile_or_die)
     monkeypatch.setattr(workers, "LIMIT_S", 2)
-    good = [CompiledKernel(TileConfig(64, 64, 64, 4, s), True) for s in (2, 3, 4)]
-    bad = [CompiledKernel(TileConfig(64, 64, k, 4, s), True) for k, s in ((32, 3), (256, 3), (64, 6))]
+    good = [KernelVariant(TileConfig(64, 64, 64, 4, s), True) for s in (2, 3, 4)]
+    bad = [KernelVariant(TileConfig(64, 64, k, 4, s), True) for k, s in ((32, 3), (256, 3), (64, 6))]
     compilations = pool.compile_all(86, [*good, *bad])
     assert [compilations[kernel] for kernel in good] == [FREE] * 3
     assert compilations[bad[0]] == "crash: it ended its process"
@@ -94,7 +94,7 @@ def test_workers_of_another_cluster_compile_and_must_have_the_same_toolchain(mon
             ((kernel, compilation),) = pool.compile_all(86, [KERNEL]).items()
         assert kernel == KERNEL
         assert isinstance(compilation, Resources)
-        monkeypatch.setattr(tasks, "toolchain", lambda: "another Triton")
+        monkeypatch.setattr(tasks, "versions", lambda: "another Triton")
         with (
             workers.Workers(other.scheduler_address) as pool,
             pytest.raises(InputError, match=r"has int8kit .*, but this process has another Triton: install the same"),

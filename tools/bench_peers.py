@@ -28,7 +28,7 @@ from int8kit.bench.contestants import Contestant
 from int8kit.cli import tables
 from int8kit.errors import Int8kitError, UnknownName
 from int8kit.timing import interleave
-from int8kit.timing.captured import Entrant
+from int8kit.timing.captured import PreparedContestant
 from int8kit.timing.operands import TimingOperands as Operands
 
 BF16 = torch.bfloat16
@@ -37,11 +37,11 @@ DRY_SHAPES = ["64x128x96", "33x64x64"]
 RESULTS = {"output": "output", "output without bias": "no bias", "accumulators": "sums"}  # as `Contestant` names them
 
 
-def product(o: Operands, peer: peers.Peer) -> Entrant:
+def product(o: Operands, peer: peers.Peer) -> PreparedContestant:
     """The GEMM of a library, which tunes itself where it can."""
     prepare, out = peer.load(str(o.device), True), o.output()
     note = comfy_note(o) if peer.name == "comfy-kitchen" else ""
-    return Entrant([prepare(o.xq, w, o.sx, o.sw, o.bias, out) for w in o.weights], note)
+    return PreparedContestant([prepare(o.xq, w, o.sx, o.sw, o.bias, out) for w in o.weights], note)
 
 
 def comfy_note(o: Operands) -> str:
@@ -50,7 +50,7 @@ def comfy_note(o: Operands) -> str:
     return f"configuration {selected(o.shape.m, o.shape.n, o.shape.k)}"
 
 
-def vllm_linear(o: Operands) -> Entrant:
+def vllm_linear(o: Operands) -> PreparedContestant:
     """Its dynamic quantization of rows, then the GEMM."""
     c, out, sw = peers.vllm_ops(), o.output(), o.sw[None]
 
@@ -61,10 +61,10 @@ def vllm_linear(o: Operands) -> Entrant:
         c.cutlass_scaled_mm(out, xq, w.t(), sx, sw, o.bias)
         return out
 
-    return Entrant([partial(launch, w) for w in o.weights])
+    return PreparedContestant([partial(launch, w) for w in o.weights])
 
 
-def comfy_best(o: Operands, timer: gemm.Timer) -> Entrant | str:
+def comfy_best(o: Operands, timer: gemm.Timer) -> PreparedContestant | str:
     """The fastest of its 14 tiles, timed here in three interleaved rounds; this entry point takes no bias."""
     cuda, out, sx = peers.comfy_backend(), o.output(), o.sx[:, None]
     wrap = cuda._wrap_for_dlpack
@@ -87,10 +87,10 @@ def comfy_best(o: Operands, timer: gemm.Timer) -> Entrant | str:
         return peers.DECLINED
     times = timer(list(runs.values()), 3)
     best = min(zip(times, runs, strict=True), key=lambda pair: pair[0].p50)[1]
-    return Entrant([partial(launch, w, best) for w in o.weights], f"configuration {best} of {len(runs)}")
+    return PreparedContestant([partial(launch, w, best) for w in o.weights], f"configuration {best} of {len(runs)}")
 
 
-def comfy_linear(o: Operands, backend: str) -> Entrant:
+def comfy_linear(o: Operands, backend: str) -> PreparedContestant:
     """int8_linear of one back end, without rotation."""
     import comfy_kitchen
 
@@ -98,10 +98,10 @@ def comfy_linear(o: Operands, backend: str) -> Entrant:
         with comfy_kitchen.use_backend(backend):
             return comfy_kitchen.int8_linear(o.x, w, o.sw, o.bias, BF16, convrot=False)
 
-    return Entrant([partial(launch, w) for w in o.weights])
+    return PreparedContestant([partial(launch, w) for w in o.weights])
 
 
-def torchao_linear(o: Operands, compiled: bool) -> Entrant:
+def torchao_linear(o: Operands, compiled: bool) -> PreparedContestant:
     """An nn.Linear after quantize_ with Int8DynamicActivationInt8WeightConfig."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
@@ -112,28 +112,28 @@ def torchao_linear(o: Operands, compiled: bool) -> Entrant:
         layer.bias = torch.nn.Parameter(o.bias, requires_grad=False)
         quantize_(layer, Int8DynamicActivationInt8WeightConfig(set_inductor_config=compiled))
         layers.append(contestants.compiled(layer, o.x) if compiled else layer)
-    return Entrant([partial(layer, o.x) for layer in layers])
+    return PreparedContestant([partial(layer, o.x) for layer in layers])
 
 
-def sdnq_linear(o: Operands) -> Entrant:
+def sdnq_linear(o: Operands) -> PreparedContestant:
     """The function under its quantized linear: its own quantization, then the kernel."""
     from sdnq.layers.linear.linear_int8 import int8_matmul
 
     peers.give_triton_scratch(str(o.device))
     sw = o.sw[None].contiguous()
-    return Entrant([partial(int8_matmul, o.x, w.t(), sw, bias=o.bias) for w in o.weights])
+    return PreparedContestant([partial(int8_matmul, o.x, w.t(), sw, bias=o.bias) for w in o.weights])
 
 
-def gemlite_linear(o: Operands) -> Entrant:
+def gemlite_linear(o: Operands) -> PreparedContestant:
     """A8W8 with dynamic activations; quantization is part of its forward."""
     from gemlite.helper import A8W8_INT8_dynamic
 
     maker = A8W8_INT8_dynamic(device=str(o.x.device), dtype=BF16)
     layers = [maker.from_weights(w, bias=o.bias, scales=o.sw.view(-1, 1)) for w in o.weights]
-    return Entrant([partial(layer, o.x) for layer in layers])
+    return PreparedContestant([partial(layer, o.x) for layer in layers])
 
 
-def bitsandbytes_linear(o: Operands) -> Entrant:
+def bitsandbytes_linear(o: Operands) -> PreparedContestant:
     """As LLM.int8() without outliers: fp16 in, its row quantization, the GEMM."""
     from bitsandbytes.functional import int8_vectorwise_quant
 
@@ -144,7 +144,7 @@ def bitsandbytes_linear(o: Operands) -> Entrant:
         xq, top, _ = int8_vectorwise_quant(o.x.half())
         return product(xq, w, top, stats, bias=bias, dtype=BF16)
 
-    return Entrant([partial(launch, w) for w in o.weights])
+    return PreparedContestant([partial(launch, w) for w in o.weights])
 
 
 def contestants_of(inductor: bool, timer: gemm.Timer = interleave.interleave) -> list[Contestant]:

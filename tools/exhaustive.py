@@ -51,31 +51,33 @@ Timer = Callable[[GemmShape, list[TileConfig], int, int], dict[TileConfig, Times
 def timer(pool: workers.Workers, target: session.Target) -> Timer:
     """Function that times the configurations that are exact on the present GPU, CHUNK at a time."""
     assert target.timed_on is not None
-    gpu, arch = target.timed_on.alias, target.arch
+    gpu, code_arch = target.timed_on.alias, target.code_arch
 
-    def program(shape: GemmShape, configs: list[TileConfig], rounds: int, sample_us: int) -> Any:
+    def job(shape: GemmShape, configs: list[TileConfig], rounds: int, sample_us: int) -> Any:
         chunks = [tuple(configs[i : i + CHUNK]) for i in range(0, len(configs), CHUNK)]
-        calls = [(shape, arch, chunk, rounds, sample_us, False) for chunk in chunks]
+        calls = [(shape, code_arch, chunk, rounds, sample_us, False) for chunk in chunks]
         results = yield workers.Batch(tasks.time_configs, calls, gpu=gpu, limit_s=CHUNK_S, once=True)
         times = {}
         for call, result in results.items():
             if isinstance(result, workers.ProcessEnded):  # time the chunk again without the guilty configurations
-                alone = yield workers.Batch(tasks.try_alone, [(shape, arch, c) for c in call[2]], gpu=gpu, once=True)
+                alone = yield workers.Batch(
+                    tasks.try_alone, [(shape, code_arch, c) for c in call[2]], gpu=gpu, once=True
+                )
                 guilty = {c: str(end) for (_, _, c), end in alone.items() if isinstance(end, workers.ProcessEnded)}
                 note(f"{shape}: {result}; alone {', '.join(f'{c}: {why}' for c, why in guilty.items()) or 'none does'}")
-                rest = (shape, arch, tuple(c for c in call[2] if c not in guilty), rounds, sample_us, False)
+                rest = (shape, code_arch, tuple(c for c in call[2] if c not in guilty), rounds, sample_us, False)
                 again = yield workers.Batch(tasks.time_configs, [rest], gpu=gpu, limit_s=CHUNK_S, once=True)
                 result = again[rest]
             times |= {} if isinstance(result, workers.ProcessEnded) else result.times
         return times
 
     def once(shape: GemmShape, configs: list[TileConfig], rounds: int, sample_us: int) -> Any:
-        return pool.drive([program(shape, configs, rounds, sample_us)])[0]
+        return pool.drive([job(shape, configs, rounds, sample_us)])[0]
 
     return once
 
 
-def invented(kernels: search.CompiledKernels) -> Timer:
+def invented(kernels: search.Compilations) -> Timer:
     """Replacement of `timer` for the dry run: the model's estimates with noise."""
 
     def once(shape: GemmShape, configs: list[TileConfig], rounds: int, sample_us: int) -> dict[TileConfig, Times]:
@@ -89,10 +91,10 @@ def invented(kernels: search.CompiledKernels) -> Timer:
 
 
 def compiled(
-    pool: workers.Workers, target: session.Target, wanted_kernels: list[space.CompiledKernel]
-) -> search.CompiledKernels:
+    pool: workers.Workers, target: session.Target, wanted_kernels: list[space.KernelVariant]
+) -> search.Compilations:
     """Compile each kernel for the model, and for launches if a present GPU runs it."""
-    kernels = search.CompiledKernels(target.machine)
+    kernels = search.Compilations(target.machine)
 
     def keep(call: tuple[Any, ...], result: Any) -> None:
         kernels.add(call[1], workers.compilation(result))
@@ -118,7 +120,7 @@ def values(config: TileConfig) -> list[Any]:
 
 
 def judge(
-    shape: GemmShape, gpu: gpus.Gpu, configs: list[TileConfig], kernels: search.CompiledKernels, once: Timer, tuned: Any
+    shape: GemmShape, gpu: gpus.Gpu, configs: list[TileConfig], kernels: search.Compilations, once: Timer, tuned: Any
 ) -> dict[str, Any]:
     """One row of the document: a shape. tuned: the entry that the tuner chose, or None."""
     order = search.rank([c for c in configs if space.suits(c, shape)], shape, kernels)
@@ -164,7 +166,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         configs = list(space.seeds(gpu) if args.seeds else space.legal(gpu))
         start = time.monotonic()
         suiting = ((c, s) for s in shapes for c in (*configs, default_config(s)) if space.suits(c, s))
-        needed = sorted({space.kernel_of(config, shape) for config, shape in suiting})
+        needed = sorted({space.variant_of(config, shape) for config, shape in suiting})
         kernels = compiled(pool, target, needed)
         note(f"{len(needed)} kernels compiled in {time.monotonic() - start:.0f} s, {len(kernels.failed)} failed")
         entries = {}
@@ -181,7 +183,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             rows.append(judge(shape, gpu, [*configs, default_config(shape)], kernels, once, entries.get(shape)))
             note(f"{shape}: {rows[-1]['best']} in {time.monotonic() - start:.0f} s")
             document = {"format": "int8kit.exhaustive/2", "gpu": gpu.alias, "source": target.source.value,
-                        "card": target.timed_on and target.timed_on.name, "triton": tasks.toolchain().split()[-1],
+                        "card": target.timed_on and target.timed_on.name, "triton": tasks.versions().split()[-1],
                         "invented": args.dry_run, "config_fields": FIELDS, "shapes": rows}  # fmt: skip
             if args.out:
                 files.write_text(args.out, files.dump_rows(document, "shapes"))

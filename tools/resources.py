@@ -25,7 +25,7 @@ from int8kit.errors import Int8kitError
 from int8kit.spec import GemmShape, default_config
 from int8kit.toolchain import ANY_TOOLCHAIN
 from int8kit.tune import workers
-from int8kit.tune.space import compiled_kernel
+from int8kit.tune.space import Compilation, kernel_variant
 
 FORMAT = "int8kit.resources/1"
 
@@ -35,14 +35,14 @@ def compiled(alias: str) -> dict[str, Any]:
     gpu = gpus.get(alias)
     base, _ = store.merged_view(gpu, ANY_TOOLCHAIN)
     configs = {default_config(GemmShape(m, 4608, 4608)) for m in (16, 64, 4096)} | {e.config for e in base.entries}
-    kernels = sorted({compiled_kernel(config, True) for config in configs})
+    kernels = sorted({kernel_variant(config, True) for config in configs})
     with workers.Workers() as pool:
         compilations = pool.compile_all(gpu.arch, kernels)
     rows = {str(kernel.config): _row(compilations[kernel]) for kernel in kernels}
     return {"format": FORMAT, "gpu": alias, "arch": gpu.arch, "triton": triton.__version__, "kernels": rows}
 
 
-def _row(compilation: workers.Compilation) -> list[int] | str:
+def _row(compilation: Compilation) -> list[int] | str:
     if isinstance(compilation, Resources):
         return [compilation.registers, compilation.spill_bytes, compilation.shared_bytes // 1024]
     return compilation[:80]

@@ -31,7 +31,7 @@ from int8kit.errors import InputError, UnknownName
 from int8kit.gpus import Gpu
 from int8kit.kernels import gemm, quantize
 from int8kit.spec import Source
-from int8kit.timing.captured import Entrant, Launch
+from int8kit.timing.captured import Launch, PreparedContestant
 from int8kit.timing.operands import Result, TimingOperands
 from int8kit.toolchain import require_supported, runnable_archs
 
@@ -46,7 +46,7 @@ class Contestant:
     name: str
     kind: Kind
     what: str  # description in one line
-    prepare: Callable[[TimingOperands], Entrant | str]  # a string is the reason why it cannot take part
+    prepare: Callable[[TimingOperands], PreparedContestant | str]  # a string is the reason why it cannot take part
     arithmetic: Literal["int8", "fp8", "bf16"] = "int8"  # only int8 results can equal the reference
     result: Result = "output"
     ours: bool = False  # its result must equal the reference
@@ -128,9 +128,9 @@ def int8kit(database: Database, arch: str | None = None) -> list[Contestant]:
     def choice(o: TimingOperands) -> Choice:
         return database.resolve(o.shape, gemm.toolchain())
 
-    def product(o: TimingOperands) -> Entrant:
+    def product(o: TimingOperands) -> PreparedContestant:
         chosen, out = choice(o), o.output()
-        return Entrant(
+        return PreparedContestant(
             [
                 partial(gemm.scaled_mm, o.xq, w, o.sx, o.sw, o.bias, config=chosen.config, out=out, arch=arch)
                 for w in o.weights
@@ -138,7 +138,7 @@ def int8kit(database: Database, arch: str | None = None) -> list[Contestant]:
             f"{chosen.config}, {chosen.level}",
         )
 
-    def linear(o: TimingOperands) -> Entrant:
+    def linear(o: TimingOperands) -> PreparedContestant:
         chosen, shape = choice(o), o.shape
         if arch is None:
             plan = database.plan(shape.n, shape.k, gemm.toolchain())
@@ -146,7 +146,7 @@ def int8kit(database: Database, arch: str | None = None) -> list[Contestant]:
         else:
             out = o.output()
             launches = [partial(_cross_arch_linear, o, w, chosen.config, out, arch) for w in o.weights]
-        return Entrant(launches, f"{chosen.config}, {chosen.level}")
+        return PreparedContestant(launches, f"{chosen.config}, {chosen.level}")
 
     return [
         Contestant(name, "gemm", f"fused epilogue, {code}", product, ours=True),
@@ -159,14 +159,14 @@ def _cross_arch_linear(o: TimingOperands, w: torch.Tensor, config: Any, out: tor
     return gemm.scaled_mm(xq, w, sx, o.sw, o.bias, config=config, out=out, arch=arch)
 
 
-def _bf16(o: TimingOperands) -> Entrant:
+def _bf16(o: TimingOperands) -> PreparedContestant:
     out = o.output()
-    return Entrant([partial(torch.mm, o.x, w.t(), out=out) for w in o.weights16])
+    return PreparedContestant([partial(torch.mm, o.x, w.t(), out=out) for w in o.weights16])
 
 
-def _bf16_linear(o: TimingOperands) -> Entrant:
+def _bf16_linear(o: TimingOperands) -> PreparedContestant:
     out = o.output()
-    return Entrant([partial(torch.addmm, o.bias, o.x, w.t(), out=out) for w in o.weights16])
+    return PreparedContestant([partial(torch.addmm, o.bias, o.x, w.t(), out=out) for w in o.weights16])
 
 
 def to_fp8(x: torch.Tensor, *, rows: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,28 +182,28 @@ def _scaled_mm(
     return torch._scaled_mm(x, w.t(), scale_a=sx, scale_b=sw, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def _fp8_row(o: TimingOperands) -> Entrant:
+def _fp8_row(o: TimingOperands) -> PreparedContestant:
     (x, sx), (w, sw) = to_fp8(o.x, rows=True), to_fp8(o.w, rows=True)
-    return Entrant([partial(_scaled_mm, x, sx, w, sw.t(), o.bias) for w in o.copied(w)])
+    return PreparedContestant([partial(_scaled_mm, x, sx, w, sw.t(), o.bias) for w in o.copied(w)])
 
 
-def _fp8_tensor(o: TimingOperands) -> Entrant:
+def _fp8_tensor(o: TimingOperands) -> PreparedContestant:
     (x, sx), (w, sw) = to_fp8(o.x, rows=False), to_fp8(o.w, rows=False)
-    return Entrant([partial(_scaled_mm, x, sx, w, sw, o.bias) for w in o.copied(w)])
+    return PreparedContestant([partial(_scaled_mm, x, sx, w, sw, o.bias) for w in o.copied(w)])
 
 
-def _fp8_linear(o: TimingOperands) -> Entrant:
+def _fp8_linear(o: TimingOperands) -> PreparedContestant:
     w, sw = to_fp8(o.w, rows=True)
 
     def launch(w: torch.Tensor) -> torch.Tensor:
         return _scaled_mm(*to_fp8(o.x, rows=True), w, sw.t(), o.bias)
 
-    return Entrant([partial(launch, w) for w in o.copied(w)])
+    return PreparedContestant([partial(launch, w) for w in o.copied(w)])
 
 
-def _int_mm(o: TimingOperands) -> Entrant:
+def _int_mm(o: TimingOperands) -> PreparedContestant:
     out = o.output(torch.int32)
-    return Entrant([partial(torch._int_mm, o.xq, w.t(), out=out) for w in o.weights])
+    return PreparedContestant([partial(torch._int_mm, o.xq, w.t(), out=out) for w in o.weights])
 
 
 def _product(xq: torch.Tensor, w: torch.Tensor, sx: torch.Tensor, sw: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -216,12 +216,12 @@ def _linear(x: torch.Tensor, w: torch.Tensor, sw: torch.Tensor, bias: torch.Tens
     return _product(xq, w, sx, sw, bias)
 
 
-def _int_mm_eager(o: TimingOperands) -> Entrant:
-    return Entrant([partial(_product, o.xq, w, o.sx, o.sw, o.bias) for w in o.weights])
+def _int_mm_eager(o: TimingOperands) -> PreparedContestant:
+    return PreparedContestant([partial(_product, o.xq, w, o.sx, o.sw, o.bias) for w in o.weights])
 
 
-def _int_mm_linear(o: TimingOperands) -> Entrant:
-    return Entrant([partial(_linear, o.x, w, o.sw, o.bias) for w in o.weights])
+def _int_mm_linear(o: TimingOperands) -> PreparedContestant:
+    return PreparedContestant([partial(_linear, o.x, w, o.sw, o.bias) for w in o.weights])
 
 
 def compiled(function: Callable[..., torch.Tensor], *first: torch.Tensor) -> Callable[..., torch.Tensor]:
@@ -237,11 +237,11 @@ def compiled(function: Callable[..., torch.Tensor], *first: torch.Tensor) -> Cal
     return quick
 
 
-def _inductor(o: TimingOperands) -> Entrant:
+def _inductor(o: TimingOperands) -> PreparedContestant:
     call = compiled(_product, o.xq, o.weights[0], o.sx, o.sw, o.bias)
-    return Entrant([partial(call, o.xq, w, o.sx, o.sw, o.bias) for w in o.weights])
+    return PreparedContestant([partial(call, o.xq, w, o.sx, o.sw, o.bias) for w in o.weights])
 
 
-def _inductor_linear(o: TimingOperands) -> Entrant:
+def _inductor_linear(o: TimingOperands) -> PreparedContestant:
     call = compiled(_linear, o.x, o.weights[0], o.sw, o.bias)
-    return Entrant([partial(call, o.x, w, o.sw, o.bias) for w in o.weights])
+    return PreparedContestant([partial(call, o.x, w, o.sw, o.bias) for w in o.weights])

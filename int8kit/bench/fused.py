@@ -1,4 +1,4 @@
-"""`int8kit bench fused`: the fused kernels under each of their tiles, beside a copy of as many bytes and eager torch.
+"""`int8kit bench fused`: the row kernels under each of their tiles, beside a copy of as many bytes and eager torch.
 
     {"format": "int8kit.bench-fused/1", "gpu": "NVIDIA H200", "torch": "2.11.0+cu130", "dry_run": false,
      "runs": [{"kernel": "rms_norm_quantize", "m": 4352, "variant": "c512 w1", "bytes": 60179456, "us": 28.9,
@@ -65,7 +65,7 @@ DRY_SIZES, DRY_ROWS = Sizes(512, 256, 2, 32), (3,)
 
 @dataclass(frozen=True)
 class KernelCase:
-    """One fused kernel at one M: new operands, the bytes that must be read and written, and the variants."""
+    """One row kernel at one M: new operands, the bytes that must be read and written, and the variants."""
 
     name: str
     m: int
@@ -104,7 +104,7 @@ def measure(
         cases = kernel_cases(m, sizes, "cuda" if gpu else "cpu")
         names = [case.name for case in cases]
         for name in sorted(chosen - set(names)):
-            raise UnknownName("fused kernel", name, names)
+            raise UnknownName("row kernel", name, names)
         for case in cases:
             if not chosen or case.name in chosen:
                 for record in _measure_case(case, rounds, gpu):

@@ -213,7 +213,7 @@ def measure_shape(
         state = interleave.under_load(calls[0][1], times[0].p50) if sensors and calls else None
         for row, (c, call), t in zip(rows, calls, times, strict=True):
             p20, p50, p80 = (us / call.launches for us in (t.p20, t.p50, t.p80))
-            tops = shape.ops / p50 / 1e6
+            tops = shape.flops / p50 / 1e6
             row.update(p20_us=round(p20, 3), p50_us=round(p50, 3), p80_us=round(p80, 3), tops=round(tops, 1),
                        peak_share=round(tops / gpu.int8_tops, 4),
                        differs=max(row["differs"], differing(call.result, operands.truth(c.result))))  # fmt: skip
@@ -227,12 +227,12 @@ def measure_shape(
 def _enter(contestant: Contestant, operands: TimingOperands, setting: Setting) -> tuple[RepeatableCall, int] | str:
     """The call to time and the number of differing elements of its result, or why the contestant cannot take part."""
     try:
-        entrant = contestant.prepare(operands)
-        if isinstance(entrant, str):
-            return entrant
-        at_peak = operands.shape.ops / operands.gpu.int8_tops / 1e6
+        prepared = contestant.prepare(operands)
+        if isinstance(prepared, str):
+            return prepared
+        at_peak = operands.shape.flops / operands.gpu.int8_tops / 1e6
         least = min(max(math.ceil(GRAPH_US / at_peak), 1), LAUNCHES_MAX)
-        call = RepeatableCall(entrant, graph=setting.graph and setting.device == "cuda", least=least)
+        call = RepeatableCall(prepared, graph=setting.graph and setting.device == "cuda", least=least)
         return call, differing(call.result, operands.truth(contestant.result))
     except Exception as error:  # an error of another project's code is the reason why that contestant is absent
         reason = one_line(error)
@@ -266,7 +266,7 @@ def _conditions(gpu: Gpu, setting: Setting, sensors: Sensors | None, health: flo
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
         "int8kit": __version__,
-        "kernels": gemm.toolchain().kernels,
+        "kernels": gemm.toolchain().kernel_hashes,
         "policy": interleave.shared_policy(),
         "timed_by": "CUDA graphs where a contestant can be captured, else launches from the host, as each row says",
         "rounds": setting.rounds,

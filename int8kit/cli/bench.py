@@ -113,7 +113,7 @@ def bench_fused(
         list[int] | None, typer.Option("--m", help="Number of rows. Repeatable. Default: 4352, 2504 and 6144.")
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Time only this fused kernel. Repeatable.")
+        list[str] | None, typer.Option(metavar="NAME", help="Time only this row kernel. Repeatable.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Number of samples of each variant.")] = 15,
     dry_run: Annotated[
@@ -123,7 +123,7 @@ def bench_fused(
     as_json: Json = False,
     force: Force = False,
 ) -> None:
-    """Time the fused kernels under each of their tiles, beside a copy of as many bytes and eager torch.
+    """Time the fused row kernels under each of their tiles, beside a copy of as many bytes and eager torch.
 
     It needs a CUDA device, except with --dry-run. The sizes are Ideogram 4's.
 

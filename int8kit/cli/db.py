@@ -12,7 +12,7 @@ import typer
 
 from int8kit.cli import db_write
 from int8kit.cli.help import Group
-from int8kit.cli.options import Db, present_toolchain, serving
+from int8kit.cli.options import Db, noted_toolchain, serving
 from int8kit.cli.terminal import STDOUT, Force, Json, Output, check_output, show
 from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
 
@@ -104,7 +104,7 @@ def check(
     It reports damage, entries without a proof under the installed Triton, and entries of a changed kernel. It also
     reports times that contradict each other or the data sheet, copied stamps, and headers with another GPU's figures.
 
-    Example: int8kit db check tuning_db/rtx3090.json
+    Example: int8kit db check out/rtx3090.json
     """
     from int8kit.cli.layout import count
     from int8kit.database import problems, store, upgrade
@@ -119,7 +119,7 @@ def check(
             found[str(path)] = []
         except FileError as error:
             found[str(path)] = [str(error)]
-    toolchain: Any = present_toolchain() if loaded else None
+    toolchain: Any = noted_toolchain() if loaded else None
     for path, old, base in loaded:
         if old:
             found[str(path)].append(f"format {upgrade.OLD_FORMAT}; run `int8kit db upgrade {path}`")
@@ -157,11 +157,11 @@ def explain(
     choice, entry = next((choice, entry) for _, choice, entry in levels if choice is not None)
     document = {
         "gpu": base.gpu.alias, "files": list(map(str, paths)), "m": m, "n": n, "k": k, "level": choice.level,
-        "config": vars(choice.config), "why": choice.provenance, "proven": choice.verified,
+        "config": vars(choice.config), "why": choice.provenance, "proven": choice.is_verified,
         "levels": {level: one and one.model_dump(mode="json", exclude_none=True) for level, _, one in levels},
     }  # fmt: skip
     proofs = "not proven"
-    if entry and choice.verified:
+    if entry and choice.is_verified:
         proofs = f"proven: {tables.proven_by(entry, toolchain, base.gpu.arch)}"
     title = (
         f"{shape} on {base.gpu.name}: {choice.config}\n{proofs} (Triton {toolchain.triton or 'any'}, present kernel)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -25,7 +25,7 @@ def merge(
 ) -> None:
     """Merge databases of one GPU: the stronger source stays, then the newer entry. Stamps stay with their tile.
 
-    Example: int8kit db merge tuning_db/rtx3090.json -o out/merged.json
+    Example: int8kit db merge out/rtx3090.json -o out/merged.json
     """
     from int8kit import files
     from int8kit.cli.layout import count
@@ -66,12 +66,11 @@ def migrate(
     no more here and as many blocks of it fit a multiprocessor. The copy is not proven: verify it. Copies of entries
     that have been tuned again are replaced.
 
-    Example: int8kit db migrate tuning_db/rtx3090.json
+    Example: int8kit db migrate out/rtx3090.json
     """
     from int8kit import files
     from int8kit.cli.layout import count
     from int8kit.database import store
-    from int8kit.toolchain import generation
 
     base = store.load(path)
     files.check_target(path, ours=store.is_ours, force=False)
@@ -79,25 +78,16 @@ def migrate(
     import triton
 
     from int8kit.tune import migrate as migration
-    from int8kit.tune import space, workers
 
-    here = generation(triton.__version__)
-    known = {entry.shape: entry for entry in base.entries if generation(entry.triton) == here}
-    theirs = [e for e in base.entries if generation(e.triton) != here and migration.supersedes(e, known.get(e.shape))]
-    jobs = {entry.key: space.kernel_of(entry.config, entry.shape) for entry in theirs}
-    found: dict[Any, Any] = {}
-    if jobs:
-        with progress(f"compiling {count(len(set(jobs.values())), 'kernel')}"), workers.Workers() as pool:
-            found = pool.compile_all(base.gpu.arch, sorted(set(jobs.values())))
-    migrated = [(entry, migration.migrated(entry, found[jobs[entry.key]], base.gpu)) for entry in theirs]
-    new = [result for _, result in migrated if not isinstance(result, str)]
-    left = {str(entry.shape): result for entry, result in migrated if isinstance(result, str)}
+    with progress("compiling kernels"):
+        new, left = migration.migrate(base)
     if new:
         store.update(path, base.gpu, new)
-    lines = [f"{shape}: {reason}" for shape, reason in left.items()]
+    reasons = {str(shape): reason for shape, reason in left.items()}
+    lines = [f"{shape}: {reason}" for shape, reason in reasons.items()]
     number = count(len(new), "entry", "entries")
     lines.append(f"{path}: {number} migrated to Triton {triton.__version__}, {len(left)} not")
-    document = {"database": str(path), "triton": triton.__version__, "migrated": len(new), "left": left}
+    document = {"database": str(path), "triton": triton.__version__, "migrated": len(new), "left": reasons}
     show(document, "\n".join(lines), as_json)
 
 
@@ -110,7 +100,7 @@ def upgrade(
     Stamps of format /1 are dropped: they covered a kernel's device code and not its launcher. All files are read before
     the first is written.
 
-    Example: int8kit db upgrade tuning_db/rtx3090.json
+    Example: int8kit db upgrade out/rtx3090.json
     """
     from int8kit import files
     from int8kit.cli.layout import count

@@ -83,14 +83,14 @@ def serving(gpu: str | None, path: Path | None) -> tuple[Any, tuple[Path, ...], 
     base = (
         store.load(path, named.alias if named else None) if path is not None else None
     )  # a mistake shows before torch loads
-    toolchain = present_toolchain()
+    toolchain = noted_toolchain()
     if base is not None and path is not None:
         return base, (path,), toolchain
     return *store.merged_view(named or gpus.resolve(None), toolchain), toolchain
 
 
-def present_toolchain() -> Any:
-    """The toolchain of this process; a note says if it compares with nothing, since no kernel compiles."""
+def noted_toolchain() -> Any:
+    """The toolchain of this process; prints a note if it compares with nothing, since no kernel compiles."""
     from int8kit import kernels
     from int8kit.cli.terminal import note
 

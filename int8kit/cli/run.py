@@ -14,7 +14,9 @@ from int8kit.errors import InputError
 
 def run(
     prompt: Annotated[str, typer.Option(help="Text of the image.")] = "a red bicycle against a white brick wall",
-    model: Annotated[str, typer.Option(help="tiny, a local folder in diffusers' layout, or a hub id.")] = "tiny",
+    model: Annotated[
+        str, typer.Option(help="tiny, a local folder in diffusers' layout, or the hub id of an Ideogram 4.")
+    ] = "tiny",
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Default: 1024x1024; 256x256 for tiny.")] = None,
     preset: Annotated[str, typer.Option(help="quality, default or turbo: 48, 20 or 12 steps.")] = "quality",
     steps: Annotated[int | None, typer.Option(help="Number of steps. Default: the preset's; 4 for tiny.")] = None,
@@ -25,7 +27,7 @@ def run(
     ] = None,
     database: Db = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse configurations that no proof covers on this system.")
+        bool, typer.Option("--strict", help="Refuse entries of a database without a proof on this system.")
     ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="The PNG file.")] = Path("out/image.png"),
     as_json: Json = False,
@@ -79,7 +81,7 @@ def run(
     took = {key: value for key, value in vars(outcome).items() if key.endswith(("_s", "_ms", "_gib"))}
     choices = [
         {"m": c.shape.m, "n": c.shape.n, "k": c.shape.k, "layers": count, "config": vars(c.config), "level": c.level,
-         "why": c.provenance, "verified": c.verified} for c, count in outcome.choices
+         "why": c.provenance, "verified": c.is_verified} for c, count in outcome.choices
     ]  # fmt: skip
     document = {"image": str(output), "device": outcome.device, "text_tokens": outcome.tokens, **took,
                 "databases": list(map(str, outcome.databases)), "configurations": choices}  # fmt: skip

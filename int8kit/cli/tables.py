@@ -59,7 +59,7 @@ def tuning_table(entries: Iterable[Entry]) -> str:
         us = e.time_us or e.model_us or 0.0
         rows.append(
             (e.shape, e.config, e.source, e.tried, e.resources.registers, e.resources.shared_bytes // 1024,
-             f"{us:.0f}", f"{e.shape.ops / us / 1e6:.0f}" if us else "", _ratio(e.default_us, e.time_us),
+             f"{us:.0f}", f"{e.shape.flops / us / 1e6:.0f}" if us else "", _ratio(e.default_us, e.time_us),
              _ratio(e.bf16_us, e.time_us))
         )  # fmt: skip
     head = ["M x N x K", "tile", "source", "tried", "regs", "KiB", "us", "TOP/s", "vs default", "vs bf16"]
@@ -78,12 +78,12 @@ def database_table(database: Database, toolchain: Toolchain) -> str:
         proven = proven_by(e, toolchain, database.gpu.arch)
         proofs |= {proven} - {"no"}
         rows.append(
-            (e.shape, e.config, e.source, f"{us:.0f}" if us else "", f"{e.shape.ops / us / 1e6:.0f}" if us else "",
+            (e.shape, e.config, e.source, f"{us:.0f}" if us else "", f"{e.shape.flops / us / 1e6:.0f}" if us else "",
              _ratio(e.default_us, e.time_us), _ratio(e.bf16_us, e.time_us), e.triton,
              "no" if proven == "no" else "yes", "changed" if e.is_stale(toolchain) else "present")
         )  # fmt: skip
     head = ("M x N x K", "tile", "source", "us", "TOP/s", "vs default", "vs bf16", "Triton", "proven", "kernel")
-    drop = ("kernel", "source", "Triton", "vs bf16", "vs default", "TOP/s", "us")
+    drop = ("kernel", "source", "vs bf16", "vs default", "TOP/s", "us", "Triton")
     table = fit(rows, head, drop=drop)
     return f"{table}\n{wrapped('proven: ' + '; '.join(sorted(proofs)))}" if proofs else table
 
@@ -253,9 +253,9 @@ def doctor_table(findings: Iterable[Finding]) -> str:
 
 def run_tables(outcome: GeneratedImage) -> str:
     """The configurations of an image, and the time and memory that it took."""
-    rows = [(c.shape, n, c.config, c.level, "yes" if c.verified else "no", c.provenance) for c, n in outcome.choices]
-    head = ("M x N x K", "layers", "tile", "level", "proven", "from")
-    configs = fit(rows, head, drop=("from",), wrap="from", left="tile,level,proven,from")
+    rows = [(c.shape, n, c.config, c.level, "yes" if c.is_verified else "no", c.provenance) for c, n in outcome.choices]
+    head = ("M x N x K", "layers", "tile", "level", "proven", "why")
+    configs = fit(rows, head, drop=("why",), wrap="why", left="tile,level,proven,why")
     took = [
         ("load", f"{outcome.load_s:.2f} s"),
         ("encode and quantize", f"{outcome.prepare_s:.2f} s"),

@@ -103,10 +103,12 @@ def _line(task: _Task, now: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """45 s, 3 min, 1 h 5 min."""
+    """45 s, 3 min 30 s, 12 min, 1 h 5 min."""
     if seconds < 60:
         return f"{seconds:.0f} s"
-    minutes = int(seconds // 60)
+    minutes, rest = divmod(int(seconds), 60)
+    if minutes < 10 and rest:
+        return f"{minutes} min {rest} s"
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 

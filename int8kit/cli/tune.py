@@ -67,9 +67,9 @@ def tune(
             if path.exists() and store.is_ours(path):
                 store.load(path, one.alias)
     need("tune", "torch", "triton", "distributed")
-    note(f"tuning {count(len(wanted), 'shape')}{where}")
     if not named and scheduler is None and gpus.present() is None:
         raise InputError(f"no GPU here to tune for; name one with --gpu: {', '.join(sorted(gpus.GPUS))}")
+    note(f"tuning {count(len(wanted), 'shape')}{where}")
     if output != STDOUT:
         _tune(named, wanted, scheduler, output, as_json, force)
         return
@@ -121,7 +121,7 @@ def _tune(
             session.check_health(pool, note)
         try:
             with stages() as stage:
-                outcomes = session.tune(wanted, targets, pool, force=force, stage=stage, note=note)
+                outcomes = session.tune(wanted, targets, pool, force=force, progress=stage, note=note)
         except KeyboardInterrupt:
             if as_json is not None:
                 note("run the same command again to continue from here")
@@ -140,21 +140,24 @@ def _document(outcome: Any) -> dict[str, Any]:
     return {
         "database": str(outcome.target.path), "gpu": outcome.target.gpu.alias, "source": outcome.target.source,
         "rejected": outcome.rejected, "failed": {str(shape): why for shape, why in outcome.failed.items()},
-        "kept": outcome.kept, "resumed": outcome.resumed, "kernels": outcome.kernels, "entries": rows,
+        "kept": outcome.not_replaced, "resumed": outcome.resumed, "kernels": outcome.variant_counts, "entries": rows,
     }  # fmt: skip
 
 
 def _table(outcome: Any) -> str:
     from int8kit.cli import layout, tables
 
-    written = layout.count(len(outcome.entries) - outcome.kept, "entry", "entries")
+    written = layout.count(len(outcome.entries) - outcome.not_replaced, "entry", "entries")
     lines = [tables.tuning_table(outcome.entries), "", f"wrote {written} to {outcome.target.path}"]
-    if outcome.kept:
-        lines.append(f"kept {layout.count(outcome.kept, 'stronger entry', 'stronger entries')}, measured or proxy")
-    before, after = outcome.kernels
-    lines.append(layout.count(after, "kernel"))
+    if outcome.not_replaced:
+        lines.append(
+            f"kept {layout.count(outcome.not_replaced, 'stronger entry', 'stronger entries')}, measured or proxy"
+        )
+    before, after = outcome.variant_counts
+    serve = "serves" if after == 1 else "serve"
+    lines.append(f"{layout.count(after, 'kernel')} {serve} {layout.count(len(outcome.entries), 'entry', 'entries')}")
     if before > after:
-        lines[-1] += f", {before} before shapes within 1 % shared one"
+        lines[-1] += f"; {before} before shapes within 1 % shared one"
     if outcome.rejected:
         rejected = ", ".join(f"{number} {kind}" for kind, number in sorted(outcome.rejected.items()))
         lines.append(layout.wrapped(f"rejected configurations by reason: {rejected}"))

@@ -10,7 +10,7 @@ import typer
 
 from int8kit.cli import verify_mutate
 from int8kit.cli.layout import count
-from int8kit.cli.options import interpret_without_gpu, named_gpu
+from int8kit.cli.options import Db, interpret_without_gpu, named_gpu
 from int8kit.cli.terminal import Force, Json, Output, check_output, note, progress, show
 from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
 from int8kit.spec import TileConfig, legal_configs
@@ -38,9 +38,10 @@ def verify(
         str | None,
         typer.Option(help="GPU whose kernels are verified. Default: that of --db, else the present GPU, else rtx3090."),
     ] = None,
-    database: Annotated[Path | None, typer.Option("--db", help="Default: ./tuning_db/<gpu>.json, or shipped.")] = None,
+    database: Db = None,
     shapes: Annotated[
-        Path | None, typer.Option(help="Shapes that are verified beside the database's. Default: Ideogram 4's.")
+        Path | None,
+        typer.Option(help="Shapes that are verified beside the database's. Default: as for `tune`."),
     ] = None,
     examples: Annotated[
         int | None,
@@ -135,6 +136,7 @@ def _verify(
     from int8kit.database import store
     from int8kit.kernels import gemm
     from int8kit.verify import executors, property_runs, verify_kernels
+    from int8kit.verify.properties import entries as entry_property
     from int8kit.verify.properties.budget import budget
 
     gpu = named or gpus.resolve(None)
@@ -155,10 +157,11 @@ def _verify(
                 raise UnknownName("property", name, known)
         runs = [run for run in runs if run.name in only]
     files_used = ", ".join(map(str, paths)) or "no database, so the defaults"
-    count = len({e.shape for e in base.entries}) + len(unlisted)
+    entries = count(len(base.entries), "entry", "entries")
+    others = f", and the default configuration of {count(len(unlisted), 'shape')} without an entry" if unlisted else ""
     for executor in found:
         reduced = ", at reduced M, N and K" if executor.on == "interpreter" else ""
-        note(f"executing on {executor}{reduced}; {count} shapes; {files_used}")
+        note(f"executing on {executor}{reduced}; {entries}{others}; {files_used}")
     more: tuple[TileConfig, ...] = ()
     if exhaustive:
         examples = 10 * budget(found[-1], examples).examples
@@ -186,6 +189,8 @@ def _verify(
         raise CheckFailed(f"{len(failures)} of {len(results)} properties {verb}: {', '.join(r.name for r in failures)}")
     if stamp and stamps:
         _stamp(base, stamps, database)
+    elif stamp and base.entries and entry_property.NAME in {run.name for run in runs}:
+        note(f"stamped no entry: no executor here runs the kernels of {entries}; a GPU does")
 
 
 def _failure_lines(failures: list[Result], found: list[Executor]) -> list[str]:

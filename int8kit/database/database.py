@@ -33,7 +33,7 @@ class Choice:
     config: TileConfig
     level: str  # of the lookup: "exact", "nearest-m", ...
     provenance: str
-    verified: bool = False  # the entry's configuration was proven exact with the present kernel and Triton
+    is_verified: bool = False  # the entry's configuration was proven exact with the present kernel and Triton
 
 
 def _policies() -> dict[str, str]:
@@ -105,7 +105,7 @@ class Database:
         """Candidates of the lookup with their entries, the preferred ones first.
 
         Preferred are entries of this Triton generation, then of the present kernels, then of a strong source.
-        wanted: only candidates whose N and K are near those of this shape.
+        wanted: only candidates with N and K near the N and K of this shape.
         """
         ranked = self._rank(toolchain)
         if wanted is None:
@@ -164,7 +164,7 @@ class Database:
             "numerics": NUMERICS_VERSION,
             "policies": {**self.policies, **_policies()},
             "gpu": (self.header or identity_of(self.gpu)).model_dump(exclude_none=True),
-            "entries": [entry.named().model_dump(mode="json", exclude_none=True) for entry in self.entries],
+            "entries": [entry.with_id().model_dump(mode="json", exclude_none=True) for entry in self.entries],
         }
         return files.dump_rows(document, "entries")
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from int8kit import gpus
+from int8kit import files, gpus
 from int8kit.database.database import Database, identity_of
 from int8kit.database.schema import Entry, GpuIdentity, Resources, RunnerUp, Stamp
 from int8kit.gpus import Gpu
@@ -30,8 +30,11 @@ MODEL_ERROR = 5.0  # largest plausible ratio of estimate and time; 2.1 in the sh
 def problems(database: Database, toolchain: Toolchain, path: Path | None = None) -> list[str]:
     """Every problem of `database`, one line each. Entries with the same problem share a line.
 
-    path: its file, which the remedies name.
+    path: its file, which the remedies name. They never name a file inside the installed package, which a verb would
+    then change.
     """
+    if path is not None and path.is_absolute() and path.is_relative_to(files.shipped("tuning_db")):
+        path = None
     groups: dict[str, list[str]] = {}
     ids = {entry.identity: entry.shape for entry in database.entries}
     verify = f"run `int8kit verify --gpu {database.gpu.alias}{f' --db {path}' if path else ''}`"
@@ -81,7 +84,7 @@ def _finalists(entry: Entry) -> list[Entry | RunnerUp]:
 def _too_fast(shape: GemmShape, us: float, gpu: Gpu) -> Iterator[str]:
     """A time below the data sheet's limit: all operations at the INT8 rate, or one read of the weight from DRAM."""
     floor = max(
-        shape.ops / (gpu.int8_tops * PEAK_MARGIN) / 1e6, shape.n * shape.k / (gpu.dram_gb_s * PEAK_MARGIN) / 1e3
+        shape.flops / (gpu.int8_tops * PEAK_MARGIN) / 1e6, shape.n * shape.k / (gpu.dram_gb_s * PEAK_MARGIN) / 1e3
     )
     if us < floor:
         yield f"{us} us is impossible; {gpu.name} needs {floor:.2f} us at its peak"
@@ -157,7 +160,7 @@ class _EntryChecks:
             if timed is not None and one.time_us is not None:
                 yield from _too_fast(entry.shape, one.time_us, timed)
         if timed is not None and entry.bf16_us is not None:
-            floor = entry.shape.ops / (timed.bf16_tflops * PEAK_MARGIN) / 1e6
+            floor = entry.shape.flops / (timed.bf16_tflops * PEAK_MARGIN) / 1e6
             if entry.bf16_us < floor:
                 yield f"bf16 in {entry.bf16_us} us is impossible; {timed.name} needs {floor:.2f} us"
         if entry.default_us is not None:

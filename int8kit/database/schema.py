@@ -132,7 +132,7 @@ class Entry(_Row):
         """Subject of a verification: 12 hexadecimal digits of operation, shape and configuration."""
         return identity(self.operation, self.shape, self.config)
 
-    def named(self) -> Entry:
+    def with_id(self) -> Entry:
         """This entry with its `identity` as its id, as it is written to a file."""
         return self.model_copy(update={"id": self.identity})
 

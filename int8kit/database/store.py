@@ -34,7 +34,7 @@ from int8kit.spec import NUMERICS_VERSION, GemmShape, Source, why_illegal
 from int8kit.toolchain import Toolchain, require_supported
 
 FORMATS = (FORMAT, upgrade.OLD_FORMAT)
-_REMEDY = "make one with `int8kit tune`, or name another with --db"
+_REMEDY = "make one with `int8kit tune`, or name another file"
 
 
 def is_ours(path: Path) -> bool:
@@ -103,10 +103,8 @@ def _check(document: Document) -> None:
         raise TypeError(f"{operation} {GemmShape(m, n, k)} occurs twice for Triton {triton}")
 
 
-def find(alias: str, given: Path | None = None) -> Path | None:
-    """The database file of a GPU: `given`, else ./tuning_db/<alias>.json, else the shipped file, else None."""
-    if given is not None:
-        return given
+def find(alias: str) -> Path | None:
+    """The database file of a GPU: ./tuning_db/<alias>.json, else the shipped file, else None."""
     for folder in (Path("tuning_db"), files.shipped("tuning_db")):
         path = folder / f"{alias}.json"
         if path.is_file():
@@ -132,7 +130,7 @@ def merged_view(gpu: Gpu, toolchain: Toolchain, given: Path | None = None) -> tu
     given: the only file to read. By default the file that `find` returns, merged with the user's own. A user's entry
     whose kernel has changed since does not replace another entry.
     """
-    base = find(gpu.alias, given)
+    base = given or find(gpu.alias)
     own = user_path(gpu.alias) if given is None else None
     paths = tuple(path for path in (base, own) if path is not None and (path == given or path.is_file()))
     database = Database(gpu)
@@ -175,7 +173,7 @@ def update(path: Path, gpu: Gpu, entries: Iterable[Entry], *, force: bool = Fals
     with lock_of(path):
         fresh = not path.exists() or (force and not is_ours(path))
         database = (Database(gpu) if fresh else load(path, gpu.alias)).merged(entries)
-        database = replace(database, entries=tuple(entry.named() for entry in database.entries))
+        database = replace(database, entries=tuple(entry.with_id() for entry in database.entries))
         files.write_text(path, database.dumps())
     return database
 

@@ -3,7 +3,7 @@
     gemm                         the entry point of the three GEMM kernels
     gemm_triton, gemm_mma_sync, gemm_wgmma
     epilogue, activations        device functions that the GEMM kernels share
-    l2_swizzle, tile_scheduler   order of tiles; stream-K
+    l2_swizzle, stream_k         order of tiles; stream-K
     quantize, rms_norm_quantize, residual_norm_quantize, swiglu_quantize, qk_norm_rope
     row_primitives               device functions that the row kernels share
     operands, launch             checks of tensors; launch without a look-up

@@ -57,8 +57,8 @@ class KernelModule(Protocol):
     def launch(self, operands: Operands, config: TileConfig, options: dict[str, Any]) -> None:
         """Launch the kernel on the current device and stream. options: further compile options of Triton."""
 
-    def source(self, config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> tuple[Any, dict[str, Any]]:
-        """Source and options for the cross-compiler."""
+    def compiler_source(self, config: TileConfig, **variant: bool) -> tuple[Any, dict[str, Any]]:
+        """Source and options for the cross-compiler. variant: even_k, which only the Triton kernel takes."""
 
 
 @lru_cache(maxsize=len(Kernel))

@@ -1,12 +1,13 @@
-"""GEMM for `mma.sync` in Triton's Gluon dialect: sm_80, 86, 89 and 120. Plain Triton is a seventh slower there.
+"""GEMM for `mma.sync` in Triton's Gluon dialect: sm_80 and later; the tuner leaves it out on sm_90.
 
-One program computes one tile, or its range of the leftover tiles (`tile_scheduler`). One step of block_k, for a tile of
+As sm_86 code, plain Triton is a seventh slower. One program computes one tile, or its range of the leftover tiles
+(`stream_k`). One step of block_k, for a tile of
 128 x 128 x 128:
 
     global memory --cp.async, 16 bytes per thread--> one of num_stages slots in shared memory (x 16 KB, w 16 KB)
     slot --ldmatrix--> fragments of 32 columns of K (32 registers of A and B for a warp's 64 x 64) --mma.sync--> acc
 
-The kernel does four things that Triton's pipeliner does not (figures: docs/kernels.md):
+The kernel does four things that Triton's pipeliner does not (figures: docs/kernel-experiments.md):
 
   one barrier per step    Each slot is its own allocation, and the loop is unrolled over the slots. The compiler then
                           sees that the copy into one slot and the reads of another do not meet. Otherwise it emits two
@@ -38,7 +39,7 @@ from int8kit.kernels.epilogue import add_bias, dequantize, swiglu
 from int8kit.kernels.l2_swizzle import tile_corner
 from int8kit.kernels.launch import COMPILE_OPTIONS, cdiv, divisibility, launch_cached
 from int8kit.kernels.operands import Operands
-from int8kit.kernels.tile_scheduler import fix_up, segment, segment_count, stream_k
+from int8kit.kernels.stream_k import fix_up, segment, segment_count, stream_k
 from int8kit.spec import TileConfig, warp_grid
 
 async_copy = triton_compat.alias(ampere.async_copy, async_copy_global_to_shared="async_load")
@@ -54,10 +55,10 @@ def _copy(slot, ptr, offsets, ks, k, end):
 
 
 @gluon.jit
-def _fragments(x_slot, w_slot, PIECE: gl.constexpr, WIDTH: gl.constexpr, mma: gl.constexpr):
-    """Fragments of columns PIECE * WIDTH to (PIECE + 1) * WIDTH of a slot, in registers."""
-    a = x_slot.slice(PIECE * WIDTH, WIDTH, dim=1).load(gl.DotOperandLayout(0, mma, 4))
-    b = w_slot.slice(PIECE * WIDTH, WIDTH, dim=1).permute((1, 0)).load(gl.DotOperandLayout(1, mma, 4))
+def _fragments(x_slot, w_slot, INDEX: gl.constexpr, WIDTH: gl.constexpr, mma: gl.constexpr):
+    """Fragments of columns INDEX * WIDTH to (INDEX + 1) * WIDTH of a slot, in registers."""
+    a = x_slot.slice(INDEX * WIDTH, WIDTH, dim=1).load(gl.DotOperandLayout(0, mma, 4))
+    b = w_slot.slice(INDEX * WIDTH, WIDTH, dim=1).permute((1, 0)).load(gl.DotOperandLayout(1, mma, 4))
     return a, b
 
 
@@ -69,23 +70,23 @@ def _accumulate(
     """Accumulators of K from `first` up to `end`, in layout mma.
 
     The loop is unrolled UNROLL steps, a multiple of STAGES. The copies of a step start at these places between the
-    loads of fragments L and the products P of its pieces:
+    loads of fragments L and the products P:
 
-        PIECES = 4          L1 x P0   L2 w P1   L3 P2   L0' P3        (L0': the first fragments of the next slot)
-        PIECES = 2          w L1 P0   x L0' P1
+        FRAGMENTS = 4       L1 x P0   L2 w P1   L3 P2   L0' P3        (L0': the first fragments of the next slot)
+        FRAGMENTS = 2       w L1 P0   x L0' P1
         STAGES = 2          w x L1 P0 ...                              a later copy would arrive too late
     """
     STAGES: gl.constexpr = len(x_slots)
     BLOCK_K: gl.constexpr = x_slots[0].shape[1]
     BLOCK_M: gl.constexpr = x_slots[0].shape[0]
     BLOCK_N: gl.constexpr = w_slots[0].shape[0]
-    PIECES: gl.constexpr = BLOCK_K // WIDTH
-    # the piece before or behind whose load of fragments a copy starts; -1: at no such place
+    FRAGMENTS: gl.constexpr = BLOCK_K // WIDTH
+    # the index of the fragments before or behind whose load a copy starts; -1: at no such place
     AT_ONCE: gl.constexpr = STAGES == 2
-    W_BEFORE: gl.constexpr = 0 if AT_ONCE or PIECES == 2 else -1
-    X_BEFORE: gl.constexpr = 0 if AT_ONCE else 1 if PIECES == 2 else -1
-    X_BEHIND: gl.constexpr = -1 if AT_ONCE or PIECES == 2 else 0
-    W_BEHIND: gl.constexpr = -1 if AT_ONCE or PIECES == 2 else 1
+    W_BEFORE: gl.constexpr = 0 if AT_ONCE or FRAGMENTS == 2 else -1
+    X_BEFORE: gl.constexpr = 0 if AT_ONCE else 1 if FRAGMENTS == 2 else -1
+    X_BEHIND: gl.constexpr = -1 if AT_ONCE or FRAGMENTS == 2 else 0
+    W_BEHIND: gl.constexpr = -1 if AT_ONCE or FRAGMENTS == 2 else 1
     LAST_COPY: gl.constexpr = 0 if AT_ONCE else 1
     acc = gl.zeros([BLOCK_M, BLOCK_N], gl.int32, mma)
     for i in gl.static_range(STAGES - 1):
@@ -98,12 +99,12 @@ def _accumulate(
         a, b = _fragments(x_slots[0], w_slots[0], 0, WIDTH, mma)
         for i in gl.static_range(UNROLL):
             later = k + (i + STAGES - 1) * BLOCK_K  # its slot is the one of the step before, which all warps have read
-            for j in gl.static_range(PIECES):
+            for j in gl.static_range(FRAGMENTS):
                 if j == W_BEFORE:
                     _copy(w_slots[(i + STAGES - 1) % STAGES], w_ptr, w_offsets, ks, later, end)
                 if j == X_BEFORE:
                     _copy(x_slots[(i + STAGES - 1) % STAGES], x_ptr, x_offsets, ks, later, end)
-                if j + 1 < PIECES:
+                if j + 1 < FRAGMENTS:
                     next_a, next_b = _fragments(x_slots[i % STAGES], w_slots[i % STAGES], j + 1, WIDTH, mma)
                 if j == X_BEHIND:
                     _copy(x_slots[(i + STAGES - 1) % STAGES], x_ptr, x_offsets, ks, later, end)
@@ -111,11 +112,11 @@ def _accumulate(
                     _copy(w_slots[(i + STAGES - 1) % STAGES], w_ptr, w_offsets, ks, later, end)
                 if j == LAST_COPY:
                     async_copy.commit_group()
-                if j + 1 == PIECES and i + 1 < UNROLL:
+                if j + 1 == FRAGMENTS and i + 1 < UNROLL:
                     async_copy.wait_group(STAGES - 2)
                     next_a, next_b = _fragments(x_slots[(i + 1) % STAGES], w_slots[(i + 1) % STAGES], 0, WIDTH, mma)
                 acc = mma_v2(a, b, acc)
-                if j + 1 < PIECES or i + 1 < UNROLL:
+                if j + 1 < FRAGMENTS or i + 1 < UNROLL:
                     a = next_a
                     b = next_b
     for i in gl.static_range(UNROLL - 1):  # steps that do not fill a pass
@@ -125,7 +126,7 @@ def _accumulate(
             _copy(x_slots[(i + STAGES - 1) % STAGES], x_ptr, x_offsets, ks, later, end)
             _copy(w_slots[(i + STAGES - 1) % STAGES], w_ptr, w_offsets, ks, later, end)
             async_copy.commit_group()
-            for j in gl.static_range(PIECES):
+            for j in gl.static_range(FRAGMENTS):
                 a, b = _fragments(x_slots[i % STAGES], w_slots[i % STAGES], j, WIDTH, mma)
                 acc = mma_v2(a, b, acc)
     async_copy.wait_group(0)
@@ -134,7 +135,7 @@ def _accumulate(
 
 @gluon.jit
 def _column(i, WARPS_N: gl.constexpr, PAIRS: gl.constexpr):
-    """The tile's column whose row of w lies in row i of a slot.
+    """Output column computed from row i of the w slot.
 
     The mma gives a thread the columns 2q and 2q + 1 of every 8 (thread q of 4), in PAIRS groups of 8 that lie
     8 * WARPS_N apart. They become 2 * PAIRS neighbours:
@@ -247,12 +248,12 @@ def _gemm_mma_sync(
         steps = gl.cdiv(K, BLOCK_K)
         tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
         total = tiles % workers * steps
-        shares = pid < workers
-        for i in range(gl.where(shares, segment_count(pid, total, workers, steps), 1)):
+        is_worker = pid < workers
+        for i in range(gl.where(is_worker, segment_count(pid, total, workers, steps), 1)):
             index, k0, k1 = segment(pid, i, total, workers, steps)
-            tile = gl.where(shares, tiles - tiles % workers + index, pid - workers)
-            k0 = gl.where(shares, k0, 0)
-            k1 = gl.where(shares, k1, steps)
+            tile = gl.where(is_worker, tiles - tiles % workers + index, pid - workers)
+            k0 = gl.where(is_worker, k0, 0)
+            k1 = gl.where(is_worker, k1, steps)
             row, col = tile_corner(tile, M, N, group_m, BLOCK_M, BLOCK_N)
             acc = _tile(
                 x_slots, w_slots, x_ptr, w_ptr, row, col, k0 * BLOCK_K, gl.minimum(k1 * BLOCK_K, K), M, N,
@@ -350,11 +351,11 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
     )
 
 
-def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> tuple[Any, dict[str, Any]]:
+def compiler_source(config: TileConfig) -> tuple[Any, dict[str, Any]]:
     """Source and options that Triton compiles for `config` with bias and bf16 output: see `tune.cross_compile`."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    values = dict(_constants(config, True, swiglu=swiglu))
+    values = dict(_constants(config, True))
     pointers = {"x": "*i8", "w": "*i8", "sx": "*fp32", "sw": "*fp32", "bias": "*bf16", "out": "*bf16"}
     buffer = "*i32" if config.stream_k else "*i8"  # without stream-K, x stands in for workspace and counters
     pointers |= {"workspace": buffer, "arrived": buffer}

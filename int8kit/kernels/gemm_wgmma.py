@@ -1,7 +1,7 @@
 """GEMM for `wgmma` in Triton's Gluon dialect: sm_90, warp-specialized and persistent.
 
-One program per multiprocessor computes tiles p, p + P, p + 2P, ... and its range of the leftover tiles
-(`tile_scheduler`). Three groups of warps work on shared memory:
+One program per multiprocessor computes tiles p, p + P, p + 2P, ... and its range of the leftover tiles (`stream_k`):
+`_work` counts its items, `_item` gives one of them. Three groups of warps work on shared memory:
 
   producer       1 warp, 24 registers per thread. It issues TMA copies of block_m x 128 of x and block_n x 128 of w
                  into a ring of num_stages slots, for every step of every tile, as far ahead as slots are free. TMA
@@ -36,7 +36,7 @@ The kernel is launched as a programmatic dependent of the kernel before it in th
 programs of that kernel end and sets up its barriers. It waits (`gdc_wait`) for their writes before it touches global
 memory. Without this overlap a launch of few rows takes 0.3 us longer, up to a thirtieth.
 
-Scales and bias are fetched before the steps. The ones of the columns wait in shared memory, since registers are scarce.
+Scales and bias are fetched before the steps. Column scales and bias are kept in shared memory to save registers.
 block_n is at most 128: Triton asserts on int8 wgmma of 256 columns. TMA must be able to address the rows (`why_not`).
 """
 
@@ -58,7 +58,7 @@ from int8kit.kernels.epilogue import add_bias, dequantize, swiglu
 from int8kit.kernels.l2_swizzle import tile_corner
 from int8kit.kernels.launch import COMPILE_OPTIONS, cdiv, divisibility, launch_cached
 from int8kit.kernels.operands import Operands
-from int8kit.kernels.tile_scheduler import fix_up, multiprocessors, range_start, segment, segment_count, stream_k
+from int8kit.kernels.stream_k import fix_up, multiprocessors, range_start, segment, segment_count, stream_k
 from int8kit.spec import Schedule, TileConfig, consumer_rows
 
 tma = triton_compat.alias(
@@ -77,7 +77,7 @@ def _work(
     M, N, K, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STREAM_K: gl.constexpr,
     COOPERATIVE: gl.constexpr,
 ):  # fmt: skip
-    """Work of this program: steps of a tile, leftover steps of all programs, its segments, whole tiles and half tiles.
+    """Returns (steps per tile, stream-K steps of the grid, this program's segments, whole tiles, half tiles).
 
     Without stream-K, leftover cooperative tiles are halved where all programs then end half a tile sooner.
     """
@@ -97,15 +97,18 @@ def _work(
 
 
 @gluon.jit
-def _item(i, steps, total, segments, waves, STREAM_K: gl.constexpr):
-    """This program's item i, segments first, half tile last -> tile, its first and last + 1 step, all steps before."""
+def _item(i, steps, total, segments, whole_tiles, STREAM_K: gl.constexpr):
+    """Work item i of this program: tile number, K-step range [k0, k1), and number of steps in earlier items.
+
+    Order: stream-K segments, whole tiles, half tile.
+    """
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
     if STREAM_K:
         index, k0, k1 = segment(pid, i, total, programs, steps)
         first = range_start(pid, total, programs)
         is_segment = i < segments
-        tile = gl.where(is_segment, waves * programs + index, pid + (i - segments) * programs)
+        tile = gl.where(is_segment, whole_tiles * programs + index, pid + (i - segments) * programs)
         before = gl.where(
             is_segment,
             index * steps + k0 - first,
@@ -113,7 +116,7 @@ def _item(i, steps, total, segments, waves, STREAM_K: gl.constexpr):
         )
         return tile, gl.where(is_segment, k0, 0), gl.where(is_segment, k1, steps), before
     else:
-        return gl.where(i < waves, pid + i * programs, waves * programs + pid // 2), 0, steps, i * steps
+        return gl.where(i < whole_tiles, pid + i * programs, whole_tiles * programs + pid // 2), 0, steps, i * steps
 
 
 @gluon.jit
@@ -138,12 +141,12 @@ def _produce(
     BLOCK_K: gl.constexpr = x_ring.shape[2]
     ROWS: gl.constexpr = x_desc.block_shape[0]
     BOXES: gl.constexpr = BLOCK_M // ROWS
-    steps, total, segments, waves, half = _work(M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, STREAM_K, COOPERATIVE)
+    steps, total, segments, whole_tiles, half = _work(M, N, K, BLOCK_M, BLOCK_N, BLOCK_K, STREAM_K, COOPERATIVE)
     step = 0
-    for i in range(segments + waves + half):
-        tile, k0, k1, _ = _item(i, steps, total, segments, waves, STREAM_K)
+    for i in range(segments + whole_tiles + half):
+        tile, k0, k1, _ = _item(i, steps, total, segments, whole_tiles, STREAM_K)
         row, col = tile_corner(tile, M, N, group_m, BLOCK_M, BLOCK_N)
-        whole = i < segments + waves
+        whole = i < segments + whole_tiles
         row += gl.where(whole, 0, gl.program_id(0) % 2 * ROWS)
         boxes = gl.where(whole, gl.minimum(gl.cdiv(M - row, ROWS), BOXES), 1)
         for k in range(k0, k1):
@@ -243,15 +246,15 @@ def _consume(
     chunk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
     sw_buffer = vectors.index(2 * CONSUMER)
     bias_buffer = vectors.index(2 * CONSUMER + 1)
-    steps, total, segments, waves, half = _work(M, N, K, BLOCK_M, BLOCK_N, x_ring.shape[2], STREAM_K, COOPERATIVE)
-    items = segments + waves
+    steps, total, segments, whole_tiles, half = _work(M, N, K, BLOCK_M, BLOCK_N, x_ring.shape[2], STREAM_K, COOPERATIVE)
+    items = segments + whole_tiles
     if CONSUMER == 0:
         items += half
     parity = 1 - CONSUMER
     for i in range(0 if COOPERATIVE else CONSUMER, items, 1 if COOPERATIVE else 2):
-        tile, k0, k1, first = _item(i, steps, total, segments, waves, STREAM_K)
+        tile, k0, k1, first = _item(i, steps, total, segments, whole_tiles, STREAM_K)
         row, col = tile_corner(tile, M, N, group_m, BLOCK_M, BLOCK_N)
-        alone = i >= segments + waves
+        alone = i >= segments + whole_tiles
         if COOPERATIVE:
             row += gl.where(alone, gl.program_id(0) % 2, CONSUMER) * ROWS
         rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, chunk_layout))
@@ -272,7 +275,7 @@ def _consume(
             if k1 - k0 < steps:
                 pid = gl.program_id(0)
                 programs = gl.num_programs(0)
-                index = tile - waves * programs
+                index = tile - whole_tiles * programs
                 complete, acc = fix_up(
                     acc, workspace_ptr, arrived_ptr, pid, i, index, k1 - k0, total, programs, steps,
                     2 if COOPERATIVE else 1, CONSUMER if COOPERATIVE else 0,
@@ -403,14 +406,14 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
     launch_cached(_gemm_wgmma, (programs, 1), args, values, tuple((LAUNCH_OPTIONS | options).items()), key)
 
 
-def source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> tuple[Any, dict[str, Any]]:
+def compiler_source(config: TileConfig) -> tuple[Any, dict[str, Any]]:
     """Source and options that Triton compiles for `config` with bias and bf16 output: see `tune.cross_compile`."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
     def descriptor(kind: str, dtype: torch.dtype, block: tuple[int, int]) -> str:
         return f"tensordesc<{kind}{list(block)},{_layout(dtype, block)!r}>"
 
-    values = dict(_constants(config, True, swiglu=swiglu))
+    values = dict(_constants(config, True))
     x, w, out = _blocks(config, torch.bfloat16)
     signature = {"x_desc": descriptor("i8", torch.int8, x), "w_desc": descriptor("i8", torch.int8, w)}
     signature |= {"out_desc": descriptor("bf16", torch.bfloat16, out), "sx_ptr": "*fp32", "sw_ptr": "*fp32"}

@@ -81,8 +81,9 @@ def launch_cached(
 def finalize_cache_keys(function: Any) -> None:
     """Compute Triton's cache key of `function` after the keys of all functions that it calls.
 
-    A key covers the constants only of callees whose own keys exist by then. Processes that use kernels in another order
-    would otherwise look under other keys and compile again. Does nothing in Triton's interpreter.
+    Triton's key of a function covers the constants of a callee only if the callee's key exists. Without this step the
+    key depends on the order of earlier launches, and another process compiles the kernel again. Does nothing in
+    Triton's interpreter.
     """
     if interpreted() or function.fn in _FINALIZED:
         return

@@ -1,5 +1,8 @@
 """Device functions that the row kernels share: a row in registers, its mean of squares, its quantization.
 
+The row kernels are `quantize` and four kernels that do the work of several eager operations. `bench fused` and some
+test files call these four the fused kernels.
+
 A program holds one row as a tuple of chunks, each [CHUNK] fp32. Every input byte is read once. K = 4608 is nine chunks
 of 512 without a masked lane; one power of two would be 8192 wide and almost half empty. Several rows per program, which
 would load the weight once for all of them, were rejected: Triton then gives the two shapes different layouts and
@@ -71,9 +74,9 @@ class RowTile:
 
 
 def default_tile(k: int, held: int = 96) -> RowTile:
-    """The tile with 256 elements per warp whose chunk pads K least, with at most `held` elements per thread.
+    """The default tile of a row of k elements: 256 elements per warp, at most `held` per thread, the least padding.
 
-    Of equal chunks the smaller one: each thread of a row repeats the work that is done once per row.
+    If two chunks pad equally, the smaller one is taken: each thread repeats the work that is done once per row.
     """
     fitting = [chunk for chunk in CHUNKS[:4] if k * 8 <= held * chunk] or [CHUNKS[3]]
     chunk = min(fitting, key=lambda c: (-(-k // c) * c, c))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -23,7 +24,8 @@ from int8kit.database import store
 from int8kit.database.database import Choice
 from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
 from int8kit.kernels import present_toolchain
-from int8kit.models import TINY, Case
+from int8kit.models import Case, check_pipeline
+from int8kit.progress import Progress, no_progress
 from int8kit.toolchain import Toolchain, require_supported
 
 if TYPE_CHECKING:
@@ -113,16 +115,13 @@ def check(request: ImageRequest) -> int:
         raise FileError(
             f"cannot load {request.model!r}: it holds no model_index.json; expected a folder in diffusers' layout"
         )
-    if "/" not in request.model and request.model != TINY and not is_folder:
-        raise UnknownName("model", request.model, [TINY], "or name a local folder in diffusers' layout, or a hub id")
+    if not is_folder and request.model.startswith((".", "/", "~")):
+        raise FileError(f"no folder {request.model!r}; expected tiny, a folder in diffusers' layout, or a hub id")
+    check_pipeline(request.model)
     return steps
 
 
-Stage = Callable[[str, int], Callable[[], None]]
-"""Progress: called with a description and a number of steps, it returns the function to call after each step."""
-
-
-def generate(request: ImageRequest, stage: Stage = lambda *_: lambda: None) -> GeneratedImage:
+def generate(request: ImageRequest, progress: Progress = no_progress) -> GeneratedImage:
     """Generate an image.
 
     Raises UnknownName, InputError or FileError for a bad request before any long work, and CheckFailed if the request
@@ -141,22 +140,22 @@ def generate(request: ImageRequest, stage: Stage = lambda *_: lambda: None) -> G
     device = torch.device("cpu" if present is None else "cuda")
 
     start = time.perf_counter()
-    step = stage(f"loading {request.model}", 1)
+    step = progress(f"loading {request.model}", 1)
     stock = ideogram4.load(request.model)
     step()
     tokens = ideogram4.count_tokens(stock, request.prompt)
     case = Case(request.height, request.width, text_tokens=tokens)
     loaded = time.perf_counter()
-    step = stage("encoding the prompt, quantizing", 1)
+    step = progress("encoding the prompt, quantizing", 1)
     pipe, choices = ideogram4.prepare(stock, request.prompt, case, database, device, toolchain)
     step()
     if request.strict:
         _require_proofs(choices, gpu, toolchain)
     prepared = time.perf_counter()
     guidance = preset.guidance(steps) if request.guidance is None else [request.guidance] * steps
-    image, ends = _denoise(pipe, request, preset, guidance, tokens, stage("denoising", steps))
+    image, ends = _denoise(pipe, request, preset, guidance, tokens, progress("denoising", steps))
     done = time.perf_counter()
-    durations = sorted(b - a for a, b in zip([prepared, *ends], ends, strict=False))
+    durations = [b - a for a, b in zip([prepared, *ends], ends, strict=False)]
     return GeneratedImage(
         image=image,
         request=request,
@@ -169,7 +168,7 @@ def generate(request: ImageRequest, stage: Stage = lambda *_: lambda: None) -> G
         prepare_s=prepared - loaded,
         denoise_s=ends[-1] - prepared,
         decode_s=done - ends[-1],
-        step_ms=1e3 * durations[len(durations) // 2],
+        step_ms=1e3 * statistics.median(durations),
         peak_gib=_peak_bytes(device) / 2**30,
     )
 
@@ -180,9 +179,9 @@ def _denoise(
     preset: Preset,
     guidance: list[float],
     tokens: int,
-    progress: Callable[[], None],
+    step: Callable[[], None],
 ) -> tuple[Image.Image, list[float]]:
-    """The image, and the time at the end of each step. progress is called after each step."""
+    """The image, and the time at the end of each step. `step` is called after each."""
     import torch
 
     device = pipe.run_device
@@ -192,7 +191,7 @@ def _denoise(
         if device.type == "cuda":
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
-        progress()
+        step()
         return values
 
     pipe.set_progress_bar_config(disable=True)
@@ -223,7 +222,7 @@ def _require_proofs(choices: list[tuple[Choice, int]], gpu: gpus.Gpu, toolchain:
 
 def unproven_of(choices: Iterable[tuple[Choice, int]]) -> list[Choice]:
     """Choices from a database entry without a proof for the present kernels."""
-    return [choice for choice, _ in choices if choice.level != lookup.DEFAULT and not choice.verified]
+    return [choice for choice, _ in choices if choice.level != lookup.DEFAULT and not choice.is_verified]
 
 
 def save(generated: GeneratedImage, path: Path) -> None:

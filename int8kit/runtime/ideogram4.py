@@ -15,7 +15,7 @@ which accepts no mask, then runs on consumer GPUs.
 
 from __future__ import annotations
 
-from pathlib import Path
+import textwrap
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from diffusers.models.transformers.transformer_ideogram4 import Ideogram4Attenti
 
 from int8kit import models
 from int8kit.database.database import Choice, Database
-from int8kit.errors import FileError, InputError, UnknownName
+from int8kit.errors import FileError, InputError
 from int8kit.layers import replace_linears
 from int8kit.lookup import Plan
 from int8kit.models import PATCH
@@ -59,18 +59,20 @@ class Int8Pipeline(Ideogram4Pipeline):
 
 
 def load(model: str) -> Any:
-    """The stock pipeline of `model`: "tiny", a local folder, or a hub id. Raises UnknownName or FileError."""
+    """The stock pipeline of `model`: "tiny", a local folder, or a hub id.
+
+    Raises UnknownName, InputError or FileError.
+    """
     if model == models.TINY:
         return models.tiny_pipeline()
-    if not Path(model).is_dir() and "/" not in model:
-        raise UnknownName("model", model, [models.TINY], "or name a local folder in diffusers' layout, or a hub id")
+    models.check_pipeline(model)
     try:
         return Ideogram4Pipeline.from_pretrained(model, dtype=torch.bfloat16)
     except Exception as error:  # the hub, safetensors and diffusers each raise their own types
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise FileError(
-            f"cannot load {model!r} as an Ideogram4Pipeline ({reason[:160]}); expected tiny, a local folder in "
-            "diffusers' layout, or a hub id that `hf auth login` gives you access to"
+            f"cannot load {model!r} as an Ideogram4Pipeline ({textwrap.shorten(reason, 160)}); expected tiny, a "
+            "local folder in diffusers' layout, or, with a network, a hub id that `hf auth login` gives you access to"
         ) from None
 
 

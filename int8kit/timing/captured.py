@@ -23,7 +23,7 @@ Launch = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Entrant:
+class PreparedContestant:
     """A contestant prepared for one shape."""
 
     launches: Sequence[Launch]  # one for each copy of the weight; each returns its result
@@ -54,29 +54,29 @@ def capture(
 
 
 class RepeatableCall:
-    """A call that makes `launches` launches, each with the next copy of the weight. `result` is the last one's."""
+    """A repeatable call of `launches` launches, each with the next copy of the weight; it stores the last `result`."""
 
-    def __init__(self, entrant: Entrant, *, graph: bool, least: int = 16) -> None:
-        """least: launches in a graph, rounded up so that each copy has equally many; they share the replay's gap."""
-        self.entrant = entrant  # a graph keeps addresses and not tensors: its inputs must live as long
-        for launch in entrant.launches:  # a library compiles or tunes itself now
+    def __init__(self, prepared: PreparedContestant, *, graph: bool, least: int = 16) -> None:
+        """least: launches in a graph, rounded up to a multiple of the copies. They share the gap of a replay."""
+        self.prepared = prepared  # a graph keeps addresses and not tensors: its inputs must live as long
+        for launch in prepared.launches:  # a library compiles or tunes itself now
             self.result = launch()
-        self.note = entrant.note
+        self.note = prepared.note
         self.by: TimedBy = "host"
         self.launches = 1
         if graph:
-            copies = len(entrant.launches)
+            copies = len(prepared.launches)
             count = copies * -(-least // copies)
             stream = torch.cuda.current_stream()
             try:
-                self._call, self.launches, self.by = self._capture(entrant, count), count, "graph"
+                self._call, self.launches, self.by = self._capture(prepared, count), count, "graph"
                 return
             except Exception as error:  # a library may refuse capture in any way
                 torch.cuda.set_stream(stream)  # if ending the failed capture fails too, torch stays on its stream
                 _reset_after_failed_capture()
                 reason = one_line(error.__context__ or error)
                 self.note = f"{self.note}; from the host: {reason}".removeprefix("; ")
-        turn = cycle(entrant.launches)
+        turn = cycle(prepared.launches)
         self._call = lambda: self._launch(next(turn))
         self()  # a failed capture may have left the result poisoned
 
@@ -86,11 +86,11 @@ class RepeatableCall:
     def _launch(self, launch: Launch) -> None:
         self.result = launch()
 
-    def _capture(self, entrant: Entrant, count: int) -> Callable[[], None]:
+    def _capture(self, prepared: PreparedContestant, count: int) -> Callable[[], None]:
         """Replay of a graph of `count` launches. Raises RuntimeError if a replay does not write the result."""
         gc.collect()  # a graph allocates from a pool of its own: return cached memory first
         torch.cuda.empty_cache()
-        graph, result = capture(islice(cycle(entrant.launches), count))
+        graph, result = capture(islice(cycle(prepared.launches), count))
         poison(result)
         graph.replay()
         torch.cuda.synchronize()

@@ -21,8 +21,8 @@ from int8kit.tune.space import without_swizzle
 SLACK = TIE
 
 
-def kernels(entries: Sequence[Entry]) -> set[TileConfig]:
-    """The distinct kernels that `entries` need."""
+def variants(entries: Sequence[Entry]) -> set[TileConfig]:
+    """The distinct kernels that `entries` need, each as a configuration."""
     return {without_swizzle(entry.config) for entry in entries}
 
 
@@ -41,7 +41,7 @@ def reduce(entries: Sequence[Entry], slack: float = SLACK) -> list[Entry]:
         chosen.add(best)
         pending = {i for i in pending if best not in options[i]}
     timed = [entry for entry, by_kernel in zip(entries, options, strict=True) if by_kernel]
-    if len(chosen) >= len(kernels(timed)):
+    if len(chosen) >= len(variants(timed)):
         return list(entries)
     reduced = []
     for entry, by_kernel in zip(entries, options, strict=True):

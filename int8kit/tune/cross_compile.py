@@ -17,17 +17,17 @@ from typing import Any
 
 from int8kit.database.schema import Resources
 from int8kit.errors import ConfigError
-from int8kit.tune.space import CompiledKernel
+from int8kit.tune.space import KernelVariant
 
 
-def compile_for(arch: int, kernel: CompiledKernel) -> Resources:
+def compile_for(arch: int, kernel: KernelVariant) -> Resources:
     """Resources of the bf16 GEMM with bias on `arch` (86 for sm_86). Raises ConfigError as `assemble` does."""
     compiled = assemble(arch, kernel)
     registers, spill = _usage(compiled.asm["cubin"])
     return Resources(registers=registers, spill_bytes=spill, shared_bytes=int(compiled.metadata.shared))
 
 
-def assemble(arch: int, kernel: CompiledKernel, *, code: str | None = None) -> Any:
+def assemble(arch: int, kernel: KernelVariant, *, code: str | None = None) -> Any:
     """Triton's compiled kernel for `arch`, with `asm` ("ptx", "cubin", ...) and `metadata`.
 
     code: an older architecture's code, such as "sm86", assembled to run on `arch`. Raises ConfigError with the
@@ -44,7 +44,7 @@ def assemble(arch: int, kernel: CompiledKernel, *, code: str | None = None) -> A
         raise ConfigError("TRITON_INTERPRET is set: compile in a process without it")
     config, even_k = kernel
     variant = {} if even_k is None else {"even_k": even_k}
-    source, options = gemm.module(config.kernel).source(config, **variant)
+    source, options = gemm.module(config.kernel).compiler_source(config, **variant)
     finalize_cache_keys(source.fn)
     if code is not None:
         options["arch"] = code

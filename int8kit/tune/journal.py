@@ -14,9 +14,8 @@ The file lies beside the database, `<name>.journal`. A line is on the disk befor
 only the unfinished steps. A shape's round is one step, since its times compare only with each other. An incomplete last
 line is dropped.
 
-The journal of another run (another GPU, Triton, kernel or policy) is replaced, and that of a finished run is removed.
-One tuner at a time writes a database: a second is refused as long as the first one lives, by a lock that ends with its
-process.
+The journal of another run (another GPU, Triton, kernel or policy) is replaced. The journal of a finished run is
+removed. A lock lets one tuner at a time write a database and refuses a second one. The lock ends with its process.
 
 Rejected: the database itself as the journal. It holds the chosen configurations and not the tried ones, and a new run
 must not take yesterday's entries for its own.
@@ -40,8 +39,7 @@ from int8kit.errors import FileError, InputError
 from int8kit.spec import GemmShape, Kernel, TileConfig, config_from
 from int8kit.timing.interleave import Times
 from int8kit.tune.search import ShapeHistory
-from int8kit.tune.space import CompiledKernel, compiled_kernel
-from int8kit.tune.workers import Compilation
+from int8kit.tune.space import Compilation, KernelVariant, kernel_variant
 
 FORMAT = "int8kit.journal/2"
 
@@ -49,14 +47,14 @@ FORMAT = "int8kit.journal/2"
 class Journal:
     """Journal of one run, as a context manager. The attributes hold the finished steps, an earlier run's included."""
 
-    def __init__(self, database: Path, identity: dict[str, Any]) -> None:
-        """identity: everything that makes the results of two runs comparable, as plain JSON.
+    def __init__(self, database: Path, run_key: dict[str, Any]) -> None:
+        """run_key: everything that makes the results of two runs comparable, as plain JSON.
 
         Raises FileError if another tuner writes `database`.
         """
         self.path = database.with_name(f"{database.name}.journal")
-        self.compiled: dict[CompiledKernel, Compilation] = {}
-        self.wrong: dict[tuple[GemmShape, TileConfig], str] = {}
+        self.compiled: dict[KernelVariant, Compilation] = {}
+        self.rejected: dict[tuple[GemmShape, TileConfig], str] = {}
         self.histories: dict[GemmShape, ShapeHistory] = {}
         self.chosen: dict[GemmShape, Entry] = {}
         self._lock = store.lock_of(self.path, timeout=0)
@@ -67,12 +65,12 @@ class Journal:
                 f"another tuner is writing {str(database)!r}; wait for it, or name another file with --output"
             ) from None
         try:
-            self._file = self._open({"format": FORMAT, "run": identity})
+            self._file = self._open({"format": FORMAT, "run": run_key})
         except BaseException:
             self._lock.release()
             raise
 
-    def add_compiled(self, kernel: CompiledKernel, compilation: Compilation) -> None:
+    def add_compiled(self, kernel: KernelVariant, compilation: Compilation) -> None:
         """Resources of a kernel, or why it does not compile."""
         row: dict[str, Any] = {"config": asdict(kernel.config)}
         if kernel.even_k is not None:
@@ -84,9 +82,9 @@ class Journal:
         self.compiled[kernel] = compilation
         self._write({"compiled": row})
 
-    def add_wrong(self, shape: GemmShape, config: TileConfig, reason: str) -> None:
+    def add_rejected(self, shape: GemmShape, config: TileConfig, reason: str) -> None:
         """A configuration that was launched and rejected; the reason begins with its class."""
-        self._wrong(shape, config, reason)
+        self._reject(shape, config, reason)
         self._write({"wrong": {**asdict(shape), "config": asdict(config), "reason": reason}})
 
     def add_timed(self, shape: GemmShape, number: int | None, times: dict[TileConfig, Times]) -> None:
@@ -99,8 +97,8 @@ class Journal:
         """The timings of a shape so far."""
         return self.histories.setdefault(shape, ShapeHistory(shape))
 
-    def _wrong(self, shape: GemmShape, config: TileConfig, reason: str) -> None:
-        self.wrong[shape, config] = self.history(shape).wrong[config] = reason
+    def _reject(self, shape: GemmShape, config: TileConfig, reason: str) -> None:
+        self.rejected[shape, config] = self.history(shape).rejected[config] = reason
 
     def _timed(self, shape: GemmShape, number: int | None, times: dict[TileConfig, Times]) -> None:
         history = self.history(shape)
@@ -155,9 +153,9 @@ class Journal:
                 compilation = row["failed"] if "failed" in row else Resources.model_validate(row["resources"])
                 config = config_from(row["config"])
                 even_k = bool(row["even_k"]) if config.kernel is Kernel.TRITON else True
-                self.compiled[compiled_kernel(config, even_k)] = compilation
+                self.compiled[kernel_variant(config, even_k)] = compilation
             elif kind == "wrong":
-                self._wrong(GemmShape(row["m"], row["n"], row["k"]), config_from(row["config"]), row["reason"])
+                self._reject(GemmShape(row["m"], row["n"], row["k"]), config_from(row["config"]), row["reason"])
             elif kind == "timed":
                 times = {config_from(config): Times(*map(float, us)) for config, *us in row["times"]}
                 self._timed(GemmShape(row["m"], row["n"], row["k"]), row["round"], times)

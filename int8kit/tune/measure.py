@@ -35,9 +35,9 @@ class ContextLost(Exception):
 class ShapeBench:
     """One shape's operands on the present GPU: checks configurations and times them."""
 
-    def __init__(self, shape: GemmShape, gpu: Gpu, *, arch: str | None = None, seed: int = 0) -> None:
-        """gpu: the present one. arch: code of an older architecture, such as "sm86"."""
-        self.arch, self.operands = arch, TimingOperands(shape, gpu, seed=seed)
+    def __init__(self, shape: GemmShape, gpu: Gpu, *, code_arch: str | None = None, seed: int = 0) -> None:
+        """gpu: the present one. code_arch: code of an older architecture, such as "sm86"."""
+        self.code_arch, self.operands = code_arch, TimingOperands(shape, gpu, seed=seed)
         o = self.operands
         # torch._int_mm is exact too, and fast where the reference's float64 is slow
         sums = torch._int_mm(o.xq, o.weights[0].t()) if shape.m >= INT_MM_ROWS else o.truth("sums")
@@ -48,7 +48,7 @@ class ShapeBench:
     def launch(self, config: TileConfig, copy: int = 0) -> None:
         """Launch the GEMM under `config` with copy `copy` of the weight."""
         o = self.operands
-        gemm.scaled_mm(o.xq, o.weights[copy], o.sx, o.sw, o.bias, config=config, out=self.out, arch=self.arch)
+        gemm.scaled_mm(o.xq, o.weights[copy], o.sx, o.sw, o.bias, config=config, out=self.out, arch=self.code_arch)
 
     def launch_bf16(self, copy: int) -> None:
         """Launch torch's bf16 product of the same shape with copy `copy` of the bf16 weight."""
@@ -57,7 +57,7 @@ class ShapeBench:
     def times(self, configs: Iterable[TileConfig], rounds: int, sample_us: int, *, bf16: bool = False) -> list[Times]:
         """Microseconds per launch under each of `configs`; with `bf16`, the times of `launch_bf16` follow as the last.
 
-        Each configuration must have been checked by `why_not`. A sample replays a CUDA graph of launches over all
+        Each configuration must have passed `launch_and_check`. A sample replays a CUDA graph of launches over all
         copies of the weight, since a launch from Python takes longer than a small GEMM and would hide it.
         """
         calls: list[Callable[[int], None]] = [partial(self.launch, config) for config in configs]
@@ -70,8 +70,8 @@ class ShapeBench:
         graph, _ = capture([partial(call, copy) for copy in range(self.operands.copies)], self._stream)
         return graph
 
-    def why_not(self, config: TileConfig) -> str | None:
-        """None if `config` runs here and is bit-equal to the truth; else the reason, which begins with its class.
+    def launch_and_check(self, config: TileConfig) -> str | None:
+        """Launch `config` once: None if its result is bit-equal to the truth, else a reason that begins with its class.
 
         Raises ContextLost after a fault that ends this process's use of the GPU, such as an illegal address.
         """

@@ -1,10 +1,44 @@
-"""Migration of database entries to the Triton of this process."""
+"""Migration of database entries to the Triton of this process.
+
+migrate(database)  ->  ([Entry, ...] for this Triton, {GemmShape: the reason why its entry was left})
+"""
 
 from __future__ import annotations
 
 from int8kit.cost_model import blocks_per_sm
+from int8kit.database.database import Database
 from int8kit.database.schema import Entry, Resources
 from int8kit.gpus import Gpu
+from int8kit.spec import GemmShape
+from int8kit.toolchain import generation
+from int8kit.tune import space, workers
+
+
+def migrate(database: Database) -> tuple[list[Entry], dict[GemmShape, str]]:
+    """Copies of the entries of other Triton generations for this one, and the reason for each shape that is left.
+
+    Compiles the entries' kernels. Writes nothing.
+    """
+    import triton
+
+    here = generation(triton.__version__)
+    serving = {entry.shape: entry for entry in database.entries if generation(entry.triton) == here}
+    others = [entry for entry in database.entries if generation(entry.triton) != here]
+    variants = {e.key: space.variant_of(e.config, e.shape) for e in others if supersedes(e, serving.get(e.shape))}
+    if not variants:
+        return [], {}
+    with workers.Workers() as pool:
+        compiled = pool.compile_all(database.gpu.arch, sorted(set(variants.values())))
+    new: list[Entry] = []
+    left: dict[GemmShape, str] = {}
+    for entry in others:
+        if entry.key in variants:
+            result = migrated(entry, compiled[variants[entry.key]], database.gpu)
+            if isinstance(result, str):
+                left[entry.shape] = result
+            else:
+                new.append(result)
+    return new, left
 
 
 def supersedes(entry: Entry, serving: Entry | None) -> bool:

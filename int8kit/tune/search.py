@@ -6,12 +6,17 @@
 On a GPU each shape goes through rounds (`ShapeHistory`). `session` runs a round for all shapes side by side.
 
     round       function               configurations that are timed
-    0           initial_candidates     the default, the database's for near shapes, the model's first ones of the Triton
-                                       kernel, and every seed of the other kernels that the model keeps
-    1, 2        next_candidates,       the fastest so far, their untried neighbours among all legal configurations, and
-                prune_by_model         the fastest of near shapes
-    sustained   sustained_candidates   the fastest, in samples so long that the GPU's power limit acts
-    final       finalists              the best few of these and the default, in more samples; `entry` takes the winner
+    0           initial_candidates     - the default
+                                       - the database's configurations for near shapes
+                                       - the model's first configurations of the Triton kernel
+                                       - every seed of the other kernels that the model keeps
+    1, 2        next_candidates,       - the fastest so far
+                prune_by_model         - their untried neighbours among all legal configurations
+                                       - the fastest of near shapes
+    sustained   sustained_candidates   - the fastest, in samples so long that the GPU's power limit acts
+    final       finalists              - the best few of the sustained round and the default, in more samples
+
+`entry` takes the winner of the final round.
 
 Rounds 1 and 2 end early for a shape that is `settled`: its last round found nothing faster by more than the noise.
 
@@ -31,19 +36,18 @@ from typing import Any
 
 from int8kit import cost_model
 from int8kit.database.database import Database
-from int8kit.database.schema import Entry, Resources, RunnerUp
+from int8kit.database.schema import Entry, GpuState, Resources, RunnerUp
 from int8kit.errors import CheckFailed
 from int8kit.gpus import Gpu
 from int8kit.spec import POLICY, TIE, GemmShape, Kernel, Source, TileConfig, default_config, is_near, kernels_of
 from int8kit.timing.interleave import Times
 from int8kit.toolchain import runnable_archs
 from int8kit.tune import space
-from int8kit.tune.space import CompiledKernel, kernel_of
-from int8kit.tune.tasks import RoundTimes
-from int8kit.tune.workers import Compilation
+from int8kit.tune.space import Compilation, KernelVariant, variant_of
 
-TRITON_FIRST = 4  # configurations of the Triton kernel in round 0, by the model; on 69 shapes and two GPUs only its
-# default ever won
+TRITON_FIRST = 4
+"""Configurations of the Triton kernel in round 0, ranked by the model. On 69 shapes and two GPUs the default won among
+the Triton kernel's configurations."""
 SEED_BOUND = 1.4  # a seed with more than this many times the model's best estimate is not timed in round 0
 NEIGHBOUR_BOUND = 1.2  # likewise for a neighbour, against the estimate of the leaders
 NEW_MAX = 24  # neighbours in a round: for memory-bound shapes the model prunes almost nothing
@@ -60,28 +64,38 @@ ROUND_SAMPLES, FINAL_SAMPLES = 3, 9
 
 
 @dataclass
-class CompiledKernels:
+class Compilations:
     """Resources of each compiled kernel, and why the others do not compile."""
 
     machine: Gpu  # the GPU whose rates the cost model takes
-    resources: dict[CompiledKernel, Resources] = field(default_factory=dict)
-    failed: dict[CompiledKernel, str] = field(default_factory=dict)
-    banned: set[CompiledKernel] = field(default_factory=set)  # ended a process that launched them, at any shape
+    resources: dict[KernelVariant, Resources] = field(default_factory=dict)
+    failed: dict[KernelVariant, str] = field(default_factory=dict)
+    banned: set[KernelVariant] = field(default_factory=set)  # ended a process that launched them, at any shape
 
-    def add(self, kernel: CompiledKernel, compilation: Compilation) -> None:
+    def add(self, kernel: KernelVariant, compilation: Compilation) -> None:
         """Store the result of a compilation."""
         if isinstance(compilation, Resources):
             self.resources[kernel] = compilation
         else:
             self.failed[kernel] = compilation
 
-    def missing(self, kernels: Iterable[CompiledKernel]) -> list[CompiledKernel]:
+    def missing(self, kernels: Iterable[KernelVariant]) -> list[KernelVariant]:
         """The `kernels` that are not compiled yet, sorted and distinct."""
         return sorted({one for one in kernels if one not in self.resources and one not in self.failed})
 
     def of(self, config: TileConfig, shape: GemmShape) -> Resources | None:
         """Resources of the kernel that `config` needs for `shape`; None if it did not compile."""
-        return self.resources.get(kernel_of(config, shape))
+        return self.resources.get(variant_of(config, shape))
+
+
+@dataclass(frozen=True)
+class RoundTimes:
+    """Times of one shape's configurations, timed together in interleaved samples."""
+
+    times: dict[TileConfig, Times]
+    rejected: dict[TileConfig, str]  # with the reason
+    bf16: Times | None = None  # torch's bf16 product, if requested
+    state: GpuState | None = None  # of the GPU under load, if `bf16` was requested
 
 
 @dataclass
@@ -91,12 +105,12 @@ class ShapeHistory:
     shape: GemmShape
     rounds: list[dict[TileConfig, Times]] = field(default_factory=list)
     sustained: dict[TileConfig, Times] | None = None
-    wrong: dict[TileConfig, str] = field(default_factory=dict)  # rejected; the reason begins with its class
+    rejected: dict[TileConfig, str] = field(default_factory=dict)  # the reason begins with its class
 
     @property
     def tried(self) -> set[TileConfig]:
         """Every configuration that was launched."""
-        return set(self.wrong).union(*self.rounds, self.sustained or ())
+        return set(self.rejected).union(*self.rounds, self.sustained or ())
 
     def fastest(self, count: int, before: int = ROUNDS_MAX) -> list[TileConfig]:
         """The `count` fastest of the last round, or of the last among the first `before` rounds; fastest first."""
@@ -149,7 +163,7 @@ def sustained_candidates(history: ShapeHistory) -> list[TileConfig]:
 
 
 def rank(
-    configs: Iterable[TileConfig], shape: GemmShape, compiled: CompiledKernels
+    configs: Iterable[TileConfig], shape: GemmShape, compiled: Compilations
 ) -> list[tuple[float, TileConfig, Resources]]:
     """(estimated microseconds, configuration, resources), fastest first.
 
@@ -158,12 +172,12 @@ def rank(
     rows = []
     for config in configs:
         resources = compiled.of(config, shape)
-        if resources is not None and resources.spill_bytes == 0 and kernel_of(config, shape) not in compiled.banned:
+        if resources is not None and resources.spill_bytes == 0 and variant_of(config, shape) not in compiled.banned:
             rows.append((cost_model.estimate(shape, config, resources, compiled.machine), config, resources))
     return sorted(rows, key=lambda row: row[:2])
 
 
-def modelled_entry(shape: GemmShape, gpu: Gpu, compiled: CompiledKernels) -> Entry:
+def modelled_entry(shape: GemmShape, gpu: Gpu, compiled: Compilations) -> Entry:
     """The entry of the seed that the cost model ranks first. Raises CheckFailed if no seed compiled without spills.
 
     Only the seeds, about a hundred, are ranked. Among thousands of configurations the minimum is dominated by the
@@ -176,7 +190,7 @@ def modelled_entry(shape: GemmShape, gpu: Gpu, compiled: CompiledKernels) -> Ent
     candidates = space.candidates(shape, gpu)
     ranked = rank(candidates, shape, compiled)
     if not ranked:
-        kernels = [kernel_of(config, shape) for config in candidates]
+        kernels = [variant_of(config, shape) for config in candidates]
         reason = next((compiled.failed[kernel] for kernel in kernels if kernel in compiled.failed), "all spill")
         raise CheckFailed(f"no configuration for {shape} on {gpu.alias}: {reason}")
     us, config, resources = ranked[0]
@@ -186,7 +200,7 @@ def modelled_entry(shape: GemmShape, gpu: Gpu, compiled: CompiledKernels) -> Ent
     )  # fmt: skip
 
 
-def initial_candidates(shape: GemmShape, gpu: Gpu, compiled: CompiledKernels, known: Database) -> list[TileConfig]:
+def initial_candidates(shape: GemmShape, gpu: Gpu, compiled: Compilations, known: Database) -> list[TileConfig]:
     """Configurations of round 0. known: entries whose configurations for near shapes are tried too."""
     ranked = rank(space.candidates(shape, gpu), shape, compiled)
     bound = ranked[0][0] * SEED_BOUND if ranked else 0.0
@@ -218,7 +232,7 @@ def next_candidates(history: ShapeHistory, gpu: Gpu, histories: Iterable[ShapeHi
     return sorted(config for config in candidates - history.tried if space.suits(config, history.shape))
 
 
-def prune_by_model(history: ShapeHistory, configs: Iterable[TileConfig], compiled: CompiledKernels) -> list[TileConfig]:
+def prune_by_model(history: ShapeHistory, configs: Iterable[TileConfig], compiled: Compilations) -> list[TileConfig]:
     """Configurations of the next round: the fastest so far, and the `configs` that the cost model keeps.
 
     Empty if the model keeps none.
@@ -236,7 +250,7 @@ def finalists(history: ShapeHistory) -> list[TileConfig]:
     return list(dict.fromkeys([*best, default_config(history.shape)]))
 
 
-def entry(history: ShapeHistory, final: RoundTimes, compiled: CompiledKernels, source: Source, timed_on: Gpu) -> Entry:
+def entry(history: ShapeHistory, final: RoundTimes, compiled: Compilations, source: Source, timed_on: Gpu) -> Entry:
     """The entry of a shape whose finalists were timed. Raises CheckFailed if the default was not timed."""
     import triton
 
@@ -244,7 +258,7 @@ def entry(history: ShapeHistory, final: RoundTimes, compiled: CompiledKernels, s
 
     shape, default, times = history.shape, default_config(history.shape), final.times
     if default not in times:
-        reason = final.wrong.get(default) or history.wrong.get(default) or "it was not timed"
+        reason = final.rejected.get(default) or history.rejected.get(default) or "it was not timed"
         raise CheckFailed(f"{shape} on {timed_on.name}: the default configuration failed: {reason}")
     winner = min(times, key=lambda config: (times[config].p50, config))
     if times[default].p50 <= times[winner].p50 * (1 + MARGIN):

@@ -3,8 +3,8 @@
     targets = targets_of(["rtx3090"], present, path=None)      [Target(gpu, path, source, timed_on)]
     tune(shapes, targets, pool)                                [TuningResult(entries=[Entry, ...], rejected={...}, ...)]
 
-Each target is a program of `workers`, so that GPUs of several kinds are busy at once, and each has its own file. Only
-this process writes. A program goes in rounds over all its shapes (see `search`). In each round the missing kernels are
+Each target is a job of `workers`, so that GPUs of several kinds are busy at once, and each has its own file. Only
+this process writes. A job goes in rounds over all its shapes (see `search`). In each round the missing kernels are
 compiled on every core; then each GPU times one shape at a time.
 
 Every compiled kernel, every shape's round and every entry is in the `journal` before the next step begins: a killed run
@@ -30,22 +30,20 @@ from int8kit.database.schema import Entry
 from int8kit.errors import CheckFailed
 from int8kit.gpus import Gpu
 from int8kit.kernels import gemm
+from int8kit.progress import Progress, no_progress
 from int8kit.spec import POLICY, GemmShape, Source, TileConfig, default_config
 from int8kit.timing import interleave
 from int8kit.toolchain import require_supported
 from int8kit.tune import consolidate, measure, search, space, tasks, workers
 from int8kit.tune.journal import Journal
-from int8kit.tune.space import CompiledKernel, kernel_of
-from int8kit.tune.workers import Batch, ProcessEnded, Program, Workers
+from int8kit.tune.space import KernelVariant, variant_of
+from int8kit.tune.workers import Batch, Job, ProcessEnded, Workers
 
 ROUND_S = 120.0  # limit for one shape's round, which takes seconds; longer if another host has compiled its kernels
 LAUNCH_S = 30.0  # limit for one launch, including making and checking the operands
 
 PROCESS_ENDED = ("crash:", "timeout:")
 """Classes of the reasons that `workers.ProcessEnded` gives."""
-
-Stage = Callable[[str, int], Callable[[], None]]
-"""Starts a progress display: takes a description and a total, returns the function to call after each step."""
 
 Candidates = dict[GemmShape, list[TileConfig]]
 """The configurations to time in one round, by shape."""
@@ -61,13 +59,13 @@ class Target:
     timed_on: Gpu | None
 
     @property
-    def arch(self) -> str | None:
+    def code_arch(self) -> str | None:
         """Architecture of the older code that is timed, such as "sm86"; None for the present GPU's own code."""
         return f"sm{self.gpu.arch}" if self.source is Source.PROXY else None
 
     @property
     def machine(self) -> Gpu:
-        """GPU whose rates the cost model takes: the one that is timed, with the target's architecture as a proxy."""
+        """GPU whose rates the cost model uses; for a proxy, the timed GPU with the target's architecture."""
         if self.timed_on and self.source is Source.PROXY:
             return replace(self.timed_on, arch=self.gpu.arch)
         return self.gpu
@@ -75,10 +73,10 @@ class Target:
     @property
     def launch_code(self) -> tasks.LaunchCode | None:
         """The code that launches need; None if nothing is launched."""
-        return tasks.LaunchCode(self.timed_on.arch, self.arch) if self.timed_on else None
+        return tasks.LaunchCode(self.timed_on.arch, self.code_arch) if self.timed_on else None
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def run_key(self) -> dict[str, Any]:
         """Everything that makes the results of two runs comparable, as plain JSON."""
         chain = gemm.toolchain()
         return {
@@ -86,7 +84,7 @@ class Target:
             "source": self.source.value,
             "card": self.timed_on and self.timed_on.name,  # the key of earlier journals, which must resume
             "triton": chain.triton,
-            "kernels": {kernel.value: digest for kernel, digest in chain.kernels.items()},
+            "kernels": {kernel.value: digest for kernel, digest in chain.kernel_hashes.items()},
             "policy": POLICY,
         }
 
@@ -97,11 +95,11 @@ class TuningResult:
 
     target: Target
     entries: list[Entry] = field(default_factory=list)  # one for each shape, sorted
-    kept: int = 0  # entries that the database did not take, since it had a stronger one
+    not_replaced: int = 0  # entries that the database did not take, since it had a stronger one
     rejected: dict[str, int] = field(default_factory=dict)  # number of rejected configurations, by class
     failed: dict[GemmShape, str] = field(default_factory=dict)  # shapes without an entry, with the reason
     resumed: int = 0  # shapes that an earlier, killed run had finished
-    kernels: tuple[int, int] = (0, 0)  # distinct ones, before and after `consolidate.reduce`
+    variant_counts: tuple[int, int] = (0, 0)  # distinct kernels, before and after `consolidate.reduce`
 
 
 def targets_of(gpus: Iterable[Gpu], present: Sequence[Gpu], path: Path | None = None) -> list[Target]:
@@ -121,7 +119,7 @@ def check_health(pool: Workers, note: Callable[[str], None] = lambda _: None) ->
     """Raises CheckFailed if a GPU of the pool is not fit for timing."""
     present = pool.gpus()
 
-    def check(gpu: Gpu) -> Program[None]:
+    def check(gpu: Gpu) -> Job[None]:
         calls = [(i,) for i in range(present.count(gpu))]  # all workers are free: each takes one call
         results = yield Batch(tasks.health, calls, gpu=gpu.alias)
         for rate, reason in (r if not isinstance(r, ProcessEnded) else (0.0, str(r)) for r in results.values()):
@@ -138,7 +136,7 @@ def tune(
     pool: Workers,
     *,
     force: bool = False,
-    stage: Stage = lambda *_: lambda: None,
+    progress: Progress = no_progress,
     note: Callable[[str], None] = lambda _: None,
 ) -> list[TuningResult]:
     """Tune `shapes` for each target.
@@ -147,23 +145,23 @@ def tune(
     `TuningResult.failed`.
     """
     wanted = sorted(set(shapes))
-    return pool.drive([_tune_target(wanted, target, force, stage, note) for target in targets])
+    return pool.drive([_tune_target(wanted, target, force, progress, note) for target in targets])
 
 
 def _tune_target(
-    wanted: list[GemmShape], target: Target, force: bool, stage: Stage, note: Callable[[str], None]
-) -> Program[TuningResult]:
-    with Journal(target.path, target.identity) as journal:
+    wanted: list[GemmShape], target: Target, force: bool, progress: Progress, note: Callable[[str], None]
+) -> Job[TuningResult]:
+    with Journal(target.path, target.run_key) as journal:
         result = TuningResult(target, resumed=len(set(wanted) & set(journal.chosen)))
         if journal.compiled or journal.chosen:
             done = f"{len(journal.compiled)} kernels compiled, {result.resumed} of {len(wanted)} shapes chosen"
             note(f"{target.gpu.alias}: resuming an interrupted run: {done}")
 
-        def keep(entry: Entry) -> None:
-            result.kept += not store.update(target.path, target.gpu, [entry], force=force).contains(entry)
+        def write(entry: Entry) -> None:
+            result.not_replaced += not store.update(target.path, target.gpu, [entry], force=force).contains(entry)
             journal.add_chosen(entry)
 
-        run = _TargetRun(target, journal, _compiled_before(target, journal), stage, result, keep)
+        run = _TargetRun(target, journal, _compiled_before(target, journal), progress, result, write)
         pending = [shape for shape in wanted if shape not in journal.chosen]
         if target.timed_on is None:
             yield from run.choose_by_model(pending)
@@ -172,43 +170,43 @@ def _tune_target(
             yield from run.finish(pending, target.timed_on)
         result.entries = [journal.chosen[shape] for shape in wanted if shape in journal.chosen]
         reduced = consolidate.reduce(result.entries)
-        result.kernels = len(consolidate.kernels(result.entries)), len(consolidate.kernels(reduced))
+        result.variant_counts = len(consolidate.variants(result.entries)), len(consolidate.variants(reduced))
         changed = [new for new, old in zip(reduced, result.entries, strict=True) if new != old]
         store.update(target.path, target.gpu, changed, force=force)
         result.entries = reduced
-        reasons = (*run.compiled.failed.values(), *journal.wrong.values())
+        reasons = (*run.compiled.failed.values(), *journal.rejected.values())
         result.rejected = dict(Counter(reason.partition(":")[0] for reason in reasons))
         journal.finish()
     return result
 
 
-def _compiled_before(target: Target, journal: Journal) -> search.CompiledKernels:
+def _compiled_before(target: Target, journal: Journal) -> search.Compilations:
     """The kernels that an interrupted run compiled, and those that it banned."""
-    compiled = search.CompiledKernels(target.machine)
+    compiled = search.Compilations(target.machine)
     for kernel, compilation in journal.compiled.items():
         compiled.add(kernel, compilation)
-    compiled.banned |= {kernel_of(c, s) for (s, c), why in journal.wrong.items() if why.startswith(PROCESS_ENDED)}
+    compiled.banned |= {variant_of(c, s) for (s, c), why in journal.rejected.items() if why.startswith(PROCESS_ENDED)}
     return compiled
 
 
 @dataclass
 class _TargetRun:
-    """The steps of one target's run. Each is a program, or a part of one."""
+    """The steps of one target's run. Each is a job, or a part of one."""
 
     target: Target
     journal: Journal
-    compiled: search.CompiledKernels
-    stage: Stage
+    compiled: search.Compilations
+    progress: Progress
     result: TuningResult
-    keep: Callable[[Entry], None]  # writes an entry to the database and to the journal
+    write: Callable[[Entry], None]  # writes an entry to the database and to the journal
 
-    def compile(self, kernels: Iterable[CompiledKernel]) -> Program[None]:
+    def compile(self, kernels: Iterable[KernelVariant]) -> Job[None]:
         """Compile the `kernels` that are missing."""
         missing = self.compiled.missing(kernels)
         if not missing:
             return
         target = self.target
-        step = self.stage(f"{target.gpu.alias}: compiling for sm_{target.gpu.arch}", len(missing))
+        step = self.progress(f"{target.gpu.alias}: compiling for sm_{target.gpu.arch}", len(missing))
 
         def store_result(call: tuple[Any, ...], result: Any) -> None:
             _, kernel, _ = call
@@ -220,71 +218,71 @@ class _TargetRun:
         calls = [(target.gpu.arch, kernel, target.launch_code) for kernel in missing]
         yield Batch(tasks.compile_kernel, calls, store_result)
 
-    def choose_by_model(self, pending: list[GemmShape]) -> Program[None]:
+    def choose_by_model(self, pending: list[GemmShape]) -> Job[None]:
         """The cost model's choice for each shape, where no present GPU runs the target's code."""
         gpu = self.target.gpu
-        yield from self.compile(kernel_of(c, s) for s in pending for c in space.candidates(s, gpu))
+        yield from self.compile(variant_of(c, s) for s in pending for c in space.candidates(s, gpu))
         for shape in pending:
             self._choose(shape, partial(search.modelled_entry, shape, gpu, self.compiled))
 
-    def explore(self, pending: list[GemmShape], known: Database) -> Program[None]:
+    def explore(self, pending: list[GemmShape], known: Database) -> Job[None]:
         """All rounds but the final one, for the shapes without an entry. known: the database so far."""
         gpu, compiled = self.target.gpu, self.compiled
         histories = {shape: self.journal.history(shape) for shape in pending}
         near = {shape: search.configs_of_near_shapes(shape, gpu, known) for shape in pending}
-        yield from self.compile(kernel_of(c, s) for s in pending for c in (*space.candidates(s, gpu), *near[s]))
+        yield from self.compile(variant_of(c, s) for s in pending for c in (*space.candidates(s, gpu), *near[s]))
         todo = [h for h in histories.values() if not h.rounds]
         candidates = {h.shape: search.initial_candidates(h.shape, gpu, compiled, known) for h in todo}
         yield from self._round("first", candidates, 0)
         for number in range(1, search.ROUNDS_MAX):
             todo = [h for h in histories.values() if len(h.rounds) == number and h.sustained is None]
             wanted = {h.shape: search.next_candidates(h, gpu, histories.values()) for h in todo}
-            yield from self.compile(kernel_of(c, s) for s, configs in wanted.items() for c in configs)
+            yield from self.compile(variant_of(c, s) for s, configs in wanted.items() for c in configs)
             candidates = {s: search.prune_by_model(histories[s], configs, compiled) for s, configs in wanted.items()}
             yield from self._round(f"round {number}", candidates, number)
         todo = [h for h in histories.values() if h.sustained is None]
         yield from self._round("sustained", {h.shape: search.sustained_candidates(h) for h in todo}, None)
 
-    def finish(self, pending: list[GemmShape], timed_on: Gpu) -> Program[None]:
+    def finish(self, pending: list[GemmShape], timed_on: Gpu) -> Job[None]:
         """The final round, and each shape's entry."""
         candidates = {shape: search.finalists(self.journal.history(shape)) for shape in pending}
 
-        def choose(shape: GemmShape, timed: tasks.RoundTimes) -> None:
+        def choose(shape: GemmShape, timed: search.RoundTimes) -> None:
             history, source = self.journal.history(shape), self.target.source
             self._choose(shape, lambda: search.entry(history, timed, self.compiled, source, timed_on))
 
         yield from self._time("choosing", candidates, search.FINAL_SAMPLES, measure.SUSTAINED_US, True, choose)
         for shape in set(pending) - set(self.journal.chosen) - set(self.result.failed):
-            why = self.journal.history(shape).wrong.get(default_config(shape))
+            why = self.journal.history(shape).rejected.get(default_config(shape))
             self.result.failed[shape] = (
                 why or "its round ended its process twice, though every configuration had passed alone"
             )
 
     def _choose(self, shape: GemmShape, choice: Callable[[], Entry]) -> None:
-        """Keep the entry that `choice` gives, or the reason why the shape has none."""
+        """Write the entry that `choice` gives, or store the reason why the shape has none."""
         try:
-            self.keep(choice())
+            self.write(choice())
         except CheckFailed as error:
             self.result.failed[shape] = str(error)
 
-    def _round(self, name: str, candidates: Candidates, number: int | None) -> Program[None]:
+    def _round(self, name: str, candidates: Candidates, number: int | None) -> Job[None]:
         """Time one round and write it to the journal; number: None for the sustained round."""
         todo = {shape: configs for shape, configs in candidates.items() if configs}
         sample_us = measure.SUSTAINED_US if number is None else interleave.SAMPLE_US
 
-        def store_result(shape: GemmShape, timed: tasks.RoundTimes) -> None:
+        def store_result(shape: GemmShape, timed: search.RoundTimes) -> None:
             self.journal.add_timed(shape, number, timed.times)
 
         yield from self._time(name, todo, search.ROUND_SAMPLES, sample_us, False, store_result)
 
     def _time(
         self, name: str, candidates: Candidates, samples: int, sample_us: int, bf16: bool,
-        on_timed: Callable[[GemmShape, tasks.RoundTimes], None],
-    ) -> Program[None]:  # fmt: skip
+        on_timed: Callable[[GemmShape, search.RoundTimes], None],
+    ) -> Job[None]:  # fmt: skip
         """Time the candidates of every shape. A shape whose process ends is timed again without the guilty kernels."""
         assert self.target.timed_on is not None
-        gpu, arch = self.target.timed_on.alias, self.target.arch
-        step = self.stage(f"{self.target.gpu.alias}: {name}", len(candidates)) if candidates else lambda: None
+        gpu, code_arch = self.target.timed_on.alias, self.target.code_arch
+        step = self.progress(f"{self.target.gpu.alias}: {name}", len(candidates)) if candidates else lambda: None
         todo, ended_once, ended_twice = dict(candidates), set[GemmShape](), set[GemmShape]()
 
         def store_result(call: tuple[Any, ...], result: Any) -> None:
@@ -293,30 +291,30 @@ class _TargetRun:
                 (ended_twice if shape in ended_once else ended_once).add(shape)
                 return
             del todo[shape]
-            for config, reason in result.wrong.items():
-                self.journal.add_wrong(shape, config, reason)
+            for config, reason in result.rejected.items():
+                self.journal.add_rejected(shape, config, reason)
             on_timed(shape, result)
             step()
 
         def store_suspect(call: tuple[Any, ...], result: Any) -> None:
             shape, _, config = call
             if isinstance(result, ProcessEnded):
-                self.compiled.banned.add(kernel_of(config, shape))
+                self.compiled.banned.add(variant_of(config, shape))
                 result = str(result)
             if result is not None:
-                self.journal.add_wrong(shape, config, result)
+                self.journal.add_rejected(shape, config, result)
 
         while todo:
             before = ended_once.copy()
-            calls = [(shape, arch, tuple(configs), samples, sample_us, bf16) for shape, configs in todo.items()]
+            calls = [(shape, code_arch, tuple(configs), samples, sample_us, bf16) for shape, configs in todo.items()]
             yield Batch(tasks.time_configs, calls, store_result, gpu, ROUND_S, once=True, halt=True)
             # each kernel once, by one of the configurations that share it
-            suspects = {(s, kernel_of(c, s)): (s, arch, c) for s in ended_once - before for c in todo[s]}
+            suspects = {(s, variant_of(c, s)): (s, code_arch, c) for s in ended_once - before for c in todo[s]}
             yield Batch(tasks.try_alone, list(suspects.values()), store_suspect, gpu, LAUNCH_S, once=True)
             runnable = {s: self._runnable(s, configs) for s, configs in todo.items() if s not in ended_twice}
             todo = {shape: configs for shape, configs in runnable.items() if configs}
 
     def _runnable(self, shape: GemmShape, configs: list[TileConfig]) -> list[TileConfig]:
         """The `configs` that are not rejected. The default, which every shape needs, is tried even if banned."""
-        wrong, banned, default = self.journal.history(shape).wrong, self.compiled.banned, default_config(shape)
-        return [c for c in configs if c not in wrong and (c == default or kernel_of(c, shape) not in banned)]
+        rejected, banned, default = self.journal.history(shape).rejected, self.compiled.banned, default_config(shape)
+        return [c for c in configs if c not in rejected and (c == default or variant_of(c, shape) not in banned)]

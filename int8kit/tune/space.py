@@ -7,9 +7,14 @@
 Legality is `spec.why_illegal` and nothing else. A configuration that it excludes would not run: tests/test_space.py
 compiles some of these and finds more shared memory than the GPU has, or spills.
 
-The seeds are a choice. For the Triton kernel they are a grid without the legal values that never won. Left out are
-tiles under 64 x 64 (for M of 64 and more), more than 5 stages, and one or two warps on a large tile. The other kernels
-take longer to compile. Their seeds are a list of configurations that won for some shape, and some between these.
+The seeds are a choice. For the Triton kernel they are a grid without values that never won:
+
+    tiles under 64 x 64, for M of 64 and more
+    more than 5 stages
+    one or two warps on a large tile
+
+The other kernels take longer to compile. Their seeds are a list of configurations that won for some shape, and some
+between these.
 
 A search over all of `legal` from the start was rejected: it compiles, for half an hour of one core, configurations that
 the cost model rightly ranks as slow.
@@ -23,6 +28,7 @@ from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
+from int8kit.database.schema import Resources
 from int8kit.gpus import Gpu
 from int8kit.spec import (
     DOMAINS,
@@ -31,6 +37,7 @@ from int8kit.spec import (
     Kernel,
     TileConfig,
     default_config,
+    kernels_of,
     legal_configs,
     why_illegal,
 )
@@ -57,9 +64,13 @@ _WGMMA_SEEDS = (
     (64, 128, 128, 8, (8,), (0, 1)),
     (64, 64, 128, 8, (10,), (0, 1)),
 )
+_LISTED_SEEDS = {Kernel.MMA_SYNC: _MMA_SYNC_SEEDS, Kernel.WGMMA: _WGMMA_SEEDS}
+
+Compilation = Resources | str
+"""Resources of a compiled kernel, or why there is none. The reason begins with its class, such as "compile:"."""
 
 
-class CompiledKernel(NamedTuple):
+class KernelVariant(NamedTuple):
     """Identity of one compiled kernel: several configurations and shapes can share it.
 
     config has group_m = GROUP_M, since the swizzle width is an argument at run time. even_k says whether K is a
@@ -70,14 +81,14 @@ class CompiledKernel(NamedTuple):
     even_k: bool | None = None
 
 
-def kernel_of(config: TileConfig, shape: GemmShape) -> CompiledKernel:
+def variant_of(config: TileConfig, shape: GemmShape) -> KernelVariant:
     """The kernel that `config` needs for `shape`."""
-    return compiled_kernel(config, shape.k % config.block_k == 0)
+    return kernel_variant(config, shape.k % config.block_k == 0)
 
 
-def compiled_kernel(config: TileConfig, even_k: bool) -> CompiledKernel:
+def kernel_variant(config: TileConfig, even_k: bool) -> KernelVariant:
     """The kernel that `config` needs where K is a multiple of block_k, or is not."""
-    return CompiledKernel(without_swizzle(config), even_k if config.kernel is Kernel.TRITON else None)
+    return KernelVariant(without_swizzle(config), even_k if config.kernel is Kernel.TRITON else None)
 
 
 def without_swizzle(config: TileConfig) -> TileConfig:
@@ -101,10 +112,10 @@ def seeds(gpu: Gpu) -> tuple[TileConfig, ...]:
 
 
 def _listed_seeds(gpu: Gpu) -> Iterator[TileConfig]:
-    kernel, rows = (Kernel.WGMMA, _WGMMA_SEEDS) if gpu.arch == 90 else (Kernel.MMA_SYNC, _MMA_SYNC_SEEDS)
-    for m, n, k, warps, all_stages, shares in rows:
-        for stages, stream_k in product(all_stages, shares):
-            yield TileConfig(m, n, k, warps, stages, GROUP_M, kernel, stream_k)
+    for kernel in kernels_of(gpu.arch):
+        for m, n, k, warps, all_stages, all_stream_k in _LISTED_SEEDS.get(kernel, ()):
+            for stages, stream_k in product(all_stages, all_stream_k):
+                yield TileConfig(m, n, k, warps, stages, GROUP_M, kernel, stream_k)
 
 
 def candidates(shape: GemmShape, gpu: Gpu) -> list[TileConfig]:

@@ -16,46 +16,36 @@ from int8kit.gpus import Gpu, present
 from int8kit.spec import GemmShape, TileConfig
 from int8kit.timing import interleave
 from int8kit.timing.health import check_health
-from int8kit.timing.interleave import Times
 from int8kit.tune import measure
-from int8kit.tune.space import CompiledKernel
-
-
-@dataclass(frozen=True)
-class RoundTimes:
-    """Times of one shape's configurations, timed together in interleaved samples."""
-
-    times: dict[TileConfig, Times]
-    wrong: dict[TileConfig, str]  # rejected configurations, with the reason
-    bf16: Times | None = None  # torch's bf16 product, if requested
-    state: GpuState | None = None  # of the GPU under load, if `bf16` was requested
+from int8kit.tune.search import RoundTimes
+from int8kit.tune.space import KernelVariant
 
 
 @dataclass(frozen=True)
 class LaunchCode:
-    """The code that a launch on a GPU needs: the GPU's own, or an older architecture's."""
+    """Code for launches: the architecture of the GPU that runs it, and the architecture of the code."""
 
-    target: int  # compute capability of the GPU that runs it
-    arch: str | None = None  # "sm86": code of that older architecture
+    runs_on: int  # 90 for a GPU of sm_90
+    code_arch: str | None = None  # "sm86" for code of that older architecture; None: the GPU's own code
 
 
-def toolchain() -> str:
+def versions() -> str:
     """Everything that decides the code which a worker compiles, as one text."""
     import triton
 
     from int8kit import __version__
     from int8kit.kernels import gemm
 
-    hashes = " ".join(gemm.toolchain().kernels.values())
+    hashes = " ".join(gemm.toolchain().kernel_hashes.values())
     return f"int8kit {__version__} ({hashes}), Triton {triton.__version__}"
 
 
 def describe() -> tuple[str, Gpu | None]:
-    """The toolchain and the GPU of this process."""
-    return toolchain(), present()
+    """The versions and the GPU of this process."""
+    return versions(), present()
 
 
-def compile_kernel(arch: int, kernel: CompiledKernel, launch_code: LaunchCode | None) -> Resources | str:
+def compile_kernel(arch: int, kernel: KernelVariant, launch_code: LaunchCode | None) -> Resources | str:
     """Resources of `kernel` on `arch`, or "compile: ..." with the compiler's message.
 
     launch_code: compile this too, so that a launch on this machine finds it in Triton's cache.
@@ -65,7 +55,7 @@ def compile_kernel(arch: int, kernel: CompiledKernel, launch_code: LaunchCode | 
     try:
         resources = cross_compile.compile_for(arch, kernel)
         if launch_code is not None and launch_code != LaunchCode(arch):
-            cross_compile.assemble(launch_code.target, kernel, code=launch_code.arch)
+            cross_compile.assemble(launch_code.runs_on, kernel, code=launch_code.code_arch)
     except ConfigError as error:
         return f"compile: {error}"
     return resources
@@ -85,31 +75,31 @@ def health(number: int) -> tuple[float, str | None]:
 
 
 def time_configs(
-    shape: GemmShape, arch: str | None, configs: tuple[TileConfig, ...], rounds: int, sample_us: int, bf16: bool
+    shape: GemmShape, code_arch: str | None, configs: tuple[TileConfig, ...], samples: int, sample_us: int, bf16: bool
 ) -> RoundTimes:
-    """Check that each of `configs` is bit-exact at `shape`, then time the exact ones in interleaved rounds.
+    """Check that each of `configs` is bit-exact at `shape`, then time the exact ones in `samples` interleaved samples.
 
-    arch: code of an older architecture. Ends the process if a configuration has broken its CUDA context, since every
-    later result would be meaningless.
+    code_arch: code of an older architecture. Ends the process if a configuration has broken its CUDA context, since
+    every later result would be meaningless.
     """
     try:
-        bench = _bench(shape, arch)
-        wrong = {config: reason for config in configs if (reason := bench.why_not(config))}
-        exact = [config for config in configs if config not in wrong]
-        times = bench.times(exact, rounds, sample_us, bf16=bf16) if exact or bf16 else []
+        bench = _bench(shape, code_arch)
+        rejected = {config: reason for config in configs if (reason := bench.launch_and_check(config))}
+        exact = [config for config in configs if config not in rejected]
+        times = bench.times(exact, samples, sample_us, bf16=bf16) if exact or bf16 else []
     except measure.ContextLost:
         os._exit(1)
     bf16_times = times.pop() if bf16 else None
     state = None
     if bf16_times and exact:
         state = interleave.under_load(partial(bench.launch, exact[0]), times[0].p50)
-    return RoundTimes(dict(zip(exact, times, strict=True)), wrong, bf16_times, GpuState(**state) if state else None)
+    return RoundTimes(dict(zip(exact, times, strict=True)), rejected, bf16_times, GpuState(**state) if state else None)
 
 
-def try_alone(shape: GemmShape, arch: str | None, config: TileConfig) -> str | None:
+def try_alone(shape: GemmShape, code_arch: str | None, config: TileConfig) -> str | None:
     """Why `config` is rejected, or None. Launches one configuration only, to find the one that ends its process."""
     try:
-        return _bench(shape, arch).why_not(config)
+        return _bench(shape, code_arch).launch_and_check(config)
     except measure.ContextLost:
         os._exit(1)
 
@@ -118,10 +108,10 @@ _latest: dict[tuple[GemmShape, str | None], measure.ShapeBench] = {}
 """The operands of the last shape: the next call of the same shape uses them again."""
 
 
-def _bench(shape: GemmShape, arch: str | None) -> measure.ShapeBench:
-    if (shape, arch) not in _latest:
+def _bench(shape: GemmShape, code_arch: str | None) -> measure.ShapeBench:
+    if (shape, code_arch) not in _latest:
         _latest.clear()  # before new operands are made: the GPU may not hold both
         gpu = present()
         assert gpu is not None
-        _latest[shape, arch] = measure.ShapeBench(shape, gpu, arch=arch)
-    return _latest[shape, arch]
+        _latest[shape, code_arch] = measure.ShapeBench(shape, gpu, code_arch=code_arch)
+    return _latest[shape, code_arch]

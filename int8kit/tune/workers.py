@@ -2,17 +2,19 @@
 
     with Workers() as pool:                                # or Workers("tcp://host:8786")
         compilations = pool.compile_all(86, kernels)       # {kernel: Resources, or why it does not compile}
-        results = pool.drive([program, program])           # each a generator of `Batch`es
+        results = pool.drive([job, job])                   # each a generator of `Batch`es
 
 The processes are workers of a dask cluster. By default it is a cluster of this machine: for each core one worker
-without a GPU, which compiles, and for each GPU one worker, which times. A program yields a `Batch` of calls and is sent
-their results. Programs take turns at the workers, so that GPUs of several kinds are busy at once.
+without a GPU, which compiles, and for each GPU one worker, which times. A job yields a `Batch` of calls and is sent
+their results. Jobs take turns at the workers, so that GPUs of several kinds are busy at once.
 
 A process that dies is replaced, and so is one that takes longer for a call than the batch's limit. Its call is tried
 once more, alone. A call that ends its process again has the result `ProcessEnded`. A worker has one call at a time,
 since dask blames every call that a dead worker held.
 
 Rejected: a pool on concurrent.futures. It cannot end a call that hangs, and cannot reach another host.
+`verify.process_pool` is a second pool, because verification has other needs. It stays on this machine, ends one silent
+child at once, and runs children on broken copies of the package. A dask worker could not start there.
 """
 
 from __future__ import annotations
@@ -30,16 +32,12 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from int8kit.database.schema import Resources
 from int8kit.errors import CheckFailed, InputError
 from int8kit.gpus import Gpu
 from int8kit.tune import tasks
-from int8kit.tune.space import CompiledKernel
+from int8kit.tune.space import Compilation, KernelVariant
 
 T = TypeVar("T")
-
-Compilation = Resources | str
-"""Resources of a compiled kernel, or why there is none. The reason begins with its class, such as "compile:"."""
 
 LIMIT_S = 60.0  # for one compilation; the slowest observed took 19 s
 CONNECT_S = 10
@@ -83,8 +81,8 @@ class ProcessEnded:
         return f"timeout: not done in {self.limit_s:g} s" if self.kind == "timeout" else "crash: it ended its process"
 
 
-Program = Generator[Batch, dict[tuple[Any, ...], Any], T]
-"""Yields batches, is sent {call: result} of each, and returns its own result."""
+Job = Generator[Batch, dict[tuple[Any, ...], Any], T]
+"""A generator: yields batches, is sent {call: result} of each, and returns its own result."""
 
 
 def _guarded(function: Any, limit_s: float, *args: Any) -> Any:
@@ -99,9 +97,9 @@ def _guarded(function: Any, limit_s: float, *args: Any) -> Any:
 
 @dataclass
 class _Running:
-    """A program and its current batch."""
+    """A job and its current batch."""
 
-    program: Program[Any]
+    job: Job[Any]
     batch: Batch | None = None
     todo: deque[tuple[Any, ...]] = field(default_factory=deque)
     again: deque[tuple[Any, ...]] = field(default_factory=deque)  # calls that ended their process once
@@ -114,9 +112,9 @@ class _Running:
         results: Any = self.results if self.batch else None
         self.batch = None
         try:
-            batch = self.program.send(results)
+            batch = self.job.send(results)
             while not batch.calls:
-                batch = self.program.send({})
+                batch = self.job.send({})
         except StopIteration as end:
             self.returned = end.value
             return
@@ -182,27 +180,27 @@ class Workers:
         self._connect()
         return [gpu for gpu in self._workers.values() if gpu is not None]
 
-    def compile_all(self, arch: int, kernels: Iterable[CompiledKernel]) -> dict[CompiledKernel, Compilation]:
+    def compile_all(self, arch: int, kernels: Iterable[KernelVariant]) -> dict[KernelVariant, Compilation]:
         """Compile each of `kernels` for `arch`."""
-        compilations: dict[CompiledKernel, Compilation] = {}
+        compilations: dict[KernelVariant, Compilation] = {}
 
-        def program() -> Program[None]:
+        def job() -> Job[None]:
             yield Batch(tasks.compile_kernel, [(arch, kernel, None) for kernel in kernels], keep)
 
         def keep(call: tuple[Any, ...], result: Any) -> None:
             _, kernel, _ = call
             compilations[kernel] = compilation(result)
 
-        self.drive([program()])
+        self.drive([job()])
         return compilations
 
-    def drive(self, programs: Iterable[Program[T]]) -> list[T]:
-        """Run the programs to their ends, side by side, and return their results.
+    def drive(self, jobs: Iterable[Job[T]]) -> list[T]:
+        """Run the jobs to their ends, side by side, and return their results.
 
-        Raises what the programs raise, InputError if no scheduler answers, and CheckFailed if no worker is left with
+        Raises what the jobs raise, InputError if no scheduler answers, and CheckFailed if no worker is left with
         the GPU that a batch needs.
         """
-        running = [_Running(program) for program in programs]
+        running = [_Running(job) for job in jobs]
         try:
             for one in running:
                 one.advance()
@@ -223,14 +221,14 @@ class Workers:
                 active.future.cancel()
             self._active.clear()
             for one in running:
-                one.program.close()
+                one.job.close()
         return [one.returned for one in running]
 
     def _start_calls(self, running: list[_Running]) -> None:
         """Give every free worker a call."""
         busy = {active.address for active in self._active.values()}
         for address in [a for a in self._workers if a not in busy]:
-            # the programs with the fewest running calls come first, so that programs share the workers
+            # the jobs with the fewest running calls come first, so that jobs share the workers
             for one in sorted(running, key=lambda one: one.in_flight):
                 if one.batch is None or not self._suits(address, one.batch.gpu):
                     continue
@@ -316,7 +314,7 @@ class Workers:
             )
         for address in [address for address, future in self._asked.items() if future.status == "finished"]:
             theirs, gpu = self._asked.pop(address).result()
-            if theirs != (mine := tasks.toolchain()):
+            if theirs != (mine := tasks.versions()):
                 raise InputError(f"the worker {address} has {theirs}, but this process has {mine}: install the same")
             self._workers[address] = gpu
 

@@ -1,4 +1,4 @@
-"""The small benchmark of the fused kernels: `pytest tests/gpu/test_bench_fused.py --benchmark-enable`.
+"""The small benchmark of the row kernels: `pytest tests/gpu/test_bench_fused.py --benchmark-enable`.
 
 `int8kit.bench.fused` is the full benchmark.
 """

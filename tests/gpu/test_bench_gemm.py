@@ -61,7 +61,7 @@ def test_a_whole_run_gives_ratios(graph):
 
 def test_a_failing_contestant_is_absent_and_the_run_continues():
     def too_large(o):
-        return captured.Entrant([lambda: torch.empty(1 << 50, device="cuda")])
+        return captured.PreparedContestant([lambda: torch.empty(1 << 50, device="cuda")])
 
     greedy = contestants.Contestant("greedy", "gemm", "", too_large)
     result = gemm.measure_shapes([SMALL], [greedy, *listed()[:1]], gpus.present(), gemm.Setting(rounds=2))
@@ -76,7 +76,7 @@ def test_a_contestant_that_cannot_be_captured_is_launched_from_the_host():
         torch.cuda.synchronize()  # not allowed in a capture
         return torch.mm(o.x, o.w.t())
 
-    call = RepeatableCall(captured.Entrant([launch]), graph=True)
+    call = RepeatableCall(captured.PreparedContestant([launch]), graph=True)
     assert (call.by, call.launches) == ("host", 1)
     assert call.note.startswith("from the host: ")
     call()

@@ -1,31 +1,45 @@
-"""Examples that every run tries, since a draw may leave out their extents, kinds or dtypes."""
+"""Examples that every run tries, since a draw may leave out their extents, kinds or dtypes.
+
+RANGES names the extents that are covered. A test computes them from the examples, and fails if one shrinks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 
-from int8kit.spec import GemmShape, Kernel, TileConfig
-from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES, Draw, HugeStride, Rows
+from int8kit.spec import K_MAX, GemmShape, Kernel, TileConfig, default_config
+from int8kit.verify.examples.epilogue_table import TABLE_K, TABLE_M, TABLE_N
+from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES, Draw, HugeStride, Rows, Variant
 
+RANGES: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {
+        "M": (1, 70000),
+        "N": (1, 70000),
+        "N with bias": (1, 70000),
+        "N with SwiGLU": (2, 70000),
+        "K": (1, K_MAX),
+        "tile rows": (1, 274),
+        "tile columns": (1, 300),
+        "tiles": (1, 390),
+        "group_m": (1, 8),  # of a GEMM; the property `tile order` has all
+        "k-steps": (1, 512),
+    }
+)
+"""The least and the largest extent that the examples of the Triton kernel have, also in the interpreter."""
+
+BIAS_DTYPES = (None, *OUT_DTYPES)
 SMALL_TILES = (  # many tiles, swizzle groups and k-steps in a small matrix
     TileConfig(16, 16, 32, num_warps=1, num_stages=2, group_m=1),
     TileConfig(16, 32, 32, num_warps=1, num_stages=3, group_m=2),
     TileConfig(32, 16, 64, num_warps=2, num_stages=2, group_m=3),
 )
-LARGE_SUM_EXAMPLES = tuple(  # sums beyond 2**24, where the conversion to float32 rounds
-    Draw(GemmShape(m, n, k), SMALL_TILES[2], kind, 1, bias, torch.float32)
-    for m, n, k, kind, bias in ((17, 24, 2112, "positive", torch.float32), (2, 3, 131071, "all minus 128", None))
-)
-LARGE_K_EXAMPLES = tuple(  # the same in larger matrices, up to the largest K, which the interpreter cannot afford
-    Draw(GemmShape(m, n, k), SMALL_TILES[2], kind, 1, bias, torch.float32)
-    for m, n, k, kind, bias in (
-        (17, 24, 53248, "normal", None),
-        (64, 64, 53248, "positive", torch.bfloat16),
-        (17, 24, 131071, "all minus 128", None),
-    )
-)
+TALL = TileConfig(256, 16, 32, num_warps=4, num_stages=2)
+WIDE = TileConfig(16, 256, 32, num_warps=4, num_stages=2)
+DEEP = TileConfig(16, 16, 256, num_warps=1, num_stages=2)
 ALL_KINDS_AND_DTYPES = tuple(Rows(3, 300, kind, 0, dtype, 3) for kind in FLOAT_KINDS for dtype in OUT_DTYPES)
 LONG_ROWS = tuple(  # rows that the kernel reads in one pass and, of each kind, in several passes
     Rows(3, k, kind, 0, dtype, 3)
@@ -34,26 +48,116 @@ LONG_ROWS = tuple(  # rows that the kernel reads in one pass and, of each kind, 
 )
 
 
-def over_2gib_strides(*matrices: HugeStride) -> tuple[Draw, ...]:
-    """Rows that start beyond 2**31 elements, in one of `matrices` at a time."""
-    return tuple(
-        Draw(GemmShape(3, 6, 40), SMALL_TILES[0], "uniform", 1, None, torch.float16, huge_stride=one)
-        for one in matrices
-    )
+def _kernels(tiles: Iterable[TileConfig]) -> Iterator[tuple[Kernel, list[TileConfig]]]:
+    """Each kernel of `tiles` and its configurations, from the smallest to the largest tile."""
+    ordered = sorted(tiles, key=lambda c: (c.block_m * c.block_n, c))
+    for kernel in Kernel:
+        if found := [config for config in ordered if config.kernel is kernel]:
+            yield kernel, found
 
 
-def over_65536_rows(tiles: Iterable[TileConfig]) -> tuple[Draw, ...]:
-    """More than 2**16 rows, and columns: by tall and wide tiles of the plain kernel, by the largest tile of the others.
+def _both_ends(configs: list[TileConfig]) -> tuple[TileConfig, ...]:
+    """The smallest and the largest tile: without stream-K and with it, and of each schedule."""
+    kinds = dict.fromkeys((c.stream_k > 0, c.schedule) for c in configs)
+    found = [[c for c in configs if (c.stream_k > 0, c.schedule) == kind] for kind in kinds]
+    return tuple(dict.fromkeys(c for some in found for c in (some[0], some[-1])))
 
-    The interpreter executes tiles one after the other, and these need the fewest.
+
+def epilogue_tables(tiles: Iterable[TileConfig]) -> Iterator[Draw]:
+    """Every kind of scale, bias and sum, in every dtype: by the default tile, or the largest one of a Gluon kernel.
+
+    The smallest tile has each dtype of the bias and of the output once.
     """
-    tall, wide = (TileConfig(*block, num_warps=4, num_stages=2) for block in ((256, 16, 32), (16, 256, 32)))
-    largest = {config.kernel: config for config in sorted(tiles, key=lambda c: c.block_m * c.block_n)}
-    shapes = (GemmShape(65600, 16, 64), GemmShape(16, 65600, 64))
-    pairs = [(config, config) if kernel is not Kernel.TRITON else (tall, wide) for kernel, config in largest.items()]
+    shape = GemmShape(TABLE_M, TABLE_N, TABLE_K)
+    for kernel, configs in _kernels(tiles):
+        large = default_config(GemmShape(1024, 1, 1)) if kernel is Kernel.TRITON else configs[-1]
+        for i, bias in enumerate(BIAS_DTYPES):
+            for j, dtype in enumerate(OUT_DTYPES):
+                example = Draw(shape, large, "table", i + 2 * j, bias, dtype, 16, "table", shift=(i + j) % 2)
+                yield example
+                if (i + 1) % 3 == j:
+                    yield replace(example, config=configs[0], padding=48, offset=16, shift=1 - example.shift)
+
+
+def extents(tiles: Iterable[TileConfig], *, roomy: bool, swizzle: bool = True) -> Iterator[Draw]:
+    """The ends of RANGES in M, N and, with `swizzle`, in tiles. roomy: every width of the L2 swizzle, too.
+
+    The interpreter executes tiles one after the other. So tall tiles have many rows, and wide tiles many columns.
+    """
+    (least_m, m), (least_n, n), (least_k, _) = (RANGES[name] for name in ("M", "N", "K"))
+    for kernel, configs in _kernels(tiles):
+        triton = kernel is Kernel.TRITON
+        k, unit, fp32 = (33, 3, torch.float32) if triton else (48, 16, torch.float32)
+        plain = [c for c in configs if not c.stream_k] or configs
+        tall, wide = (TALL, WIDE) if triton else (plain[-1], plain[-1])
+        yield Draw(GemmShape(m, 3, k), tall, "uniform", 1, torch.bfloat16, fp32, unit, "signed", offset=unit, shift=1)
+        yield Draw(GemmShape(2, n, k), wide, "uniform", 2, torch.float16, fp32, unit, "signed", offset=unit, shift=1)
+        yield Draw(GemmShape(least_m, least_n, least_k if triton else 16), plain[0], "uniform", 3, fp32, fp32, unit)
+        yield from swizzles(plain[0]) if swizzle or not triton else swizzles(plain[0])[-1:]
+        if not triton:
+            yield Draw(GemmShape(m, 3, k), plain[0], "uniform", 1, torch.bfloat16, fp32, unit, "signed", shift=1)
+            yield Draw(GemmShape(2, n, k), plain[0], "uniform", 2, torch.float16, fp32, unit, "signed", shift=1)
+        for group_m in range(1, 65) if roomy else ():
+            config = replace(plain[0], group_m=group_m)
+            yield Draw(_tiled(config, 2 * group_m + 1, 131), config, "uniform", 4, None, fp32, 16)
+
+
+def swizzles(config: TileConfig) -> tuple[Draw, ...]:
+    """Many columns of tiles, and a last swizzle group that has fewer rows of tiles than the others."""
+    grids = ((1, 1, 300), (2, 3, 130), (8, 3, 70))
     return tuple(
-        Draw(s, tile, "uniform", 1, None, torch.float32) for pair in pairs for s, tile in zip(shapes, pair, strict=True)
+        Draw(_tiled(wide, rows, columns), wide, "uniform", 4, None, torch.float16, 16)
+        for group_m, rows, columns in grids
+        for wide in (replace(config, group_m=group_m),)
     )
+
+
+def _tiled(config: TileConfig, rows: int, columns: int) -> GemmShape:
+    """A shape of so many rows and columns of tiles, the last ones partial, and one partial k-step."""
+    return GemmShape(rows * config.block_m - 3, columns * config.block_n - 5, min(16, config.block_k))
+
+
+def large_sums(tiles: Iterable[TileConfig], *, roomy: bool) -> Iterator[Draw]:
+    """Sums beyond 2**28, of both signs and with random low bits, and the largest sum of int32 that occurs.
+
+    roomy: larger matrices, too, which the interpreter cannot afford.
+    """
+    fp32, k = torch.float32, RANGES["K"][1]
+    for kernel, configs in _kernels(tiles):
+        if kernel is Kernel.TRITON:
+            yield Draw(GemmShape(17, 24, 2112), SMALL_TILES[2], "opposed", 1, fp32, fp32, 3)
+            yield Draw(GemmShape(2, 3, k), DEEP, "opposed", 1, None, fp32, 1, "signed", offset=1, shift=1)
+            yield Draw(GemmShape(1, 2, k), DEEP, "all minus 128", 1, fp32, fp32, 16)
+        if roomy:
+            for config in _both_ends(configs):
+                aligned = k if kernel is Kernel.TRITON else k // 16 * 16
+                yield Draw(GemmShape(17, 24, aligned), config, "opposed", 2, fp32, fp32, 16)
+                yield Draw(GemmShape(64, 64, 53248), config, "opposed", 3, torch.bfloat16, fp32, 16, shift=1)
+                yield Draw(GemmShape(17, 24, aligned), config, "all minus 128", 1, None, fp32, 16)
+
+
+def over_2gib_strides(tiles: Iterable[TileConfig], *matrices: HugeStride) -> Iterator[Draw]:
+    """Rows that start beyond 2**31 elements, in one of `matrices` at a time, for each kernel.
+
+    The rows of x and w that the mma_sync kernel takes are less than 2**23 bytes apart. So it needs a second tile, whose
+    first row lies beyond 2**31 bytes.
+    """
+    for kernel, configs in _kernels(tiles):
+        config = SMALL_TILES[0] if kernel is Kernel.TRITON else configs[0]
+        for one in matrices:
+            m, n = 3, 6
+            if kernel is Kernel.MMA_SYNC and one == "x":
+                m = _past(258, config.block_m)
+            if kernel is Kernel.MMA_SYNC and one == "w":
+                n = _past(258, config.block_n)
+            for dtype in (torch.float32, torch.bfloat16) if one == "out" else (torch.float16,):
+                shape = GemmShape(m, n, 40 if kernel is Kernel.TRITON else 48)
+                yield Draw(shape, config, "uniform", 1, None, dtype, 16, huge_stride=one)
+
+
+def _past(rows: int, block: int) -> int:
+    """A number of rows, the last one alone in a tile of `block` that begins at `rows` or later."""
+    return -(-rows // block) * block + 1
 
 
 def stream_k_examples(tiles: Iterable[TileConfig]) -> tuple[Draw, ...]:
@@ -61,11 +165,45 @@ def stream_k_examples(tiles: Iterable[TileConfig]) -> tuple[Draw, ...]:
 
     No GPU's number of workers divides them evenly: segments begin and end inside tiles, and many are a worker's second.
     """
-    stream_k = sorted((c for c in tiles if c.stream_k), key=lambda c: c.block_m * c.block_n)
-    by_kernel = [[c for c in stream_k if c.kernel is kernel] for kernel in Kernel]
+    found = {c for _, configs in _kernels(tiles) for c in _both_ends(configs) if c.stream_k}
     return tuple(
         Draw(
-            GemmShape(10 * c.block_m - 3, 10 * c.block_n - 8, 8 * c.block_k + 16), c, "uniform", 1, None, torch.float32
+            GemmShape(10 * c.block_m - 3, 10 * c.block_n - 7, 8 * c.block_k + 16), c, "uniform", 1, torch.float16,
+            torch.float32, 16, "signed", shift=1,
         )
-        for c in sorted({c for some in by_kernel for c in (*some[:1], *some[-1:])})
-    )
+        for c in sorted(found)
+    )  # fmt: skip
+
+
+LATE_TILES = {  # every schedule of the wgmma kernel, which alone starts early; one of the others
+    Kernel.TRITON: (SMALL_TILES[2],),
+    Kernel.MMA_SYNC: (TileConfig(16, 64, 64, num_warps=4, num_stages=2, group_m=2, kernel=Kernel.MMA_SYNC),),
+    Kernel.WGMMA: tuple(
+        TileConfig(block_m, 64, 128, num_warps=8, num_stages=3, group_m=2, kernel=Kernel.WGMMA, stream_k=stream_k)
+        for block_m in (64, 256)
+        for stream_k in (0, 1)
+    ),
+}
+LATE_OPERANDS: Mapping[Variant, tuple[str, ...]] = MappingProxyType(
+    {
+        "output": ("x", "w", "sx", "sw", "bias", "out"),
+        "int32": ("x", "w", "out"),
+        "swiglu": ("x", "w", "sx", "sw", "bias", "out"),
+    }
+)
+STREAM_K_OPERANDS = ("arrived", "workspace")
+
+
+def late_operands(tiles: Iterable[TileConfig]) -> Iterator[Draw]:
+    """Each operand of each variant written late, for every schedule of each kernel in `tiles`."""
+    for kernel, _ in _kernels(tiles):
+        for c in LATE_TILES[kernel]:
+            # 300 tiles: both consumers of a program have some, and no number of multiprocessors divides them
+            rows, columns = (20, 15) if kernel is Kernel.WGMMA else (3, 2)
+            shape = GemmShape(rows * c.block_m, columns * c.block_n, 6 * c.block_k + 16)
+            for variant, names in LATE_OPERANDS.items():
+                for late in (*names, *(STREAM_K_OPERANDS if c.stream_k else ())):
+                    yield Draw(
+                        shape, c, "uniform", 5, torch.bfloat16, torch.float16, scales="signed",
+                        variant=variant, late=late,
+                    )  # fmt: skip

@@ -7,27 +7,36 @@ failing example still shrinks in its shape, its configuration and its kind.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
 from hypothesis import strategies as st
 
 from int8kit.spec import GemmShape, Kernel, TileConfig, config_from
+from int8kit.verify.examples import epilogue_table
 
-INT8_KINDS = ("ones", "normal", "uniform", "extremes", "all minus 128", "positive")
-SCALE_KINDS = ("ordinary", "ordinary", "signed", "tiny", "huge", "nan")
+INT8_KINDS = ("ones", "normal", "uniform", "extremes", "all minus 128", "opposed")
+SCALE_KINDS = ("ordinary", "ordinary", "signed", "tiny", "huge", "nan", "table")
 FLOAT_KINDS = (
     "normal", "zero rows", "exact ties", "tiny", "huge", "subnormal", "nan", "inf", "one hot", "extreme last column",
     "near half quotient",
 )  # fmt: skip
 HugeStride = Literal["", "x", "w", "out"]
+Variant = Literal["output", "int32", "swiglu"]
+"""A result of the kernels: the dequantized output, the accumulators, or the output of the SwiGLU epilogue."""
+
+VARIANTS: tuple[Variant, ...] = ("output", "int32", "swiglu")
 OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One example of a GEMM: its shape, configuration, data, epilogue and the padding between rows."""
+    """One example of a GEMM: its shape, configuration, data, epilogue, and the places of its operands.
+
+    `layout` makes strides and addresses from padding, offset and shift. Fields with a default keep stored examples
+    readable.
+    """
 
     shape: GemmShape
     config: TileConfig
@@ -35,15 +44,22 @@ class Draw:
     seed: int
     bias: torch.dtype | None
     out_dtype: torch.dtype
-    padding: int = 0  # poisoned elements between rows of x and out; twice as many between rows of w
+    padding: int = 0  # least number of poisoned elements between rows; 0: dense matrices
     scales: str = "ordinary"
-    huge_stride: HugeStride = ""  # the matrix whose third row starts beyond 2**31 elements
+    huge_stride: HugeStride = ""  # the matrix in which a row starts beyond 2**31 elements
+    offset: int = 0  # elements by which the address of x is past a multiple of 16; the other matrices have multiples
+    shift: int = 0  # the same for sx, sw and bias
+    variant: Variant = "output"  # the result that a property of any result looks at
+    late: str = ""  # the operand that the kernel ahead writes late, in the property `order`; "": x
 
     def __str__(self) -> str:
         bias = f"{_short(self.bias)} bias" if self.bias else "no bias"
         data = f"{self.kind} data of seed {self.seed}, {self.scales} scales"
         rows = f"huge row stride in {self.huge_stride}" if self.huge_stride else f"padding {self.padding}"
-        return f"{self.shape}, {self.config}, {data}, {bias}, {_short(self.out_dtype)}, {rows}"
+        more = [f"{name} {value}" for name in ("offset", "shift", "late") if (value := getattr(self, name))]
+        variant = [] if self.variant == "output" else [self.variant]
+        parts = (str(self.shape), str(self.config), data, bias, _short(self.out_dtype), rows, *more, *variant)
+        return ", ".join(parts)
 
 
 def to_json(d: Draw) -> str:
@@ -86,10 +102,25 @@ def sizes(block: int, most: int) -> st.SearchStrategy[int]:
     return st.one_of(st.integers(1, most), around)
 
 
+def is_aligned(d: Draw) -> bool:
+    """True if the rows of x and w start at multiples of 16 bytes, as the Gluon kernels need."""
+    return d.shape.k % 16 == d.padding % 16 == d.offset % 16 == 0
+
+
 def takes_operands(d: Draw, config: TileConfig) -> bool:
-    """False if the kernel of `config` rejects the alignment of `d`, so that another kernel would be tested."""
-    aligned = d.shape.n % 8 == d.shape.k % 16 == d.padding % 16 == 0
-    return aligned or config.kernel is Kernel.TRITON
+    """False if the kernel of `config` rejects x or w of `d`, so that another kernel would be tested."""
+    return config.kernel is Kernel.TRITON or is_aligned(d)
+
+
+def admitted(d: Draw) -> Draw:
+    """The example nearest to `d` that its own kernel and its variant admit."""
+    shape = d.shape
+    if d.variant == "swiglu":
+        shape = replace(shape, n=shape.n + shape.n % 2)
+    if not takes_operands(d, d.config):
+        shape = replace(shape, k=-(-shape.k // 16) * 16)
+        d = replace(d, padding=-(-d.padding // 16) * 16, offset=-(-d.offset // 16) * 16)
+    return replace(d, shape=shape)
 
 
 @st.composite
@@ -98,18 +129,20 @@ def draws(draw: st.DrawFn, configs: tuple[TileConfig, ...], most: int, ops: int)
     config = draw(st.sampled_from(configs))
     m, n = draw(sizes(config.block_m, most)), draw(sizes(config.block_n, most))
     k = draw(sizes(config.block_k, max(config.block_k + 1, min(4096, ops // (2 * m * n)))))
-    aligned = config.kernel is not Kernel.TRITON
-    if aligned:  # see `takes_operands`
-        n, k = -(-n // 8) * 8, -(-k // 16) * 16
-    return Draw(
-        GemmShape(m, n, k),
-        config,
-        draw(st.sampled_from(INT8_KINDS)),
-        draw(st.integers(0, 7)),
-        draw(st.sampled_from((None, *OUT_DTYPES))),
-        draw(st.sampled_from(OUT_DTYPES)),
-        draw(st.sampled_from((0, 16, 48) if aligned else (0, 3, 16))),
-        draw(st.sampled_from(SCALE_KINDS)),
+    return admitted(
+        Draw(
+            GemmShape(m, n, k),
+            config,
+            draw(st.sampled_from(INT8_KINDS)),
+            draw(st.integers(0, 7)),
+            draw(st.sampled_from((None, *OUT_DTYPES))),
+            draw(st.sampled_from(OUT_DTYPES)),
+            draw(st.sampled_from((0, 3, 1, 16, 48))),
+            draw(st.sampled_from(SCALE_KINDS)),
+            offset=draw(st.sampled_from((0, 0, 1, 5, 16))),
+            shift=draw(st.sampled_from((0, 1, 3))),
+            variant=draw(st.sampled_from(VARIANTS)),
+        )
     )
 
 
@@ -153,10 +186,19 @@ def int8_matrix(m: int, k: int, kind: str, seed: int, device: str) -> torch.Tens
         uniform          every value, at random
         extremes         -128, -127 and 127, at random
         all minus 128    -128
-        positive         90 to 127: for K of about 1500 and more, sums pass 2**24 with low bits set, which float32 loses
+        opposed          90 to 127, with the other sign in odd rows: sums of both signs that pass 2**24 from K of about
+                         1500 on, and 2**28 from 23000 on, with random low bits, which float32 loses
+        positive         the same without the other sign, in examples of earlier versions
+        table            rows of `epilogue_table`: sums of 0, 1, -1, and larger ones
     """
     g = torch.Generator(device).manual_seed(seed)
     q = torch.empty(m, k, dtype=torch.int8, device=device)
+    if kind == "table":
+        return epilogue_table.x_rows(m, k, seed, device)
+    if kind == "opposed":
+        positive = int8_matrix(m, k, "positive", seed, device)
+        positive[1::2] = ~positive[1::2]  # -1 - q: -128 to -91
+        return positive
     for rows in q.split(max(1, _SLAB // k)):
         rows.copy_(_slab(rows, kind, g))
     return q

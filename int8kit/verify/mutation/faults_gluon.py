@@ -10,7 +10,7 @@ def _mma_sync(name: str, old: str, new: str, fault: str, expected: str = "accumu
 
 
 def _scheduler(name: str, old: str, new: str, fault: str) -> Mutant:
-    return Mutant(name, "kernels/tile_scheduler.py", old, new, fault, "accumulator")
+    return Mutant(name, "kernels/stream_k.py", old, new, fault, "accumulator")
 
 
 def _wgmma(
@@ -61,7 +61,7 @@ WGMMA_FAULTS = (
            "the producer warp waits for a first buffer that no consumer will release"),
     _wgmma("wgmma-same-half", "x = x.slice(CONSUMER * ROWS, ROWS, dim=0)", "x = x.slice(0, ROWS, dim=0)",
            "the second consumer of a cooperative tile takes the rows of the first"),
-    _wgmma("wgmma-half-tiles", "waves * programs + pid // 2)", "waves * programs + pid)",
+    _wgmma("wgmma-half-tiles", "whole_tiles * programs + pid // 2)", "whole_tiles * programs + pid)",
            "half tiles of the last wave are treated as whole tiles"),
     _wgmma("wgmma-racy-store", "buffer = staging.index(2 * CONSUMER + i % 2)", "buffer = staging.index(i % 2)",
            "the two consumers stage their stores in the same buffers", "output"),

@@ -9,7 +9,7 @@ from int8kit.spec import Kernel, TileConfig
 _GLUON = "written in Gluon, which the interpreter does not run"
 _FILES = {
     "kernels/gemm_mma_sync.py": Kernel.MMA_SYNC, "kernels/gemm_wgmma.py": Kernel.WGMMA,
-    "kernels/tile_scheduler.py": Kernel.MMA_SYNC,
+    "kernels/stream_k.py": Kernel.MMA_SYNC,
 }  # fmt: skip
 
 
@@ -33,7 +33,7 @@ class Mutant:
 
     @property
     def kernel(self) -> Kernel:
-        """The kernel whose configurations run the fault. `tile_scheduler` serves two; mma_sync runs on more GPUs."""
+        """The kernel whose configurations run the fault. `stream_k` serves two; mma_sync runs on more GPUs."""
         return _FILES.get(self.file, Kernel.TRITON)
 
     @property

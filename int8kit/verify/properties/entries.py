@@ -38,7 +38,7 @@ def run(
     # code from another Triton is not proven here
     serving: list[Entry | Choice] = [*database.usable_entries(gemm.toolchain()), *unlisted]
     runnable = [one for one in serving if executor.runs(one.config)]
-    for one in sorted(runnable, key=lambda e: e.shape.ops):
+    for one in sorted(runnable, key=lambda e: e.shape.flops):
         shape = reduced(one.shape, one.config) if executor.on == "interpreter" else one.shape
         on_example(f"{shape}, {one.config}")
         if (shape, one.config) not in verdicts:

@@ -1,8 +1,9 @@
 """Properties of an INT8 GEMM: int8kit's kernels, or another implementation. None of them has a tolerance.
 
 Each takes an example (`strategies.Draw`) and an implementation under test, and returns how the implementation breaks
-the property, or None. Properties of the output use the accumulators where an implementation returns nothing more.
-Operands lie in buffers of poison. An implementation that writes into a given output gets one in a buffer of sentinels.
+the property, or None. Properties of any result look at the variant that the example names: output, accumulators or
+SwiGLU. They use the accumulators where an implementation returns nothing more. Operands lie in buffers of poison. An
+implementation that writes into a given output gets one in a buffer of sentinels.
 
 Comparing with a tolerance, or looking at the worst element alone, was rejected: such checks let the faults through that
 these properties are for.
@@ -10,144 +11,159 @@ these properties are for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from int8kit import reference
-from int8kit.spec import GemmShape, Kernel
-from int8kit.verify.compare import bitwise_diff, operands
-from int8kit.verify.examples.guarded_buffers import POISON, GuardedOutput, huge_stride_matrix, tile_guard
-from int8kit.verify.examples.strategies import Draw, takes_operands
+from int8kit.verify.compare import Operands, Output, bitwise_diff, expected, operands, place
+from int8kit.verify.examples.strategies import Draw, admitted, takes_operands
 from int8kit.verify.implementations import Implementation
-from int8kit.verify.properties import pdl_probe
+
+
+class Runs:
+    """Calls of an implementation, and the elements that they wrote outside their outputs."""
+
+    def __init__(self, gemm: Implementation) -> None:
+        self.gemm = gemm
+        self.outside: str | None = None
+
+    def __call__(self, d: Draw, *given: Any, out: Output | None = None) -> torch.Tensor:
+        """The result of the variant of `d` for the operands `given`, in a new output unless `out` is one."""
+        x = given[0]
+        call = {"int32": self.gemm.accumulators, "swiglu": self.gemm.swiglu}.get(d.variant, self.gemm.output)
+        if call is None:
+            return self.gemm.run(d, *given)
+        tensors = given[:2] if d.variant == "int32" else given
+        if not self.gemm.takes_out:
+            return call(d, *tensors)
+        out = out or Output(d, len(x), self.gemm.device)
+        call(d, *tensors, out=out.view)
+        self.outside = self.outside or out.written_outside()
+        return out.view
+
+
+def _fitted(d: Draw, gemm: Implementation) -> Draw:
+    """The example nearest to `d` of which `gemm` has a result, with operands at places that it takes."""
+    if not gemm.takes_out:  # another library documents its results, and rarely the alignment that it needs
+        d = replace(d, offset=0, shift=0, padding=d.padding if gemm.strides else 0)
+        has = {"int32": gemm.accumulators, "swiglu": gemm.swiglu, "output": gemm.output}
+        d = d if has[d.variant] else replace(d, variant="output" if gemm.output else "int32")
+    return admitted(d)
+
+
+def begin(d: Draw, gemm: Implementation, **changes: Any) -> tuple[Draw, Operands, Runs]:
+    """The example with `changes` that fits `gemm`, its operands, and the means to run it."""
+    fitted = _fitted(replace(d, **changes), gemm)
+    return fitted, operands(fitted, gemm.device), Runs(gemm)
 
 
 def accumulators(d: Draw, gemm: Implementation) -> str | None:
     """The int32 accumulators equal int64-exact arithmetic, and `torch._int_mm` where it takes the shape."""
-    assert gemm.accumulators is not None
-    x, w, *_ = operands(d, gemm.device)
-    got, written_outside = _guarded(gemm.accumulators, d, d.shape.n, torch.int32, gemm, x, w)
+    d, given, run = begin(d, gemm, variant="int32")
+    x, w = given[:2]
+    got = run(d, *given)
     why = bitwise_diff(got, reference.accumulate(x, w))
     if why is None and gemm.takes_out and d.shape.m > 16 and d.shape.n % 8 == 0 and d.shape.k % 8 == 0:
         why = bitwise_diff(got, torch._int_mm(x.contiguous(), w.contiguous().t()))
         why = why and f"against torch._int_mm: {why}"
-    return why or written_outside()
+    return why or run.outside
 
 
 def output(d: Draw, gemm: Implementation) -> str | None:
     """The dequantized output is bit-equal to `reference.scaled_mm`; NaN equals NaN."""
-    x, w, sx, sw, bias = operands(d, gemm.device)
-    if gemm.output is None:
-        return bitwise_diff(gemm.run(d, x, w, sx, sw, bias), reference.accumulate(x, w))
-    got, written_outside = _guarded(gemm.output, d, d.shape.n, d.out_dtype, gemm, x, w, sx, sw, bias)
-    want = reference.scaled_mm(x, w, sx, sw, bias, out_dtype=d.out_dtype)
-    return bitwise_diff(got, want) or written_outside()
+    d, given, run = begin(d, gemm, variant="output")
+    return bitwise_diff(run(d, *given), expected(d, *given)) or run.outside
 
 
 def swiglu(d: Draw, gemm: Implementation) -> str | None:
     """The output of the SwiGLU epilogue is bit-equal to `reference.scaled_mm_swiglu`. N is rounded up to pairs."""
-    assert gemm.swiglu is not None
-    step = 2 if d.config.kernel is Kernel.TRITON else 16
-    shape = GemmShape(d.shape.m, -(-d.shape.n // step) * step, d.shape.k)
-    x, w, sx, sw, bias = operands(replace(d, shape=shape), gemm.device)
-    got, written_outside = _guarded(gemm.swiglu, d, shape.n // 2, d.out_dtype, gemm, x, w, sx, sw, bias)
-    want = reference.scaled_mm_swiglu(x, w, sx, sw, bias, out_dtype=d.out_dtype)
-    return bitwise_diff(got, want) or written_outside()
-
-
-def _guarded(
-    call: Callable[..., torch.Tensor], d: Draw, columns: int, dtype: torch.dtype, gemm: Implementation, *tensors: Any
-) -> tuple[torch.Tensor, Callable[[], str | None]]:
-    """The result of a call, and the check that it wrote nothing outside its output."""
-    if not gemm.takes_out:
-        return call(d, *tensors), lambda: None
-    out = GuardedOutput(d.shape.m, columns, d.padding, tile_guard(columns), dtype, gemm.device)
-    if d.huge_stride == "out":
-        out.view = huge_stride_matrix(d.shape.m, columns, dtype, gemm.device)
-    return call(d, *tensors, out=out.view), out.written_outside
+    d, given, run = begin(d, gemm, variant="swiglu")
+    return bitwise_diff(run(d, *given), expected(d, *given)) or run.outside
 
 
 def batch(d: Draw, gemm: Implementation) -> str | None:
     """A row gives the same bits alone, permuted among other rows, and with more rows below it."""
-    x, w, sx, sw, bias = operands(d, gemm.device)
-    y = gemm.run(d, x, w, sx, sw, bias)
+    d, (x, w, sx, sw, bias), run = begin(d, gemm)
+    y = run(d, x, w, sx, sw, bias)
+
+    def of(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return run(d, place(d, "x", rows), w, place(d, "sx", scales), sw, bias)
+
     m = d.shape.m
     order = torch.randperm(m, generator=torch.Generator().manual_seed(d.seed)).to(x.device)
-    why = bitwise_diff(gemm.run(d, x[order], w, sx[order], sw, bias), y[order])
-    if why:
+    if why := bitwise_diff(of(x[order], sx[order]), y[order]):
         return f"permuted rows: {why}"
     more = torch.cat([x, x.flip(0)[: 1 + m // 3]]), torch.cat([sx, sx[: 1 + m // 3]])
-    if why := bitwise_diff(gemm.run(d, more[0], w, more[1], sw, bias)[:m], y):
+    if why := bitwise_diff(of(*more)[:m], y):
         return f"more rows below: {why}"
     few = gemm.to_supported_domain(replace(d, shape=replace(d.shape, m=1))).shape.m
     if few > m:
-        return None
-    why = bitwise_diff(gemm.run(d, x[m - few :].clone(), w, sx[m - few :].clone(), sw, bias), y[m - few :])
-    return f"the last {few} alone: {why}" if why else None
+        return run.outside
+    why = bitwise_diff(of(x[m - few :], sx[m - few :]), y[m - few :])
+    return f"the last {few} alone: {why}" if why else run.outside
 
 
 def linearity(d: Draw, gemm: Implementation) -> str | None:
     """accumulators(a + b) = accumulators(a) + accumulators(b), exactly."""
-    assert gemm.accumulators is not None
-    x, w, *_ = operands(d, gemm.device)
+    d, (x, w, *rest), run = begin(d, gemm, variant="int32")
+
+    def sums(rows: torch.Tensor) -> torch.Tensor:
+        return run(d, place(d, "x", rows), w, *rest)
+
     a = x // 2  # a and b stay inside int8, and so does their sum
-    b = x.flip(0).contiguous() // 2
-    return bitwise_diff(gemm.accumulators(d, a + b, w), gemm.accumulators(d, a, w) + gemm.accumulators(d, b, w))
+    b = x.flip(0) // 2
+    return bitwise_diff(sums(a + b), sums(a) + sums(b)) or run.outside
 
 
 def zero_rows(d: Draw, gemm: Implementation) -> str | None:
     """A row of zeros with scale 0 gives the bias and nothing else."""
-    x, w, sx, sw, bias = operands(replace(d, scales="ordinary"), gemm.device)
-    x, sx = x.clone(), sx.clone()
+    d, (x, w, sx, sw, bias), run = begin(d, gemm, scales="signed" if gemm.takes_out else "ordinary")
     x[::2], sx[::2] = 0, 0
-    y = gemm.run(d, x, w, sx, sw, bias)[::2]
-    want = torch.zeros_like(y) if bias is None or gemm.output is None else bias.to(y.dtype).expand_as(y)
-    return bitwise_diff(y, want.contiguous())
+    y = run(d, x, w, sx, sw, bias)[::2]
+    want = torch.zeros_like(y)
+    if bias is not None and d.variant != "int32":
+        b = bias.float().expand(len(y), -1)
+        want = (reference.silu(b[:, 0::2]) * b[:, 1::2] if d.variant == "swiglu" else b).to(y.dtype)
+    elif d.variant != "int32" and gemm.takes_out:  # 0 * sw: the zero has the sign of sw
+        z = (0.0 * sw).expand(len(y), -1)
+        want = (reference.silu(z[:, 0::2]) * z[:, 1::2] if d.variant == "swiglu" else z).to(y.dtype)
+    return bitwise_diff(y, want.contiguous()) or run.outside
 
 
 def nan_rows(d: Draw, gemm: Implementation) -> str | None:
     """A row whose scale is NaN is NaN, and changes no other row."""
-    x, w, sx, sw, bias = operands(replace(d, scales="ordinary"), gemm.device)
-    y = gemm.run(d, x, w, sx, sw, bias)
+    changes = {} if gemm.takes_out else {"scales": "ordinary"}
+    d, (x, w, sx, sw, bias), run = begin(d, gemm, variant="output" if d.variant == "int32" else d.variant, **changes)
+    y = run(d, x, w, sx, sw, bias)
     broken = torch.arange(d.shape.m, device=x.device) % 3 == 1
-    found = gemm.run(d, x, w, torch.where(broken, torch.nan, sx), sw, bias)
+    found = run(d, x, w, place(d, "sx", torch.where(broken, torch.nan, sx)), sw, bias)
     lost = int((~found[broken].isnan()).sum())
-    return f"{lost} elements of NaN rows are numbers" if lost else bitwise_diff(found[~broken], y[~broken])
+    if lost:
+        return f"{lost} elements of NaN rows are numbers"
+    return bitwise_diff(found[~broken], y[~broken]) or run.outside
 
 
 def strided(d: Draw, gemm: Implementation) -> str | None:
     """Operands that are parts of larger matrices give the same bits as copies of them."""
-    x, w, sx, sw, bias = operands(replace(d, padding=0), gemm.device)
-    part = torch.full((d.shape.m + 2, d.shape.k + 32), POISON, dtype=torch.int8, device=x.device)
-    part[1:-1, 16:-16] = x
-    return bitwise_diff(gemm.run(d, part[1:-1, 16:-16], w, sx, sw, bias), gemm.run(d, x, w, sx, sw, bias))
+    d, given, run = begin(d, gemm, padding=d.padding or 16, offset=d.offset or 16)
+    dense, copies, _ = begin(d, gemm, padding=0, offset=0, shift=0)
+    return bitwise_diff(run(d, *given), run(dense, *copies)) or run.outside
 
 
 def repeats(d: Draw, gemm: Implementation) -> str | None:
     """Three runs give the same bits."""
-    x, w, sx, sw, bias = operands(d, gemm.device)
-    first = gemm.run(d, x, w, sx, sw, bias).clone()
-    again = (bitwise_diff(gemm.run(d, x, w, sx, sw, bias), first) for _ in range(2))
-    return next((why for why in again if why), None)
-
-
-def order(d: Draw, gemm: Implementation) -> str | None:
-    """Operands that the kernel ahead writes late are read as it leaves them."""
-    x, w, sx, sw, bias = operands(d, gemm.device)
-    rows = x.clone(memory_format=torch.contiguous_format)
-    want = gemm.run(d, rows, w, sx, sw, bias).clone()  # also compiles, which would outlast the delay
-    rows.zero_()
-    pdl_probe.delayed_copy(rows, x.contiguous())
-    return bitwise_diff(gemm.run(d, rows, w, sx, sw, bias), want)
+    d, given, run = begin(d, gemm)
+    first = run(d, *given).clone()
+    again = (bitwise_diff(run(d, *given), first) for _ in range(2))
+    return next((why for why in again if why), run.outside)
 
 
 def configuration(d: Draw, gemm: Implementation) -> str | None:
     """Any two configurations of the kernels give the same bits."""
-    x, w, sx, sw, bias = operands(d, gemm.device)
+    d, given, run = begin(d, gemm)
     tiles = [config for config in gemm.tiles if takes_operands(d, config)]
     other = replace(d, config=tiles[d.seed % len(tiles)])
-    why = bitwise_diff(gemm.run(other, x, w, sx, sw, bias), gemm.run(d, x, w, sx, sw, bias))
-    return f"against {other.config}: {why}" if why else None
+    why = bitwise_diff(run(other, *given), run(d, *given))
+    return f"against {other.config}: {why}" if why else run.outside

@@ -1,6 +1,6 @@
 """A copy kernel that writes late, to show a GEMM that starts early and does not wait for its operands.
 
-    delayed_copy(target, source)    [M, K] int8 on one GPU; `target` holds `source` a millisecond later
+    delayed_copy(target, source)    one size and dtype, on one GPU; `target` holds `source` milliseconds later
     y = gemm(target, ...)           must wait, as a kernel does unless it was launched to start early
 
 From sm_90 on, programmatic dependent launch (PDL) lets a kernel start before the kernel ahead has ended, as soon as
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, globaltimer
 
-DELAY_NS = 1_000_000  # several launches from the host
+DELAY_NS = 5_000_000  # many launches from a host that other processes share
 _BLOCK = 4096
 
 
@@ -38,7 +38,7 @@ def overlaps(device: str) -> bool:
 
 
 def delayed_copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Write `source` into `target` after a delay, on the current stream. Both are contiguous and have one size.
+    """Write `source` into `target` after a delay, on the current stream. Both are contiguous, of any dtype.
 
     It runs one program: all other multiprocessors are free for a kernel that starts early.
     """

@@ -13,13 +13,22 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from hypothesis.strategies import SearchStrategy
+from hypothesis.strategies import SearchStrategy, sampled_from
 
 from int8kit.spec import Kernel, TileConfig
 from int8kit.verify.examples import fixed
 from int8kit.verify.examples.strategies import Draw, HugeStride, draws, rows
 from int8kit.verify.implementations import Implementation
-from int8kit.verify.properties import compiled_code, exhaustive, gemm, pdl_probe, row_kernels
+from int8kit.verify.properties import (
+    compiled_code,
+    exhaustive,
+    gemm,
+    launch_cache,
+    order,
+    pdl_probe,
+    row_kernels,
+    tile_order,
+)
 from int8kit.verify.properties.budget import Budget
 from int8kit.verify.properties.proof import Level, Proof
 
@@ -36,17 +45,26 @@ def _nothing(tiles: Tiles, budget: Budget) -> Iterable[Any]:
     return ()
 
 
-def _extreme_gemms(*huge_strides: HugeStride, many_rows: bool) -> Callable[[Tiles, Budget], Iterable[Draw]]:
-    """The examples of extreme extents: for all kernels, and for the Triton kernel that takes any alignment."""
+def _extreme_sums(tiles: Tiles, budget: Budget) -> Iterable[Draw]:
+    yield from _extreme_gemms(tiles, budget, "x", "w", "out")
+    yield from fixed.large_sums(tiles, roomy=budget.large_k)
+    yield from fixed.stream_k_examples(tiles)
 
-    def always(tiles: Tiles, budget: Budget) -> Iterable[Draw]:
-        if many_rows:
-            yield from (*fixed.over_65536_rows(tiles), *fixed.stream_k_examples(tiles))
-        if any(config.kernel is Kernel.TRITON for config in tiles):
-            yield from (*fixed.LARGE_SUM_EXAMPLES, *(fixed.LARGE_K_EXAMPLES if budget.large_k else ()))
-            yield from fixed.over_2gib_strides(*huge_strides) if budget.huge_strides else ()
 
-    return always
+def _extreme_outputs(tiles: Tiles, budget: Budget) -> Iterable[Draw]:
+    yield from fixed.epilogue_tables(tiles)
+    yield from _extreme_sums(tiles, budget)
+
+
+def _extreme_swiglus(tiles: Tiles, budget: Budget) -> Iterable[Draw]:
+    yield from fixed.epilogue_tables(tiles)
+    yield from _extreme_gemms(tiles, budget, "out", swizzle=budget.large_k)
+    yield from fixed.stream_k_examples(tiles)
+
+
+def _extreme_gemms(tiles: Tiles, budget: Budget, *huge_strides: HugeStride, swizzle: bool = True) -> Iterable[Draw]:
+    yield from fixed.extents(tiles, roomy=budget.large_k, swizzle=swizzle)
+    yield from fixed.over_2gib_strides(tiles, *huge_strides) if budget.huge_strides else ()
 
 
 def _needs_nothing(implementation: Implementation) -> str | None:
@@ -75,6 +93,10 @@ def _needs_configurations(implementation: Implementation) -> str | None:
 
 def _needs_early_starts(implementation: Implementation) -> str | None:
     return None if pdl_probe.overlaps(implementation.device) else "no kernel starts here before the one ahead has ended"
+
+
+def _needs_a_cache(implementation: Implementation) -> str | None:
+    return None if implementation.device != "cpu" else "Triton's interpreter keeps no compiled kernels"
 
 
 def _needs_row_kernels(implementation: Implementation) -> str | None:
@@ -117,15 +139,15 @@ PROPERTIES: dict[str, Property] = {
     for row in (
         _all_kernels(
             "accumulator", "the int32 accumulators equal int64-exact arithmetic", gemm.accumulators,
-            _needs_accumulators, always=_extreme_gemms("x", "w", many_rows=True),
+            _needs_accumulators, always=_extreme_sums,
         ),
         _all_kernels(
             "output", "the dequantized output is bit-equal to the reference; NaN equals NaN", gemm.output,
-            _needs_output, always=_extreme_gemms("out", many_rows=True),
+            _needs_output, always=_extreme_outputs,
         ),
         _all_kernels(
             "swiglu", "the output of the SwiGLU epilogue is bit-equal to the reference", gemm.swiglu, _needs_swiglu,
-            always=_extreme_gemms("out", many_rows=False), scope="int8kit",
+            always=_extreme_swiglus, scope="int8kit",
         ),
         Property("batch", "a row gives the same bits alone, permuted, and with more rows below it", gemm.batch),
         Property("linearity", "accumulators(a + b) = accumulators(a) + accumulators(b)", gemm.linearity,
@@ -136,8 +158,15 @@ PROPERTIES: dict[str, Property] = {
         Property("strided", "parts of larger matrices give the same bits as copies of them", gemm.strided,
                  _needs_strides),
         Property("repeats", "three runs give the same bits", gemm.repeats),
-        Property("order", "operands that the kernel ahead writes late are read as it leaves them", gemm.order,
-                 _needs_early_starts, mutants_of=(Kernel.WGMMA,)),
+        Property("order", "operands that the kernel ahead writes late are read as it leaves them", order.order,
+                 _needs_early_starts, always=lambda tiles, budget: fixed.late_operands(tiles),
+                 mutants_of=(Kernel.WGMMA,)),
+        Property(
+            "launch cache", "a launch never runs the kernel of another launch", launch_cache.check, _needs_a_cache,
+            strategy=lambda tiles, budget: sampled_from(tuple(launch_cache.pairs(tiles))),
+            always=lambda tiles, budget: launch_cache.pairs(tiles) if budget.large_k else (),  # no cache, no need
+            cost=50, scope="int8kit", mutants_of=tuple(Kernel),
+        ),
         Property("configuration", "any two configurations give the same bits", gemm.configuration,
                  _needs_configurations),
         Property(
@@ -151,7 +180,7 @@ PROPERTIES: dict[str, Property] = {
 }  # fmt: skip
 """Every property with examples by its name, in the order in which `int8kit verify` runs them."""
 
-PROOFS: dict[str, Proof] = {row.name: row for row in (*exhaustive.PROOFS, *compiled_code.PROOFS)}
+PROOFS: dict[str, Proof] = {row.name: row for row in (*tile_order.PROOFS, *exhaustive.PROOFS, *compiled_code.PROOFS)}
 """Every property without examples by its name. They run after PROPERTIES."""
 
 

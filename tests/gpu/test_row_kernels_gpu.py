@@ -1,4 +1,4 @@
-"""The fused kernels on a GPU: bit equality at full and odd sizes and for every tile; streams, graphs, torch.compile."""
+"""The row kernels on a GPU: bit equality at full and odd sizes and for every tile; streams, graphs, torch.compile."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""kernels/tile_scheduler.py: the integer arithmetic of stream-K and of the L2 swizzle, as plain Python.
+"""kernels/stream_k.py: the integer arithmetic of stream-K and of the L2 swizzle, as plain Python.
 
 The device functions run on Python integers: their code objects are unchanged, and Python functions replace the few
 functions that they use of Triton's language.
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from int8kit import gpus, spec
-from int8kit.kernels import l2_swizzle, tile_scheduler
+from int8kit.kernels import l2_swizzle, stream_k
 from int8kit.spec import Kernel, TileConfig
 
 LANGUAGE = SimpleNamespace(
@@ -30,7 +30,7 @@ def plain(*functions):
 
 
 share, owner, parts_of, part = plain(
-    tile_scheduler.range_start, tile_scheduler.range_owner, tile_scheduler.segment_count, tile_scheduler.segment
+    stream_k.range_start, stream_k.range_owner, stream_k.segment_count, stream_k.segment
 )
 [tile_corner] = plain(l2_swizzle.tile_corner)
 
@@ -104,12 +104,12 @@ def test_products_of_the_largest_launch_fit_int32(kernel):
 
 
 def test_launch_buffers(monkeypatch):
-    monkeypatch.setattr(tile_scheduler, "multiprocessors", lambda device: 10)
+    monkeypatch.setattr(stream_k, "multiprocessors", lambda device: 10)
     cpu, config = torch.device("cpu"), TileConfig(64, 128, 64, 4, 3, kernel=Kernel.MMA_SYNC, stream_k=2)
-    workers, leftover, slots, done = tile_scheduler.stream_k(47, config, cpu, pieces=2)
+    workers, leftover, slots, done = stream_k.stream_k(47, config, cpu, pieces=2)
     assert (workers, leftover) == (20, 7)
     assert (slots.shape, slots.dtype) == ((40, 64 * 128), torch.int32)
     assert done.tolist() == [0] * 14
-    workers, leftover, slots, done = tile_scheduler.stream_k(40, config, cpu)
+    workers, leftover, slots, done = stream_k.stream_k(40, config, cpu)
     assert (workers, leftover, slots.shape[0], done.tolist()) == (20, 0, 1, [0])
-    assert tile_scheduler.stream_k(47, TileConfig(64, 128, 64, 4, 3, kernel=Kernel.MMA_SYNC), cpu) is None
+    assert stream_k.stream_k(47, TileConfig(64, 128, 64, 4, 3, kernel=Kernel.MMA_SYNC), cpu) is None

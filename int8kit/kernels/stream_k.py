@@ -1,8 +1,8 @@
-"""Tile scheduler of the Gluon kernels: stream-K for the tiles that fill no wave.
+"""Stream-K of the Gluon kernels: programs share, along K, the tiles of the last, partial wave.
 
 A GEMM has tiles = ceil(M / block_m) * ceil(N / block_n), each of steps = ceil(K / block_k). `workers` programs run at
-once. Whole tiles are dealt out in waves of one per worker. The last tiles % workers tiles fill no wave. With stream-K
-(Osama et al., 2023) all workers share the steps of these leftover tiles evenly, in order:
+once. Whole tiles are dealt out in waves of one per worker. The last tiles % workers tiles, the leftover tiles, are a
+partial wave. With stream-K (Osama et al., 2023) all workers share their steps evenly, in order:
 
     leftover tile   0        1        2             workers = 5: the range of worker c starts at
     steps           |--------|--------|--------|    range_start(c) = floor(total * c / workers) and
@@ -14,8 +14,10 @@ slots, adds them (the fix-up) and stores the tile. The order of integer addition
 is the same to the bit. No worker waits for another one, so the kernel cannot deadlock.
 
 Atomic additions into one int32 tile were rejected. On an H200 they are slower, and neither way pays unless K is long
-and tiles are few (docs/kernels.md). A slot holds BLOCK_M * BLOCK_N int32. Slot 2c belongs to worker c's first segment,
-slot 2c + 1 to its second one. arrived[i] counts the stored steps of leftover tile i; the launcher sets it to zero.
+and tiles are few (docs/kernel-experiments.md).
+
+A slot holds BLOCK_M * BLOCK_N int32. Slot 2c belongs to worker c's first segment, slot 2c + 1 to its second one.
+arrived[i] counts the steps of leftover tile i whose sums are stored. The launcher sets it to zero.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ def fix_up(
     acc, workspace_ptr, arrived_ptr, worker, i, index, taken, total, workers, steps,
     PIECES: gl.constexpr, PIECE: gl.constexpr,
 ):  # fmt: skip
-    """Store the accumulators of segment i for the other workers -> (the tile is complete, its accumulators if so).
+    """Save a partial sum. The last arriver adds the others and returns (True, full sum); the rest (False, unused).
 
     acc holds piece PIECE of PIECES equal row pieces of the tile. Each piece is added and counted by itself.
     """
@@ -92,9 +94,9 @@ class StreamK(NamedTuple):
     """Buffers and sizes of a stream-K launch."""
 
     workers: int
-    leftover: int  # tiles that fill no wave
+    leftover: int  # tiles of the partial wave
     workspace: torch.Tensor  # [2 * workers, block_m * block_n] int32, not initialized
-    arrived: torch.Tensor  # [leftover * pieces] int32, zero
+    arrived: torch.Tensor  # [leftover * pieces] int32, zero: steps whose sums are stored
 
 
 def stream_k(tiles: int, config: TileConfig, device: torch.device, pieces: int = 1) -> StreamK | None:
