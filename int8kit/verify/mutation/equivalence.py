@@ -27,7 +27,7 @@ _GEMMS = ("gemm_triton", "gemm_mma_sync", "gemm_wgmma")
 GROUPS: dict[str, tuple[str, ...]] = {
     "epilogue": _GEMMS,
     "l2_swizzle": _GEMMS,
-    "tile_scheduler": _GEMMS[1:],
+    "stream_k": _GEMMS[1:],
     "activations": (*_GEMMS, "swiglu_quantize"),
     "row_primitives": ROW_KERNELS,
     "rms_norm_quantize": ("rms_norm_quantize", "residual_norm_quantize"),

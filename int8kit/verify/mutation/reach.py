@@ -18,9 +18,9 @@ GEMM = ("accumulator", "output", "swiglu")
 ROWS = ("quantize", "rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope")
 _GEMM_MORE = (
     "batch", "linearity", "zero rows", "nan rows", "strided", "repeats", "order", "configuration", "launch cache",
-    "tile order",
+    "tile order", "tile scheduler", "bias", "epilogue conversion", "accumulator conversion", "swiglu epilogue",
 )  # fmt: skip
-_ROWS_MORE = ("row launches",)
+_ROWS_MORE = ("row launches", "row scale", "row scale of fp32", "quantize, every pair")
 _OF_PYTHON = ("lookup", "stamps")
 _NORMS = ("rms_norm_quantize", "residual_norm_quantize")
 _LIKELY: dict[str, tuple[str, ...]] = {

@@ -18,7 +18,7 @@ FILES: dict[str, tuple[Kernel, ...]] = {
     "kernels/gemm_wgmma.py": (Kernel.WGMMA,),
     "kernels/epilogue.py": tuple(Kernel),
     "kernels/l2_swizzle.py": tuple(Kernel),
-    "kernels/tile_scheduler.py": _GLUON,
+    "kernels/stream_k.py": _GLUON,
     "kernels/activations.py": tuple(Kernel),
     "kernels/row_primitives.py": _PLAIN,
     "kernels/quantize.py": _PLAIN,
@@ -96,7 +96,7 @@ WORDS_LEFT_OUT = ("group_m", "num_stages", "num_warps", "[240, 24]")
 _ON_GPU: tuple[tuple[str, str, str], ...] = (  # stem, function ("" for all), text of the line ("" for all)
     ("gemm_mma_sync", "", ""),
     ("gemm_wgmma", "", ""),
-    ("tile_scheduler", "", ""),
+    ("stream_k", "", ""),
     ("launch", "aligned_dtypes", ""),
     ("launch", "launch_cached", ""),
     ("launch", "COMPILE_OPTIONS", ""),
