@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # a verb needs only the packages of its stage
     from int8kit.runtime.layer_errors import Branch
     from int8kit.verify.compare_implementations import Column
     from int8kit.verify.mutation.campaign import Verdict
+    from int8kit.verify.mutation.verdict import GeneratedVerdict
     from int8kit.verify.runner import Result
 
 
@@ -207,6 +208,32 @@ def mutation_table(verdicts: Iterable[Verdict], score: dict[str, Any], markdown:
     counts = [f"{score['killed']} of {score['ran']} killed{share}"]
     counts += [f"{score['idle'][ending]} {text}" for ending, text in idle.items() if ending in score["idle"]]
     return "\n".join([table, "", ", ".join(counts), *survivors])
+
+
+def generated_table(verdicts: Collection[GeneratedVerdict], score: dict[str, Any], markdown: bool = False) -> str:
+    """The score of generated mutants by file and by rule, and each survivor with the command that runs it alone."""
+
+    def row(name: str, counts: dict[str, Any]) -> tuple[Any, ...]:
+        share = "" if counts["score"] is None else f"{counts['score']:.0%}"
+        return (name, *(counts[ending] or "" for ending in endings), share)
+
+    endings = ("killed", "survived", "equivalent", "triaged", "needs a GPU", "not applicable")
+    rows = [row(file, counts) for file, counts in score["by_file"].items()]
+    rows += [row(f"rule {rule}", counts) for rule, counts in score["by_rule"].items()]
+    head = ("file or rule", *endings, "score")
+    table = _report([*rows, row("all", score)], head, markdown, drop=("not applicable", "triaged"), wrap="file or rule",
+                    left="file or rule")  # fmt: skip
+    lines = [table]
+    for v in verdicts:
+        if v.ending == "survived":
+            tried = ", ".join(f"{number} examples of {name}" for name, number in v.tried.items())
+            lines += [f"\nsurvived: int8kit/{v.file}:{v.line}", f"  - {v.before}", f"  + {v.after}"]
+            lines += [wrapped(f"tried {tried}"), f"to repeat it:\n  {v.command}"]
+    if len(verdicts) == 1 and not any(v.ending == "survived" for v in verdicts):
+        (v,) = verdicts
+        by = f" by {v.by} ({v.how})" if v.by else ""
+        lines += [f"\nint8kit/{v.file}:{v.line}", f"  - {v.before}", f"  + {v.after}", f"{v.ending}{by}: {v.evidence}"]
+    return "\n".join(lines)
 
 
 def doctor_table(findings: Iterable[Finding]) -> str:

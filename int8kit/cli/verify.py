@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from int8kit.cli import verify_mutate
 from int8kit.cli.layout import count
 from int8kit.cli.options import Db, interpret_without_gpu, named_gpu
 from int8kit.cli.terminal import Force, Json, Output, check_output, note, progress, show
@@ -235,60 +236,7 @@ def _stamp(base: Database, stamps: dict[Any, Any], given: Path | None) -> None:
         note(f"stamped {entries} in {path}" if proven else "the stamps of all entries are up to date")
 
 
-@app.command(short_help="Seed faults that the properties must catch.")
-def mutate(
-    gpu: GpuOption = None,
-    only: Annotated[list[str] | None, typer.Option(help="Seed this fault alone; repeatable.")] = None,
-    examples: Annotated[
-        int | None, typer.Option(help="Generated examples of each property. Default: 150; 60 on a GPU.")
-    ] = None,
-    seed: Seed = 0,
-    markdown: Markdown = False,
-    output: Output = None,
-    as_json: Json = False,
-    force: Force = False,
-) -> None:
-    """Verify the verifier: seed faults into copies of the kernels, one by one; a property must catch each of them.
-
-    The exit status is 1 if a fault survives that this machine can execute. Faults that need a GPU are listed with the
-    reason. A run takes minutes on a CPU; one fault with --only takes about a minute.
-
-    Example: int8kit verify mutate --only scales-joined
-    """
-    _check_examples(examples)
-    check_output(output, force)
-    named = named_gpu(gpu)
-    from int8kit.verify.mutation.catalogue import find
-
-    mutants = find(only or [])
-    interpret_without_gpu()
-    from int8kit import gpus
-    from int8kit.cli import tables
-    from int8kit.verify.mutation import campaign
-
-    target = named or gpus.resolve(None)
-    verdicts: list[campaign.Verdict] = []
-
-    def show_verdicts() -> None:
-        score = campaign.score(verdicts)
-        document = {"gpu": target.alias, **score, "mutants": [vars(v) for v in verdicts]}
-        show(document, tables.mutation_table(verdicts, score, markdown), as_json, output)
-
-    try:
-        with progress("seeding faults") as (bar, task):
-            verdicts = campaign.run(
-                mutants, target, examples=examples, seed=seed, on_verdict=verdicts.append,
-                on_step=lambda done, total: bar.update(task, completed=done, total=total),
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        note(f"{len(verdicts)} of {len(mutants)} faults were tried before the interrupt")
-        if verdicts:
-            show_verdicts()
-        raise
-    show_verdicts()
-    if survivors := [v.name for v in verdicts if v.ending == "survived"]:
-        ran = campaign.score(verdicts)["ran"]
-        raise CheckFailed(f"{len(survivors)} of {ran} faults survived: {', '.join(survivors)}")
+app.command(name="mutate", short_help="Seed faults that the properties must catch.")(verify_mutate.mutate)
 
 
 @app.command(short_help="Check the properties of other INT8 GEMMs.")

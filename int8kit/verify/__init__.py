@@ -4,7 +4,7 @@ Packages and modules:
 
     examples/            strategies, fixed examples, their JSON, guarded buffers, stored regressions
     properties/          the registry of all properties, their checks, the budget, database entries and their stamps
-    mutation/            seeded faults: the catalogue, the campaign, the work of its children
+    mutation/            seeded faults: the catalogue, mutants that rules generate, and their campaigns
     runner               one property on many examples; `verify_kernels` runs it on int8kit's kernels
     process_pool         calls in child processes that may crash or hang; `property_runs` makes findings of them
     executors            native, cross_arch, interpreter

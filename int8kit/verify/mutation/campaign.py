@@ -146,12 +146,14 @@ def score(verdicts: Iterable[Verdict]) -> dict[str, Any]:
 def mutated(mutant: Mutant, package: Path) -> str:
     """The source of the mutant's file in `package`, with the fault. Raises CheckFailed unless found at one place."""
     text = (package / mutant.file).read_text(encoding="utf-8")
-    if (count := text.count(mutant.old)) != 1:
-        raise CheckFailed(
-            f"mutant {mutant.name}: {mutant.old!r} was found {count} times in {mutant.file}, expected once; "
-            "bring the catalogue in int8kit/verify/mutation up to date with the kernel"
-        )
-    return text.replace(mutant.old, mutant.new)
+    for old, new in mutant.edits:
+        if (count := text.count(old)) != 1:
+            raise CheckFailed(
+                f"mutant {mutant.name}: {old!r} was found {count} times in {mutant.file}, expected once; "
+                "bring the catalogue in int8kit/verify/mutation up to date with the kernel"
+            )
+        text = text.replace(old, new)
+    return text
 
 
 def _not_runnable(mutant: Mutant, executors: list[Executor]) -> Verdict | None:
@@ -167,7 +169,8 @@ def _not_runnable(mutant: Mutant, executors: list[Executor]) -> Verdict | None:
 
 def _trial(mutant: Mutant, executors: list[Executor]) -> Trial:
     """The mma.sync kernel runs as code of the GPU that was asked for; the others as code of the present GPU."""
-    order = dict.fromkeys((mutant.expected, *registry.of_mutants(mutant.kernel)))
+    names = registry.of_mutants(mutant.kernel)
+    order = sorted(names, key=lambda name: name != mutant.expected)
     return Trial(mutant, mutant.kernel, tuple(order), executors[0 if mutant.kernel is Kernel.MMA_SYNC else -1])
 
 
@@ -199,7 +202,7 @@ def _verdict(trial: Trial, ending: Ending) -> Verdict:
     for report in ending.reports:
         example = report.get("example", example)
         if report.get("failure"):
-            failure, how = report["failure"], _how(report["raised"])
+            failure, how = report["failure"], how_of(report["raised"])
         elif "property" in report:
             tried[report["property"]] = report["examples"]
     if not failure and ending.kind != "done":
@@ -210,7 +213,8 @@ def _verdict(trial: Trial, ending: Ending) -> Verdict:
     return Verdict(*about, "killed" if how else "survived", by, how, failure, tried, ending.seconds)
 
 
-def _how(raised: str | None) -> How:
+def how_of(raised: str | None) -> How:
+    """The way in which a property caught a fault. raised: the name of the exception, if any."""
     if raised in _COMPILERS:
         return "compile"
     # hypothesis' word for an example that fails at times: a race

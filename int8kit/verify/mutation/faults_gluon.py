@@ -13,8 +13,10 @@ def _scheduler(name: str, old: str, new: str, fault: str) -> Mutant:
     return Mutant(name, "kernels/stream_k.py", old, new, fault, "accumulator")
 
 
-def _wgmma(name: str, old: str, new: str, fault: str, expected: str = "accumulator") -> Mutant:
-    return Mutant(name, "kernels/gemm_wgmma.py", old, new, fault, expected)
+def _wgmma(
+    name: str, old: str, new: str, fault: str, expected: str = "accumulator", more: tuple[tuple[str, str], ...] = ()
+) -> Mutant:
+    return Mutant(name, "kernels/gemm_wgmma.py", old, new, fault, expected, more=more)
 
 
 MMA_SYNC_FAULTS = (
@@ -42,6 +44,10 @@ MMA_SYNC_FAULTS = (
                "the fix-up of a stream-K tile leaves out the last worker"),
     _scheduler("own-segment-twice", "if other != worker and range_start", "if range_start",
                "the worker that completes a tile adds its own segment twice"),
+    _mma_sync("mma-sync-tile-offset-of-32-bits", "x_ptr + row.to(gl.int64) * stride_xm", "x_ptr + row * stride_xm",
+              "offsets of the tiles of x overflow beyond 2**31 bytes"),
+    _scheduler("fix-up-without-barrier", "    barrier()  # all threads", "    pass  # all threads",
+               "one thread counts a segment that other threads are still storing"),
     _scheduler("counters-not-zeroed", "torch.zeros(max(leftover, 1)", "torch.ones(max(leftover, 1)",
                "the counts of finished steps do not start at zero"),
 )  # fmt: skip
@@ -69,4 +75,14 @@ WGMMA_FAULTS = (
            "the bias overwrites the column scales in shared memory", "output"),
     _wgmma("wgmma-no-wait", "gdc_wait()  #", "pass  #",
            "a launch that starts early reads operands that the kernel ahead has yet to write", "order"),
+    _wgmma("wgmma-no-wait-with-swiglu", "    gdc_wait()  #", "    if not SWIGLU:\n        gdc_wait()  #",
+           "the SwiGLU kernel reads operands that the kernel ahead has yet to write", "order"),
+    _wgmma("wgmma-producer-waits-alone", "    gdc_wait()  #", "    pass  #",
+           "consumers read scales and bias that the kernel ahead has yet to write", "order",
+           (("    step = 0\n", "    step = 0\n    gdc_wait()\n"),)),
+    _wgmma("wgmma-unaligned-output", '("w", operands.wq), ("out", operands.out)):', '("w", operands.wq)):',
+           "an output whose rows TMA cannot address is an error, not handed to the Triton kernel", "launch cache"),
+    _wgmma("wgmma-epilogue-too-early",
+           "acc = hopper.warpgroup_mma_wait(0, deps=(acc,))", "acc = hopper.warpgroup_mma_wait(1, deps=(acc,))",
+           "the epilogue reads sums while the last wgmma is in flight"),
 )  # fmt: skip

@@ -163,4 +163,52 @@ FUSED_FAULTS = (
         "x_1 * cos_1 + x_0 * sin_1", "x_1 * cos_1 - x_0 * sin_1",
         "the second half of a head is rotated by the opposite angle", "qk_norm_rope",
     ),
+    Mutant(
+        "dense-modulation", "kernels/rms_norm_quantize.py", ".to(tl.int64) * stride_mb", ".to(tl.int64) * K",
+        "the modulation of further images is read as if its rows were dense", "rms_norm_quantize",
+    ),
+    Mutant(
+        "sine-by-the-cosine-stride", "kernels/qk_norm_rope.py",
+        "sin_ptr += at * stride_sl", "sin_ptr += at * stride_cl",
+        "rows of sin are stepped through with the stride of cos", "qk_norm_rope",
+    ),
+    Mutant(
+        "quantize-4096-rows", "kernels/quantize.py",
+        "_quantize if held else _quantize_long, (m, 1)", "_quantize if held else _quantize_long, (min(m, 4096), 1)",
+        "rows from 4096 on are not written", "quantize",
+    ),
+    Mutant(
+        "squares-of-four-groups", "kernels/row_primitives.py",
+        "for c in tl.static_range(g + GROUPS, len(xs), GROUPS):",
+        "for c in tl.static_range(g + GROUPS, len(xs) if len(xs) < 4 * GROUPS else 4 * GROUPS, GROUPS):",
+        "elements from 8192 on are left out of the mean of squares", "rms_norm_quantize",
+    ),
+    Mutant(
+        "long-row-tail-of-one", "kernels/quantize.py",
+        "top = larger(top, widen(tl.load(x_ptr + k + ks, mask=ks < K - k, other=0.0)))",
+        "top = larger(top, widen(tl.load(x_ptr + k + ks, mask=ks < K - k - (K % CHUNK == 1), other=0.0)))",
+        "a partial chunk of one element does not count for the scale of a long row", "quantize",
+    ),
+    Mutant(
+        "residual-offsets-of-32-bits", "kernels/residual_norm_quantize.py",
+        "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)",
+        "offsets of rows overflow beyond 2**31 elements", "residual_norm_quantize",
+    ),
+    Mutant(
+        "heads-wrap-at-32", "kernels/qk_norm_rope.py",
+        "tl.arange(0, HEADS)\n        ptrs = ptr + head", "tl.arange(0, HEADS)\n        ptrs = ptr + head % 32",
+        "heads from 32 on are read from the first heads", "qk_norm_rope",
+    ),
+    Mutant(
+        "fused-quotients-of-any-scale", "kernels/row_primitives.py",
+        "tl.constexpr(2.0**-100)", "tl.constexpr(2.0**-126)",
+        "the short quotient serves rows whose remainder is not representable", "quantize",
+        "a path of fused operations, which the interpreter lacks",
+    ),
+    Mutant(
+        "row-key-without-constants", "kernels/row_primitives.py",
+        "dtypes and (*dtypes, values),", "dtypes and (*dtypes,),",
+        "a compiled row kernel is launched for another K", "row launches",
+        "the interpreter has no cache of compiled kernels",
+    ),
 )  # fmt: skip

@@ -141,6 +141,23 @@ FAULTS = (
     ),
     _epilogue("gate-and-up-swapped", "gate, up = y.reshape", "up, gate = y.reshape",
              "silu is applied to the up half", "swiglu"),
+    _triton("bias-wraps", "tl.load(bias_ptr + cols, mask", "tl.load(bias_ptr + cols % 32768, mask",
+             "columns from 32768 on take the bias of the first columns", "output"),
+    _swizzle(
+        "swizzle-of-64-columns",
+        "group = group_m * tl.cdiv(N, BLOCK_N)", "group = group_m * tl.minimum(tl.cdiv(N, BLOCK_N), 64)",
+        "swizzle groups end after 64 tile columns, so some tiles are computed twice and others never",
+    ),
+    _triton(
+        "flushed-output",
+        "        tl.store(\n            out_ptrs + cols[None, :], y.to",
+        "        if out_ptr.dtype.element_ty == tl.float32:\n"
+        "            y = tl.where(tl.abs(y) < 1.1754943508222875e-38, y * 0.0, y)\n"
+        "        tl.store(\n            out_ptrs + cols[None, :], y.to",
+        "subnormal float32 results become zero", "output",
+    ),
+    _epilogue("bias-without-nan", "return y + bias.to(tl.float32)",
+              "return y + tl.where(bias == bias, bias, 0.0).to(tl.float32)", "a NaN in the bias counts as zero"),
     _triton("swiglu-columns", "cols = col // 2 + tl.arange", "cols = col + tl.arange",
              "half as many columns are stored at the offsets of all columns", "swiglu"),
     _triton("swiglu-store-mask", "N = N // 2", "N = (N + BLOCK_N) // 2",

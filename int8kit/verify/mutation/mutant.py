@@ -15,7 +15,7 @@ _FILES = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: `old` becomes `new` at its only place in `file`, a path within the package."""
+    """One fault: `old` becomes `new` at its only place in `file`, a path within the package, and so do `more` pairs."""
 
     name: str
     file: str
@@ -24,6 +24,12 @@ class Mutant:
     fault: str  # the mistake, in one line
     expected: str  # the property that should fail, tried first
     gpu_only: str = ""  # the reason why only a GPU shows it; "" if the interpreter does too
+    more: tuple[tuple[str, str], ...] = ()  # further replacements in the file, each of a text with one place
+
+    @property
+    def edits(self) -> tuple[tuple[str, str], ...]:
+        """All replacements, (old, new)."""
+        return (self.old, self.new), *self.more
 
     @property
     def kernel(self) -> Kernel:
