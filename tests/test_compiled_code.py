@@ -183,7 +183,7 @@ def test_a_slot_released_before_the_last_product_is_found(codes):
 
 
 def test_a_staging_buffer_of_both_consumers_is_found(codes):
-    """The addresses of one consumer's buffers become those of the other one."""
+    """The addresses of one consumer's buffers become the other consumer's."""
     code = codes[WGMMA]
     first, *_, last = sorted(
         {int(n) for n in re.findall(r"add\.s32 \t%r\d+, %r\d+, (\d+);", code.ptx) if 49152 <= int(n) < 65536}
