@@ -186,7 +186,9 @@ def _mutant(p: Parsed, node: ast.AST, rule: str, edit: Edit, names: Counter[str]
     place = p.file, function, context, p.branches(edit.start, inside)
     return GeneratedMutant(
         name, p.file, rule, line, function, *edit[:2], old, edit.new, context, p.is_device(inside),
-        "device=" in old or sources.runs_on_gpu_alone(*place),
+        "device=" in old
+        or sources.runs_on_gpu_alone(*place)
+        or sources.is_dtype_of_rows(p.file, p.between(edit.end, edit.end + 40)),
         "interpreter_fp32" in old or sources.runs_in_interpreter_alone(*place),
     )  # fmt: skip
 

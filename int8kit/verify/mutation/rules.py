@@ -179,7 +179,7 @@ def order(p: Parsed, node: ast.AST) -> Iterator[Edit]:
             new = writes(one) - known
             depends = writes(one) & (reads(two) | writes(two)) or writes(two) & reads(one)
             # in host code, two calls that share no name are checks: their order selects a message alone
-            acting = p.is_device(one) and _acts(one) and _acts(two)
+            acting = p.is_device(one) and _acts(one) and _acts(two) and not (_is_store(one) and _is_store(two))
             if not new & reads(two) and (depends or acting):
                 (start, middle), (after, end) = p.span(one), p.span(two)
                 yield Edit(start, end, p.text(two) + p.between(middle, after) + p.text(one))
@@ -263,6 +263,11 @@ def _of_one_kind(name: str, other: str) -> bool:
         return True
     a, b = name.split("_"), other.split("_")
     return len(a) == len(b) > 1 and sum(x != y for x, y in zip(a, b, strict=True)) == 1
+
+
+def _is_store(statement: ast.stmt) -> bool:
+    """True for tl.store: two of them in a row write different elements."""
+    return ast.unparse(statement).startswith("tl.store(")
 
 
 def _acts(statement: ast.stmt) -> bool:

@@ -140,6 +140,11 @@ def runs_on_gpu_alone(file: str, qualified: str, line: str, branches: tuple[str,
     return any(branch in _GPU_BRANCHES for branch in branches) or _listed(_ON_GPU, file, qualified, line)
 
 
+def is_dtype_of_rows(file: str, after: str) -> bool:
+    """True if a pointer's dtype follows, in a row kernel: in the interpreter all its matrices are fp32."""
+    return after.startswith(".dtype.element_ty") and stem(file) in ("residual_norm_quantize", "qk_norm_rope")
+
+
 def runs_in_interpreter_alone(file: str, qualified: str, line: str, branches: tuple[str, ...] = ()) -> bool:
     """True if no GPU executes this line."""
     return any(branch in _INTERPRETER_BRANCHES for branch in branches) or _listed(
