@@ -319,7 +319,7 @@ def test_columns_of_a_result():
 
 def test_tails_of_every_extent():
     for kernel in Kernel:
-        examples = [d for d in fixed.tails(ALL_TILES) if d.config.kernel is kernel]
+        examples = [d for d in fixed.tails(ALL_TILES, roomy=False) if d.config.kernel is kernel]
         for config in {d.config for d in examples}:
             mine = [admitted(d) for d in examples if d.config == config]
             c = config
