@@ -315,3 +315,16 @@ def test_columns_of_a_result():
     d = Draw(GemmShape(2, 7, 5), fixed.SMALL_TILES[0], "ones", 0, None, torch.float16, variant="swiglu")
     assert columns(admitted(d)) == 4
     assert admitted(replace(d, config=GLUON[0], offset=1)).shape == GemmShape(2, 8, 16)
+
+
+def test_tails_of_every_extent():
+    for kernel in Kernel:
+        examples = [d for d in fixed.tails(ALL_TILES, roomy=False) if d.config.kernel is kernel]
+        for config in {d.config for d in examples}:
+            mine = [admitted(d) for d in examples if d.config == config]
+            c = config
+            assert {d.shape.m % c.block_m for d in mine} >= {c.block_m - 1, 0, 1, 8, c.block_m // 2}
+            assert {d.shape.n % c.block_n for d in mine} >= {c.block_n - 1, 0, 1, 8, c.block_n // 2}
+            tails = {0, c.block_k // 2} | ({1, c.block_k - 1} if kernel is Kernel.TRITON else {16, c.block_k - 16})
+            assert {d.shape.k % c.block_k for d in mine} >= tails
+            assert {d.padding == 0 for d in mine} == {True, False}

@@ -73,6 +73,26 @@ def epilogue_tables(tiles: Iterable[TileConfig]) -> Iterator[Draw]:
                     yield replace(example, config=configs[0], padding=48, offset=16, shift=1 - example.shift)
 
 
+def tails(tiles: Iterable[TileConfig], *, roomy: bool) -> Iterator[Draw]:
+    """Every remainder where a tail begins, of M, N and K, by the smallest and the largest tile.
+
+    roomy: not by the other small tiles, since a GPU compiles most of the examples.
+    """
+    for kernel, configs in _kernels(tiles):
+        triton = kernel is Kernel.TRITON
+        chosen = (configs[0], configs[-1], *(SMALL_TILES if triton and not roomy else ()))
+        for c in dict.fromkeys(chosen):
+            rows, columns = ((-1, 0, 1, 8, block // 2) for block in (c.block_m, c.block_n))
+            steps = (-1, 0, 1, 16, c.block_k // 2) if triton else (-16, 0, 16, 32, c.block_k // 2)
+            for i in range(5):  # the factors give the three extents of an example different remainders
+                m, n, k = c.block_m + rows[i], c.block_n + columns[(2 * i + 1) % 5], c.block_k + steps[(3 * i + 2) % 5]
+                padding = (3, 16, 0, 1, 48)[i] if triton else (16, 48, 0, 16, 48)[i]
+                yield Draw(
+                    GemmShape(m, n, k), c, "uniform", i, BIAS_DTYPES[i % 4], OUT_DTYPES[i % 3], padding, "signed",
+                    offset=(5, 0, 16, 1, 0)[i] if triton else 0, shift=i % 2,
+                )  # fmt: skip
+
+
 def extents(tiles: Iterable[TileConfig], *, roomy: bool, swizzle: bool = True) -> Iterator[Draw]:
     """The ends of RANGES in M, N and, with `swizzle`, in tiles. roomy: every width of the L2 swizzle, too.
 
@@ -123,11 +143,12 @@ def large_sums(tiles: Iterable[TileConfig], *, roomy: bool) -> Iterator[Draw]:
             yield Draw(GemmShape(2, 3, k), DEEP, "opposed", 1, None, fp32, 1, "signed", offset=1, shift=1)
             yield Draw(GemmShape(1, 2, k), DEEP, "all minus 128", 1, fp32, fp32, 16)
         if roomy:
-            for config in _both_ends(configs):
+            for i, config in enumerate(_both_ends(configs)):
                 aligned = k if kernel is Kernel.TRITON else k // 16 * 16
                 yield Draw(GemmShape(17, 24, aligned), config, "opposed", 2, fp32, fp32, 16)
-                yield Draw(GemmShape(64, 64, 53248), config, "opposed", 3, torch.bfloat16, fp32, 16, shift=1)
-                yield Draw(GemmShape(17, 24, aligned), config, "all minus 128", 1, None, fp32, 16)
+                if i == 0:
+                    yield Draw(GemmShape(64, 64, 53248), config, "opposed", 3, torch.bfloat16, fp32, 16, shift=1)
+                    yield Draw(GemmShape(17, 24, aligned), config, "all minus 128", 1, None, fp32, 16)
 
 
 def over_2gib_strides(tiles: Iterable[TileConfig], *matrices: HugeStride) -> Iterator[Draw]:

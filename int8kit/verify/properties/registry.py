@@ -69,6 +69,7 @@ def _extreme_swiglus(tiles: Tiles, budget: Budget) -> Iterable[Draw]:
 
 
 def _extreme_gemms(tiles: Tiles, budget: Budget, *huge_strides: HugeStride, swizzle: bool = True) -> Iterable[Draw]:
+    yield from fixed.tails(tiles, roomy=budget.large_k)
     yield from fixed.extents(tiles, roomy=budget.large_k, swizzle=swizzle)
     yield from fixed.over_2gib_strides(tiles, *huge_strides) if budget.huge_strides else ()
 
