@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import permutations, product
 
 from hypothesis import strategies as st
 
@@ -161,4 +162,7 @@ def always() -> tuple[LookupCase, ...]:
         found += [LookupCase(m, 100, 100, swiglu, 4, both) for swiglu in (False, True)]
     found += [LookupCase(100, 100, 100, False, 132, ((50, 100, 100, a, False), (200, 100, 100, b, False)))
               for a in range(len(CONFIGS)) for b in range(len(CONFIGS)) if a != b]  # fmt: skip
+    for (a, b), n, sms in product(permutations(range(len(CONFIGS)), 2), (64, 100, 256), (1, 4)):
+        pair = ((64, n, 100, a, False), (256, n, 100, b, False))  # waves decide, of whole and of partial tiles
+        found += [LookupCase(m, n, 100, False, sms, pair) for m in (100, 128, 129, 160)]
     return tuple(found)

@@ -75,6 +75,7 @@ def _shapes(c: OperatorCase) -> Iterator[OperatorCase]:
             for dtype in (torch.float32, torch.bfloat16):
                 yield replace(c, rows=rows, dtype=dtype)
         yield replace(c, rows=(4, 3), contiguous=False)
+        yield replace(c, rows=(2, 3, 2), contiguous=False)
         yield replace(c, rows=(4, 3), contiguous=False, dtype=torch.bfloat16)
     else:
         yield replace(c, rows=(0,))

@@ -151,8 +151,8 @@ def _of_product(c: OperatorCase, g: torch.Generator) -> dict[str, Any]:
     common = {"bias": torch.randn(c.n, generator=g).to(c.vectors), "plan": PLANS[c.plan]}
     if c.operator.startswith("linear"):
         x = torch.randn(*c.rows, c.k, generator=g).to(c.dtype)
-        if not c.contiguous:
-            x = _sliced(x) if len(c.rows) == 1 else x.transpose(0, 1).contiguous().transpose(0, 1)
+        if not c.contiguous:  # columns apart, or rows, or a slice
+            x = _sliced(x) if len(c.rows) == 3 else x.transpose(0, 1).contiguous().transpose(0, 1)
         return {"x": x, "wq": wq, "sw": sw, **common}
     xq = int8_matrix(m, c.k, "uniform", 6, "cpu") if m else torch.empty(0, c.k, dtype=torch.int8)
     both = {"xq": xq if c.contiguous else _sliced(xq), "wq": wq if c.contiguous else _sliced(wq)}
