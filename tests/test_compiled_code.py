@@ -83,7 +83,6 @@ def test_the_kernels_pass(codes, variant):
     assert codes[variant].early_start == (getattr(variant.config, "kernel", None) is Kernel.WGMMA)
 
 
-@pytest.mark.xfail(strict=True, reason="the kernel writes its only staging buffer before the last store has read it")
 def test_a_product_of_one_chunk_passes(codes):
     assert fault("staging buffers", ONE_CHUNK, codes[ONE_CHUNK]) is None
 

@@ -146,9 +146,7 @@ def test_kernel_and_rule_restrict_the_sample():
 
 def test_what_no_cpu_executes_needs_a_gpu(mutants):
     alone = {m.function for m in mutants if m.gpu_alone}
-    assert {
-        m.stem for m in generate.every() if m.stem in ("gemm_mma_sync", "stream_k") and not m.gpu_alone
-    } == set()
+    assert {m.stem for m in generate.every() if m.stem in ("gemm_mma_sync", "stream_k") and not m.gpu_alone} == set()
     assert "launch_cached" in alone
     assert "quotient" in {m.function for m in generate.every() if m.gpu_alone}
     assert not {"clamped_quotient", "_scaled_mm_cpu", "l2_swizzle"} & alone

@@ -221,7 +221,9 @@ def _store(
                 y = add_bias(y, gl.expand_dims(bias_buffer.slice(i * WIDTH, WIDTH).load(gl.SliceLayout(0, layout)), 0))
             if SWIGLU:
                 y = swiglu(y)
-        tma.store_wait(1)  # the last store but one has read its buffer, which is this one
+        # until the store that last read this buffer has done so: the last store but one, or the last one of a tile of
+        # one chunk, whose stores all read the same buffer
+        tma.store_wait(0 if len(chunks) == 1 else 1)
         buffer = staging.index(2 * CONSUMER + i % 2)
         buffer.store(y.to(out_desc.dtype))
         hopper.fence_async_shared()
@@ -378,6 +380,8 @@ def why_not(operands: Operands) -> str | None:
     for name, matrix in (("x", operands.xq), ("w", operands.wq), ("out", operands.out)):
         if matrix.data_ptr() % 16 or matrix.stride(0) * matrix.itemsize % 16:
             return f"{name}'s rows do not start at multiples of 16 bytes"
+    if operands.out.shape[1] * operands.out.itemsize % 16:
+        return "out's rows do not end at multiples of 16 bytes: TMA stores 16 bytes at once, also past N"
     return None
 
 

@@ -85,4 +85,8 @@ WGMMA_FAULTS = (
     _wgmma("wgmma-epilogue-too-early",
            "acc = hopper.warpgroup_mma_wait(0, deps=(acc,))", "acc = hopper.warpgroup_mma_wait(1, deps=(acc,))",
            "the epilogue reads sums while the last wgmma is in flight"),
+    _wgmma("wgmma-one-buffer-in-flight", "tma.store_wait(0 if len(chunks) == 1 else 1)", "tma.store_wait(1)",
+           "a tile of one chunk overwrites its staging buffer while the last tile's store reads it", "wgmma code"),
+    _wgmma("wgmma-store-past-n", "if operands.out.shape[1] * operands.out.itemsize % 16:", "if False:",
+           "rows of an output that end inside 16 bytes are stored past their end", "output"),
 )  # fmt: skip

@@ -115,7 +115,7 @@ def gemms(arch: int) -> tuple[GemmVariant, ...]:
             for variant in (
                 GemmVariant(SM_90, _wgmma(rows, 64, stream_k)),
                 GemmVariant(SM_90, _wgmma(rows, 64, stream_k), "int32"),
-                GemmVariant(SM_90, _wgmma(rows, 64, stream_k), "swiglu", _FP32, None),
+                GemmVariant(SM_90, _wgmma(rows, 64, stream_k), "swiglu", _FP32 if stream_k else _BF16, None),
             )
         ),
         GemmVariant(SM_90, _wgmma(128, 128, 0), "swiglu", _BF16, _FP32),
