@@ -97,7 +97,9 @@ class GuardedAllocations:
         count = sum(int((guard != SENTINEL).sum()) for guard in self.guards)
         return f"{count} elements outside the output were written" if count else None
 
-    def _empty(self, *size: Any, dtype: torch.dtype, device: Any = None) -> torch.Tensor:
+    def _empty(self, *size: Any, dtype: torch.dtype | None = None, device: Any = None, **more: Any) -> torch.Tensor:
+        if dtype is None or more:  # no output of a row kernel
+            return _EMPTY(*size, dtype=dtype, device=device, **more)
         shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
         count = prod(shape)
         if count > LARGE and torch.device(device or "cpu").type == "cuda":
