@@ -141,8 +141,14 @@ def arguments(c: OperatorCase, device: str) -> dict[str, Any]:
     a |= dict.fromkeys(c.left_out)
     if c.wrong:
         a[c.wrong] = _wrong(a[c.wrong], c.fault)
-    return {name: value.to(device) if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
-            for name, value in a.items()}  # fmt: skip
+    return {name: _moved(value, device) for name, value in a.items()}
+
+
+def _moved(value: Any, device: str) -> Any:
+    """A CPU tensor on `device` with its strides, which `Tensor.to` does not keep; any other value itself."""
+    if not isinstance(value, torch.Tensor) or value.device.type != "cpu" or device == "cpu":
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).copy_(value)
 
 
 def _of_product(c: OperatorCase, g: torch.Generator) -> dict[str, Any]:
