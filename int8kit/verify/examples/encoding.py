@@ -28,6 +28,7 @@ CLASSES = {  # by name: the module, which is imported when it is needed, since i
     "Draw": "int8kit.verify.examples.strategies",
     "RowExample": "int8kit.verify.properties.row_kernels",
     "LaunchPair": "int8kit.verify.properties.row_launches",
+    "Pair": "int8kit.verify.properties.launch_cache",
     "OperatorCase": "int8kit.verify.properties.operators",
     "LookupCase": "int8kit.verify.properties.lookups",
     "StampCase": "int8kit.verify.properties.stamps",
