@@ -12,7 +12,7 @@ from int8kit.spec import DOMAINS, GemmShape, Kernel, Schedule, TileConfig, why_i
 from int8kit.verify import executors, implementations
 from int8kit.verify.compare import Output, columns, fronts, operands, strides
 from int8kit.verify.examples import epilogue_table, fixed
-from int8kit.verify.examples.strategies import Draw, admitted, int8_matrix
+from int8kit.verify.examples.strategies import VARIANTS, Draw, admitted, int8_matrix, takes_operands
 from int8kit.verify.properties import launch_cache, order, pdl_probe, tile_order
 from int8kit.verify.properties.budget import budget
 from int8kit.verify.properties.registry import PROPERTIES
@@ -314,7 +314,14 @@ def _first_two_alike(monkeypatch):
 def test_columns_of_a_result():
     d = Draw(GemmShape(2, 7, 5), fixed.SMALL_TILES[0], "ones", 0, None, torch.float16, variant="swiglu")
     assert columns(admitted(d)) == 4
-    assert admitted(replace(d, config=GLUON[0], offset=1)).shape == GemmShape(2, 8, 16)
+    of = {config.kernel: config for config in GLUON}
+    assert admitted(replace(d, config=of[Kernel.MMA_SYNC], offset=1)).shape == GemmShape(2, 8, 16)
+    assert admitted(replace(d, config=of[Kernel.WGMMA], offset=1)).shape == GemmShape(2, 16, 16)
+    wide = replace(d, config=of[Kernel.WGMMA])
+    ends = {v: admitted(replace(wide, variant=v, out_dtype=torch.float32)).shape.n for v in VARIANTS}
+    assert ends == {"output": 8, "int32": 8, "swiglu": 8}
+    assert admitted(replace(wide, variant="int32", shape=GemmShape(2, 4, 16))).shape.n == 4
+    assert not takes_operands(replace(d, shape=GemmShape(2, 8, 16)), of[Kernel.WGMMA])
 
 
 def test_tails_of_every_extent():

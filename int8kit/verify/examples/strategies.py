@@ -80,17 +80,23 @@ def is_aligned(d: Draw) -> bool:
     return d.shape.k % 16 == d.padding % 16 == d.offset % 16 == 0
 
 
+def n_step(d: Draw, config: TileConfig) -> int:
+    """The number that must divide N: TMA, of the wgmma kernel, stores 16 bytes of a row at once."""
+    single = d.variant == "int32" or d.out_dtype is torch.float32
+    columns = 1 if config.kernel is not Kernel.WGMMA else 4 if single else 8
+    return columns * (2 if d.variant == "swiglu" else 1)
+
+
 def takes_operands(d: Draw, config: TileConfig) -> bool:
-    """False if the kernel of `config` rejects x or w of `d`, so that another kernel would be tested."""
-    return config.kernel is Kernel.TRITON or is_aligned(d)
+    """False if the kernel of `config` rejects a matrix of `d`, so that another kernel would be tested."""
+    return config.kernel is Kernel.TRITON or (is_aligned(d) and d.shape.n % n_step(d, config) == 0)
 
 
 def admitted(d: Draw) -> Draw:
     """The example nearest to `d` that its own kernel and its variant admit."""
-    shape = d.shape
-    if d.variant == "swiglu":
-        shape = replace(shape, n=shape.n + shape.n % 2)
-    if not takes_operands(d, d.config):
+    step = n_step(d, d.config)
+    shape = replace(d.shape, n=-(-d.shape.n // step) * step)
+    if not (d.config.kernel is Kernel.TRITON or is_aligned(d)):
         shape = replace(shape, k=-(-shape.k // 16) * 16)
         d = replace(d, padding=-(-d.padding // 16) * 16, offset=-(-d.offset // 16) * 16)
     return replace(d, shape=shape)
