@@ -82,7 +82,9 @@ def tails(tiles: Iterable[TileConfig], *, roomy: bool) -> Iterator[Draw]:
         triton = kernel is Kernel.TRITON
         chosen = (configs[0], configs[-1], *(SMALL_TILES if triton and not roomy else ()))
         for c in dict.fromkeys(chosen):
-            rows, columns = ((-1, 0, 1, 8, block // 2) for block in (c.block_m, c.block_n))
+            rows, columns = (-1, 0, 1, 8, c.block_m // 2), (-1, 0, 1, 8, c.block_n // 2)
+            if kernel is Kernel.WGMMA:  # see `strategies.n_step`
+                columns = (-8, 0, 4, 8, c.block_n // 2)
             steps = (-1, 0, 1, 16, c.block_k // 2) if triton else (-16, 0, 16, 32, c.block_k // 2)
             for i in range(5):  # the factors give the three extents of an example different remainders
                 m, n, k = c.block_m + rows[i], c.block_n + columns[(2 * i + 1) % 5], c.block_k + steps[(3 * i + 2) % 5]
