@@ -162,6 +162,10 @@ def always() -> tuple[LookupCase, ...]:
         found += [LookupCase(m, 100, 100, swiglu, 4, both) for swiglu in (False, True)]
     found += [LookupCase(100, 100, 100, False, 132, ((50, 100, 100, a, False), (200, 100, 100, b, False)))
               for a in range(len(CONFIGS)) for b in range(len(CONFIGS)) if a != b]  # fmt: skip
+    for axis, (near, far) in product(range(3), permutations(((60, 0), (300, 1)))):  # each axis counts
+        of = [[size if i == axis else 100 for i in range(3)] for size, _ in (near, far)]
+        first, second = ((m, n, k, c, False) for (m, n, k), (_, c) in zip(of, (near, far), strict=True))
+        found.append(LookupCase(100, 100, 100, False, 132, (first, second)))
     for (a, b), n, sms in product(permutations(range(len(CONFIGS)), 2), (64, 100, 256), (1, 4)):
         pair = ((64, n, 100, a, False), (256, n, 100, b, False))  # waves decide, of whole and of partial tiles
         found += [LookupCase(m, n, 100, False, sms, pair) for m in (100, 128, 129, 160)]

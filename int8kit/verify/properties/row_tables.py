@@ -106,6 +106,8 @@ def _widths(kernel: str) -> Iterator[RowExample]:
     for k in (8192 + 100, 10241, 12288, K_MAX_HELD - 1, K_MAX_HELD):
         yield replace(last, k=k, rows=1, seed=2)
         yield replace(one, k=k, rows=1, seed=3)
+    if kernel == "swiglu_quantize":  # the scale of a row of one element shows the bits of its silu
+        yield from (replace(one, k=1, rows=150, kind=kind) for kind in ("normal", "wide"))
     if kernel == "quantize":
         yield from _long_rows(replace(one, rows=1))
 
