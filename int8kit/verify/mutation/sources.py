@@ -115,7 +115,10 @@ _ON_GPU: tuple[tuple[str, str, str], ...] = (  # stem, function ("" for all), te
     ("gemm", "_launch", "on_device"),
     ("gemm", "why_not", ""),
 )
-_IN_INTERPRETER: tuple[tuple[str, str, str], ...] = (("activations", "ROUNDER_64", ""),)
+_IN_INTERPRETER: tuple[tuple[str, str, str], ...] = (
+    ("activations", "ROUNDER_64", ""),
+    ("qk_norm_rope", "qk_norm_rope", "return outs[0]"),
+)
 _GPU_BRANCHES = ("is_ordinary(s)", "x.dtype == tl.bfloat16 and (not INTERPRETED)")
 _INTERPRETER_BRANCHES = ("INTERPRETED", "INTERPRETED and tl.bfloat16 == DTYPE")
 

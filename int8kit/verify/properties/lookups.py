@@ -18,7 +18,7 @@ from int8kit.database.database import Database
 from int8kit.database.schema import Entry, Resources
 from int8kit.gpus import GPUS
 from int8kit.lookup import Candidate, Plan, lookup
-from int8kit.spec import GemmShape, Kernel, Operation, Source, TileConfig
+from int8kit.spec import GemmShape, Kernel, Operation, Schedule, Source, TileConfig
 from int8kit.toolchain import Toolchain
 from int8kit.verify.executors import Executor
 from int8kit.verify.implementations import Implementation
@@ -30,6 +30,7 @@ CONFIGS = (
     TileConfig(64, 128, 64, 4, 5, 7, Kernel.MMA_SYNC, 2),
     TileConfig(128, 128, 128, 8, 4, 1, Kernel.WGMMA, 1),
     TileConfig(256, 128, 128, 8, 3, 8, Kernel.WGMMA),
+    TileConfig(256, 64, 128, 8, 4, 8, Kernel.WGMMA, schedule=Schedule.PINGPONG),  # not the usual one of its tile
 )
 """Configurations of the candidates: every field has several values, and every kernel occurs."""
 
@@ -90,6 +91,9 @@ def check(case: LookupCase, on: Executor | Implementation) -> str | None:
     again = Plan.from_text(plan.text)
     if (again.candidates, again.sms, again.text) != (candidates, case.sms, plan.text):
         return f"the plan of its text: {again}, expected {plan}"
+    plain = [one for one in candidates if one.operation is Operation.GEMM]
+    if list(Plan.fixed(*((one.shape, one.config) for one in plain)).candidates) != plain:
+        return "Plan.fixed has other candidates than it was given"
     match = lookup(shape, candidates, sms=case.sms, operation=operation)
     found = {
         "lookup": match.config,
@@ -162,6 +166,10 @@ def always() -> tuple[LookupCase, ...]:
         found += [LookupCase(m, 100, 100, swiglu, 4, both) for swiglu in (False, True)]
     found += [LookupCase(100, 100, 100, False, 132, ((50, 100, 100, a, False), (200, 100, 100, b, False)))
               for a in range(len(CONFIGS)) for b in range(len(CONFIGS)) if a != b]  # fmt: skip
+    for axis, (near, far) in product(range(3), permutations(((60, 0), (300, 1)))):  # each axis counts
+        of = [[size if i == axis else 100 for i in range(3)] for size, _ in (near, far)]
+        first, second = ((m, n, k, c, False) for (m, n, k), (_, c) in zip(of, (near, far), strict=True))
+        found.append(LookupCase(100, 100, 100, False, 132, (first, second)))
     for (a, b), n, sms in product(permutations(range(len(CONFIGS)), 2), (64, 100, 256), (1, 4)):
         pair = ((64, n, 100, a, False), (256, n, 100, b, False))  # waves decide, of whole and of partial tiles
         found += [LookupCase(m, n, 100, False, sms, pair) for m in (100, 128, 129, 160)]

@@ -70,6 +70,8 @@ def _shapes(c: OperatorCase) -> Iterator[OperatorCase]:
     yield replace(c, rows=(1, 4))
     for left_out in _OPTIONAL.get(c.operator, ()):
         yield replace(c, left_out=left_out)
+    if c.operator == "quantize":
+        yield replace(c, k=0)
     if linear:
         for rows in ((), (2, 3), (2, 3, 2)):
             for dtype in (torch.float32, torch.bfloat16):
@@ -91,6 +93,8 @@ def refusals(c: OperatorCase) -> Iterator[OperatorCase]:
                     yield replace(c, wrong=name, fault=fault)
         if name in ("gate", "modulation", "cos", "sin"):
             yield replace(c, wrong=name, fault="images")
+            if c.operator != "rms_norm_quantize":
+                yield replace(c, wrong=name, fault="one row")
     if c.operator.startswith("scaled"):
         yield replace(c, wrong="out_dtype", fault="dtype")
     if c.operator in PRODUCTS:

@@ -22,6 +22,7 @@ import torch
 from hypothesis import strategies as st
 
 from int8kit import reference
+from int8kit.errors import InputError
 from int8kit.kernels import quantize as quantize_module
 from int8kit.kernels.qk_norm_rope import HEAD_DIMS, HeadTile, qk_norm_rope
 from int8kit.kernels.residual_norm_quantize import residual_norm_quantize
@@ -86,6 +87,7 @@ class RowExample:
     huge_stride: str = ""  # the operand, or the output q of `quantize`, whose third row starts beyond 2**31 elements
     special: str = ""  # the operand that has a NaN, an infinity and a zero in its first row
     given_out: bool = False  # `quantize` writes into given tensors
+    refused: str = ""  # why the kernel must raise InputError: "k", "tile", or an output and its fault, as "q dtype"
 
     def __str__(self) -> str:
         heads = f" of {self.heads} heads" if self.kernel == "qk_norm_rope" else ""
@@ -95,6 +97,7 @@ class RowExample:
         more += f", huge row stride in {self.huge_stride}" if self.huge_stride else ""
         more += f", special {self.special}" if self.special else ""
         more += ", outputs given" if self.given_out else ""
+        more += f", to be refused for {self.refused}" if self.refused else ""
         return (
             f"{self.images} x {self.rows} rows of K = {self.k}{heads}, {_short(self.dtype)}, {self.kind} data of seed "
             f"{self.seed}, {_short(self.vectors)} vectors, padding {self.padding}, offset {self.offset}, "
@@ -205,6 +208,8 @@ def _with_special(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def check(e: RowExample, on: Executor | Implementation) -> str | None:
     """How an output of the row kernel differs from the reference's output, or None."""
+    if e.refused:
+        return _refusal(e, on.device)
     args = operands(e, on.device)
     rows = picked(e.m, e.m * e.width)
     more: dict[str, Any] = {} if e.tile is None else {"tile": e.tile}
@@ -221,6 +226,29 @@ def check(e: RowExample, on: Executor | Implementation) -> str | None:
         if why := bitwise_diff(mine if rows is None else mine[rows], theirs):
             return f"{name}: {why}"
     return allocated.written_outside() or (given.written_outside() if given else None)
+
+
+_FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "dtype": lambda t: t.to(torch.int16),
+    "shape": lambda t: t[..., :-1],
+    "stride": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+}
+
+
+def _refusal(e: RowExample, device: str) -> str | None:
+    """None if the kernel raises InputError for an example that it must refuse; else the other outcome."""
+    more: dict[str, Any] = {} if e.tile is None else {"tile": e.tile}
+    output, _, fault = e.refused.partition(" ")
+    if e.given_out:
+        q, s = _Given(e, device).out
+        more["out"] = (_FAULTS[fault](q), s) if output == "q" else (q, _FAULTS[fault](s))
+    try:
+        KERNELS[e.kernel](*operands(e, device), **more)
+    except InputError:
+        return None
+    except Exception as error:
+        return f"{type(error).__name__}: {error}, expected InputError"
+    return "no error, expected InputError"
 
 
 def _unlike(got: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: str, *, strided: bool) -> str | None:

@@ -106,6 +106,8 @@ def _widths(kernel: str) -> Iterator[RowExample]:
     for k in (8192 + 100, 10241, 12288, K_MAX_HELD - 1, K_MAX_HELD):
         yield replace(last, k=k, rows=1, seed=2)
         yield replace(one, k=k, rows=1, seed=3)
+    if kernel == "swiglu_quantize":  # the scale of a row of one element shows the bits of its silu
+        yield from (replace(one, k=1, rows=150, kind=kind) for kind in ("normal", "wide"))
     if kernel == "quantize":
         yield from _long_rows(replace(one, rows=1))
 
@@ -160,9 +162,24 @@ def _layouts(kernel: str) -> Iterator[RowExample]:
     if kernel == "quantize":
         for given_out in (False, True):
             yield from (replace(images, given_out=given_out, padding=padding) for padding in (0, 3))
+    yield from _refused(small)
     yield replace(images, rows=1)
     yield replace(images, rows=4, images=1)
     yield replace(images, rows=3, images=5)
+
+
+def _refused(small: RowExample) -> Iterator[RowExample]:
+    """Examples outside the kernel's domain: a row too long, a chunk too long, a head of another width, an output."""
+    if small.kernel == "quantize":
+        for output in ("q", "s"):
+            for fault in ("dtype", "shape", "stride"):
+                yield replace(small, rows=3, given_out=True, refused=f"{output} {fault}")
+    elif small.kernel == "qk_norm_rope":
+        yield from (replace(small, k=k, refused="k") for k in (8, 24, 512))
+    else:
+        yield replace(small, k=K_MAX_HELD + 1, rows=1, refused="k")
+        if BLOCK.value == max(_chunks(small.kernel)):
+            yield replace(small, tile=RowTile(2 * BLOCK.value, 16), refused="tile")
 
 
 def _many_rows(kernel: str) -> Iterator[RowExample]:
