@@ -88,7 +88,8 @@ def _linear_cuda(
 
     rows = x.reshape(-1, x.shape[-1])
     xq, sx = quantize(rows if rows.stride(1) == 1 else rows.contiguous())
-    return _scaled_mm_cuda(xq, wq, sx, sw, bias, x.dtype, plan, swiglu=swiglu).reshape(*x.shape[:-1], -1)
+    y = _scaled_mm_cuda(xq, wq, sx, sw, bias, x.dtype, plan, swiglu=swiglu)
+    return y.reshape(*x.shape[:-1], y.shape[1])  # not -1, which an empty batch leaves open
 
 
 def _scaled_mm_cpu(*args: Any, swiglu: bool = False) -> torch.Tensor:

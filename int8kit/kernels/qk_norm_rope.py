@@ -28,6 +28,7 @@ from int8kit.kernels import row_primitives
 from int8kit.kernels.row_primitives import WARPS, reciprocal_root, sums_of_rows, widen
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
+HEADS_MOST = 64  # of a tile
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def default_tile(heads: int, d: int) -> HeadTile:
     """
     group = max(1, 512 // d)
     warps = 4 if heads >= 4 * group else 1
-    return HeadTile(warps * group, min(16, -(-heads // (warps * group))), warps)
+    count = min(HEADS_MOST, warps * group)
+    return HeadTile(count, min(16, -(-heads // count)), warps)
 
 
 @triton.jit

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from int8kit import reference
@@ -134,6 +137,17 @@ def _bias(d: Draw, dtype: torch.dtype, device: str) -> torch.Tensor:
         return epilogue_table.bias(d.shape.n, dtype, d.seed, device)
     g = torch.Generator(device).manual_seed(d.seed)
     return torch.randn(d.shape.n, generator=g, device=device).to(dtype)
+
+
+@contextmanager
+def another_default_dtype() -> Iterator[None]:
+    """A context in which torch allocates float64 where no dtype is named, as in a process that has changed it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Output:

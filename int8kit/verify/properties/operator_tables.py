@@ -79,6 +79,8 @@ def _shapes(c: OperatorCase) -> Iterator[OperatorCase]:
         yield replace(c, rows=(4, 3), contiguous=False)
         yield replace(c, rows=(2, 3, 2), contiguous=False)
         yield replace(c, rows=(4, 3), contiguous=False, dtype=torch.bfloat16)
+        for empty in ((0,), (2, 0), (0, 3)):
+            yield replace(c, rows=empty)
     else:
         yield replace(c, rows=(0,))
         yield replace(c, rows=(0,), left_out=_OPTIONAL.get(c.operator, ((),))[-1], dtype=torch.bfloat16)

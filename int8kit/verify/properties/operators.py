@@ -27,7 +27,7 @@ from int8kit.errors import ShapeError
 from int8kit.kernels import gemm
 from int8kit.lookup import Candidate, Plan
 from int8kit.spec import GemmShape, Operation, TileConfig
-from int8kit.verify.compare import bitwise_diff
+from int8kit.verify.compare import another_default_dtype, bitwise_diff
 from int8kit.verify.examples.row_memory import GuardedAllocations
 from int8kit.verify.examples.strategies import float_matrix, int8_matrix, scales
 from int8kit.verify.executors import Executor
@@ -210,7 +210,8 @@ def check(c: OperatorCase, on: Executor | Implementation) -> str | None:
         ("the CPU half", partial(_public, c), cpu, "cpu"),
         ("the kernel half", partial(_kernel_half, c, device), arguments(c, device), device),
     ):
-        got = call(tensors)
+        with another_default_dtype():
+            got = call(tensors)
         if why := _unlike(got, want, where):
             return f"{name}: {why}"
         fake = _fake(c, tensors)

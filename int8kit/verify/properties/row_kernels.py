@@ -29,7 +29,7 @@ from int8kit.kernels.residual_norm_quantize import residual_norm_quantize
 from int8kit.kernels.rms_norm_quantize import rms_norm_quantize
 from int8kit.kernels.row_primitives import CHUNKS, WARPS, RowTile
 from int8kit.kernels.swiglu_quantize import swiglu_quantize
-from int8kit.verify.compare import bitwise_diff
+from int8kit.verify.compare import another_default_dtype, bitwise_diff
 from int8kit.verify.examples.guarded_buffers import SENTINEL, GuardedOutput, huge_stride_matrix
 from int8kit.verify.examples.row_memory import LARGE, GuardedAllocations, only_rows, picked, placed
 from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES, float_matrix, sizes
@@ -217,7 +217,7 @@ def check(e: RowExample, on: Executor | Implementation) -> str | None:
     if given is not None:
         more["out"] = given.out
     allocated = GuardedAllocations(rows)
-    with allocated.active(), only_rows(rows):
+    with allocated.active(), only_rows(rows), another_default_dtype():
         got = KERNELS[e.kernel](*args, **more)
     want = getattr(reference, e.kernel)(*(args if rows is None else _arguments_of_rows(e, args, rows)))
     for name, mine, theirs in zip(_OUTPUTS.get(e.kernel, ("q", "s")), got, want, strict=True):

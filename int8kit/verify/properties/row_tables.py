@@ -134,6 +134,7 @@ def _heads() -> Iterator[RowExample]:
     for k in (16, 32, 64, 128, 256):
         yield replace(one, heads=18 if k == 256 else 5, k=k)
     yield replace(one, heads=128, k=32, rows=1)
+    yield replace(one, heads=128, k=16, rows=1)  # more than a tile may have
     for count in (1, 2, 4, 8, 16, 32, 64):
         yield replace(one, heads=count + 1, k=16, tile=HeadTile(count, 1, 1))
         yield replace(one, heads=2 * count, k=16, tile=HeadTile(count, 2, 2), rows=1)
