@@ -29,6 +29,8 @@ CLASSES = {  # by name: the module, which is imported when it is needed, since i
     "RowExample": "int8kit.verify.properties.row_kernels",
     "LaunchPair": "int8kit.verify.properties.row_launches",
     "Pair": "int8kit.verify.properties.launch_cache",
+    "RefusedCall": "int8kit.verify.properties.gemm_calls",
+    "FallbackCall": "int8kit.verify.properties.gemm_calls",
     "OperatorCase": "int8kit.verify.properties.operators",
     "LookupCase": "int8kit.verify.properties.lookups",
     "StampCase": "int8kit.verify.properties.stamps",

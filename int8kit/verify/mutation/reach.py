@@ -17,6 +17,7 @@ from int8kit.verify.properties.registry import Property
 GEMM = ("accumulator", "output", "swiglu")
 ROWS = ("quantize", "rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope")
 _GEMM_MORE = (
+    "refusals", "fallback",
     "batch", "linearity", "zero rows", "nan rows", "strided", "repeats", "order", "configuration", "launch cache",
     "tile order", "tile scheduler", "bias", "epilogue conversion", "accumulator conversion", "swiglu epilogue",
 )  # fmt: skip
@@ -34,7 +35,8 @@ _LIKELY: dict[str, tuple[str, ...]] = {
     "swiglu_quantize": ("swiglu_quantize",),
     "qk_norm_rope": ("qk_norm_rope",),
     "launch": ("launch cache", "row launches", *GEMM, *ROWS),
-    "operands": ("output", "accumulator", "swiglu", "launch cache", "operators"),
+    "operands": ("refusals", "output", "accumulator", "swiglu", "launch cache", "operators"),
+    "gemm": ("refusals", "fallback", "output", "accumulator", "swiglu"),
     "ops": ("operators",),
     "lookup": ("lookup", "operators"),
 }

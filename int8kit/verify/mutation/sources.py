@@ -117,6 +117,8 @@ _ON_GPU: tuple[tuple[str, str, str], ...] = (  # stem, function ("" for all), te
 )
 _IN_INTERPRETER: tuple[tuple[str, str, str], ...] = (
     ("activations", "ROUNDER_64", ""),
+    ("activations", "_rounded", "if INTERPRETED"),
+    ("row_primitives", "round_to", "if INTERPRETED"),
     ("qk_norm_rope", "qk_norm_rope", "return outs[0]"),
 )
 _GPU_BRANCHES = ("is_ordinary(s)", "x.dtype == tl.bfloat16 and (not INTERPRETED)")

@@ -16,6 +16,7 @@ from int8kit import lookup as lookup_module
 from int8kit import ops
 from int8kit.database.database import Database
 from int8kit.database.schema import Entry, Resources
+from int8kit.errors import ConfigError
 from int8kit.gpus import GPUS
 from int8kit.lookup import Candidate, Plan, lookup
 from int8kit.spec import GemmShape, Kernel, Operation, Schedule, Source, TileConfig
@@ -91,6 +92,12 @@ def check(case: LookupCase, on: Executor | Implementation) -> str | None:
     again = Plan.from_text(plan.text)
     if (again.candidates, again.sms, again.text) != (candidates, case.sms, plan.text):
         return f"the plan of its text: {again}, expected {plan}"
+    for damaged in (plan.text.replace("plan/", "plan/9"), f"{plan.text};x", plan.text.replace(str(case.sms), "x", 1)):
+        try:
+            Plan.from_text(damaged)
+        except ConfigError:
+            continue
+        return f"Plan.from_text took {damaged!r}, expected ConfigError"
     plain = [one for one in candidates if one.operation is Operation.GEMM]
     if list(Plan.fixed(*((one.shape, one.config) for one in plain)).candidates) != plain:
         return "Plan.fixed has other candidates than it was given"

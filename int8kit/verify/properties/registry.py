@@ -23,6 +23,7 @@ from int8kit.verify.properties import (
     compiled_code,
     exhaustive,
     gemm,
+    gemm_calls,
     launch_cache,
     lookups,
     operator_tables,
@@ -191,6 +192,16 @@ PROPERTIES: dict[str, Property] = {
             _needs_compiled_row_kernels, strategy=lambda tiles, budget: row_launches.examples(),
             always=lambda tiles, budget: row_launches.pairs(huge_strides=budget.huge_strides), scope="int8kit",
             mutants_of=(Kernel.TRITON,),
+        ),
+        _all_of_int8kit(
+            "refusals", "a GEMM refuses each operand that is wrong in any way", gemm_calls.check_refused,
+            strategy=lambda tiles, budget: sampled_from(tuple(gemm_calls.refused())),
+            always=lambda tiles, budget: gemm_calls.refused(), cost=50,
+        ),
+        _all_of_int8kit(
+            "fallback", "the Triton kernel serves operands that the named kernel cannot", gemm_calls.check_fallback,
+            strategy=lambda tiles, budget: sampled_from(tuple(gemm_calls.fallbacks("cuda"))),
+            always=lambda tiles, budget: gemm_calls.fallbacks("cuda" if budget.large_k else "cpu"), cost=50,
         ),
         _all_of_int8kit(
             "operators", "each half of a torch operator has the bits and the layout of the reference",
