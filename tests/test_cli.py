@@ -185,16 +185,16 @@ def test_verify_stamps_what_it_proved(workshop, tmp_path, monkeypatch, verb):
 @pytest.mark.slow
 @pytest.mark.process
 def test_verify_proves_every_property(tmp_path):
-    """The documents' command as it stands, in an empty folder."""
-    done = int8kit(*shlex.split(VERIFY)[1:], cwd=tmp_path)
+    """The documents' command in an empty folder, with fewer drawn examples; the fixed ones are all tried."""
+    done = int8kit(*shlex.split(VERIFY)[1:], "--examples", "20", cwd=tmp_path)
     _, rule, *rows = done.stdout.splitlines()
     assert set(rule) == {"-", " "}
     names = {re.split("  +", row)[0] for row in rows if not row.startswith("the same in every row")}
     everywhere = {
         "accumulator", "output", "swiglu", "batch", "linearity", "zero rows", "nan rows", "strided", "repeats",
         "configuration", "quantize", "rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope",
-        "refusals", "fallback", "operators", "lookup", "stamps", "tile order", "tile scheduler", "bias", "row scale", "silu", "triton code",
-        "mma_sync code", "wgmma code", "row code", "entries",
+        "refusals", "fallback", "operators", "lookup", "stamps", "tile order", "tile scheduler", "bias", "row scale",
+        "silu", "triton code", "mma_sync code", "wgmma code", "row code", "entries",
     }  # fmt: skip
     assert names == everywhere if HERE == "cpu" else names > everywhere
     assert done.stdout.count("holds") == len(names)

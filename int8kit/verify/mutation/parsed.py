@@ -143,6 +143,8 @@ class Parsed:
         if isinstance(node, (ast.Name, ast.Attribute, ast.List)):
             text = self.text(node)
             return any(text == word or text.endswith(f".{word}") for word in sources.WORDS_LEFT_OUT)
+        if isinstance(node, (ast.Call, ast.BoolOp)):
+            return self.text(node).startswith(sources.CHOICES_LEFT_OUT)
         return False
 
 

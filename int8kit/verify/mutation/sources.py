@@ -93,6 +93,9 @@ KEYWORDS_LEFT_OUT = frozenset(
 WORDS_LEFT_OUT = ("group_m", "num_stages", "num_warps", "[240, 24]")
 """Expressions that change the time alone, or the registers of a group of warps."""
 
+CHOICES_LEFT_OUT = ("tile or ", "default_config(")
+"""Beginnings of expressions that choose a tile: every tile gives the same bits. Their statements are mutated."""
+
 _ON_GPU: tuple[tuple[str, str, str], ...] = (  # stem, function ("" for all), text of the line ("" for all)
     ("gemm_mma_sync", "", ""),
     ("gemm_wgmma", "", ""),
@@ -120,6 +123,7 @@ _IN_INTERPRETER: tuple[tuple[str, str, str], ...] = (
     ("activations", "_rounded", "if INTERPRETED"),
     ("row_primitives", "round_to", "if INTERPRETED"),
     ("qk_norm_rope", "qk_norm_rope", "return outs[0]"),
+    ("", "", "row_primitives.interpreter_fp32("),
 )
 _GPU_BRANCHES = ("is_ordinary(s)", "x.dtype == tl.bfloat16 and (not INTERPRETED)")
 _INTERPRETER_BRANCHES = ("INTERPRETED", "INTERPRETED and tl.bfloat16 == DTYPE")

@@ -37,6 +37,7 @@ FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "shorter": lambda t: t[..., :-1],
     "more rows": lambda t: torch.cat((t, t[:1])),
     "axes": lambda t: t[None],
+    "axes behind": lambda t: t[..., None],
     "stride": lambda t: t.repeat_interleave(2, -1)[..., ::2],
     "device": lambda t: t.to("meta"),
 }

@@ -97,6 +97,8 @@ def refusals(c: OperatorCase) -> Iterator[OperatorCase]:
             yield replace(c, wrong=name, fault="images")
             if c.operator != "rms_norm_quantize":
                 yield replace(c, wrong=name, fault="one row")
+        if name == "heads":
+            yield replace(c, wrong=name, fault="zero")
     if c.operator.startswith("scaled"):
         yield replace(c, wrong="out_dtype", fault="dtype")
     if c.operator in PRODUCTS:

@@ -185,7 +185,7 @@ def _wrong(value: Any, fault: str) -> Any:
     if isinstance(value, torch.dtype):
         return torch.int16
     if isinstance(value, int):
-        return value + 2
+        return 0 if fault == "zero" else value + 2
     found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "dtype": lambda t: t.to(torch.float64 if t.dtype is torch.int8 else torch.int32),
         "shape": lambda t: torch.cat((t, t[..., :1]), -1),
