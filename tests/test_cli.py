@@ -296,6 +296,10 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("tune", "--gpu", "rtx3090", "--shapes", "mine.json"), ["has the format None", "int8kit.shapes/1"]),
         (("tune", "--gpu", "rtx3090", "--shapes", "deep.json"), ["K = 131072", "1 to 131071", "split"]),
         (("tune", "--gpu", "rtx3090", "--size", "64x64"), ["no INT8 shape of 64x64 px", "trace-shapes"]),
+        (
+            ("tune", "--gpu", "rtx3090", "--size", "17x17"),
+            ["no INT8 shape of 17x17 px", "; expected 768x768, 1024x1024"],
+        ),
         (("tune", "--gpu", "rtx3090", "--shapes", "fifo"), ["it is a FIFO"]),
         (("tune", "--gpu", "rtx3090", "--shape", "1x2"), ["'1x2'", "expected MxNxK", "`int8kit tune --help`"]),
         (("tune", "--gpu", "rtx3090", "--shape", "1x2x3", "--size", "8x8"), ["--shape 1x2x3 and --size 8x8"]),
