@@ -224,7 +224,7 @@ def test_interrupt_prints_the_verdicts_so_far(monkeypatch, capfd):
     [
         (("mutate", "--db", "x.json"), ["--db", "--help"]),
         (("mutate", "--examples", "0"), ["--examples 0", "1 or more"]),
-        (("mutate", "--only", "x"), ["unknown fault 'x'", "scales-joined"]),
+        (("mutate", "--only", "x"), ["unknown fault 'x'; expected one of", "such as "]),
         (("mutate", "--gpu", "rtx9"), ["'rtx9'", "rtx3090"]),
         (("--gpu", "rtx3090", "mutate"), ["--gpu before mutate", "after the command"]),
         (("--json", "libraries"), ["--json before libraries"]),
