@@ -19,6 +19,7 @@ from PIL import Image
 from int8kit import __main__, files, shapes_file, shapes_schema
 from int8kit.bench import gemm
 from int8kit.cli import main
+from int8kit.cli.terminal import RESULT_FORMAT
 from int8kit.database import store
 from int8kit.database.schema import FORMAT
 from int8kit.kernels.gemm import kernel_hash
@@ -118,7 +119,9 @@ def test_tune(workshop):
 
 @of_the_workshop
 def test_tune_reports_its_source(walk):
-    report = json.loads(walk.again.stdout)
+    document = json.loads(walk.again.stdout)
+    assert document["format"] == RESULT_FORMAT
+    [report] = document["targets"]
     assert report["source"] in ("modelled", "proxy", "measured")
     assert report["source"] in walk.again.stderr or "measuring" in walk.again.stderr
     again = store.load(walk.folder / "t.json")
@@ -339,7 +342,7 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("db", "show", "--gpu", "rtx9"), ["unknown GPU 'rtx9'"]),
         (("db", "show", "--db", "no.json"), ["no file 'no.json'", "int8kit tune"]),
         (("db", "explain", "0", "64", "64"), ["M = 0", "at least 1"]),
-        (("db", "explain", "1", "64"), ["no K; expected M N K", "`int8kit db explain --help`"]),
+        (("db", "explain", "1", "64"), ["no K; expected `int8kit db explain M N K`", "`int8kit db explain --help`"]),
         (("db", "explain", "a", "1", "1"), ["M 'a': expected a whole number", "`int8kit db explain --help`"]),
         (("db", "explain", "1_000", "1", "1"), ["M '1_000': expected a whole number"]),
         (("db", "explain", "-16", "1", "1"), ["-16: expected a number of 1 or more", "`int8kit db explain --help`"]),
@@ -473,6 +476,19 @@ def test_tune_takes_shapes_of_the_call_and_a_number_of_them(tuned):
     shapes, targets = tuned("--gpu", "a100", "--gpu", "h200", "--limit", "5")
     assert len(shapes) == 5
     assert targets == [(alias, store.user_path(alias)) for alias in ("a100", "h200")]
+
+
+def test_json_of_tune_is_an_object_for_each_number_of_gpus(tuned, monkeypatch, verb):
+    def run(shapes, targets, pool, **_):
+        return [SimpleNamespace(target=target, **dict.fromkeys(fields, ()), failed={}) for target in targets]
+
+    fields = ("entries", "rejected", "not_replaced", "resumed", "variant_counts")
+    monkeypatch.setattr(session, "tune", run)
+    for aliases in (["rtx3090"], ["rtx3090", "a100"]):
+        options = [word for alias in aliases for word in ("--gpu", alias)]
+        document = json.loads(verb("tune", *options, "--shape", "1x2x3", "--json")[0])
+        assert document["format"] == RESULT_FORMAT
+        assert [target["gpu"] for target in document["targets"]] == aliases
 
 
 def test_tune_writes_the_database_to_stdout(tuned, monkeypatch, verb):

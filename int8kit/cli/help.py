@@ -68,7 +68,7 @@ def _expected(error: Any, given: list[str]) -> str | None:
     kind = type(error).__name__
     if kind == "MissingParameter" and error.ctx is not None and error.param is not None:
         names = [one.name.upper() for one in error.ctx.command.params if not one.opts[0].startswith("-")]
-        return f"no {error.param.name.upper()}; expected {' '.join(names)}"
+        return f"no {error.param.name.upper()}; expected `{error.ctx.command_path} {' '.join(names)}`"
     if kind == "NoSuchOption":
         negative = (text for text in given if re.fullmatch(r"-\d+", text) and text.startswith(error.option_name))
         return next((f"{text}: expected a number of 1 or more" for text in negative), None)
