@@ -312,6 +312,7 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("tune", "--gpu", "rtx3090", "--gpu", "a100", "-o", "x.json"), ["--output x.json and 2 GPUs"]),
         (("tune", "--gpu", "rtx3090", "-o", "mine.json"), ["was not written by int8kit", "--force"]),
         (("verify", "--gpu", "rtx9"), ["unknown GPU"]),
+        (("verify", "--shapes", "deep.json"), ["'deep.json' is damaged", "K = 131072", "trace-shapes"]),
         (("verify", "--only", "batch", "-o", "mine.json"), ["was not written by int8kit"]),
         (("verify", "mutate", "-o", "fifo"), ["it is a FIFO"]),
         (("verify", "libraries", "torch._int_mm", "-o", "mine.json"), ["was not written by int8kit"]),

@@ -199,9 +199,9 @@ def test_survivor_is_listed_and_exit_status_is_1(monkeypatch, capfd):
         main.main(["verify", "mutate"])
     out, err = capfd.readouterr()
     assert exit_.value.code == 1
-    assert "killed by output (timeout)" in out
+    assert "caught by output (timeout)" in out
     assert "needs a GPU: PTX" in out
-    assert "2 of 3 killed (67%), 1 need a GPU, 1 not applicable here" in out
+    assert "2 of 3 caught (67%), 1 need a GPU, 1 not applicable here" in out
     assert out.endswith("survived: c (fault c); tried 7 examples of output\n")
     assert err == "int8kit: 1 of 3 faults survived: c\n"
 

@@ -93,9 +93,9 @@ def verify(
         named = store.load(database, gpu).gpu
     _refuse_faults(only or [])
     if shapes is not None:
-        from int8kit import files, shapes_schema
+        from int8kit import shapes_file
 
-        files.read_json(shapes, shapes_schema.FORMAT, remedy="make one with `int8kit trace-shapes`")
+        shapes_file.read(shapes)
     interpret_without_gpu()
     _verify(named, database, shapes, only or [], examples, seed, exhaustive, stamp, as_json, markdown, output)
 
