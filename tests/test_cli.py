@@ -549,7 +549,8 @@ def test_a_mistake_is_reported_before_torch_is_imported():
         "run --db no.json", "run -o .", "run --gpu x", "run --size 1x1", "trace-shapes --size 1x1", "trace-shapes x",
         "trace-shapes -o .", "bench gemm --gpu x", "bench gemm --rounds 0", "bench fused --m 0",
         "bench model --gpu x", "db show --db no.json",
-        "db merge no.json --user", "db show --kernel x", "db explain 0 1 1", "db migrate no.json", "doctor --gpu x",
+        "db merge no.json --user", "db check no.json", "verify --shapes no.json", "verify foo", "db show --kernel x",
+        "db explain 0 1 1", "db migrate no.json", "doctor --gpu x",
     )  # fmt: skip
     code = f"""
 import sys
