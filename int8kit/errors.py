@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -12,7 +13,7 @@ class Int8kitError(Exception):
     +-- InputError          a user's mistake: exit status 2
     |   +-- ShapeError      a GEMM outside the kernels' domain, or tensors that do not fit together
     |   +-- ConfigError     a tile configuration that cannot run
-    |   +-- UnknownName     an unknown model, GPU or branch; the message lists the known ones
+    |   +-- UnknownName     an unknown model, GPU or branch; the message lists the names that exist
     |   +-- FileError       a file that is missing, damaged, not ours, or cannot be written
     +-- CheckFailed         a check ran and failed: exit status 1
     """
@@ -33,10 +34,20 @@ class ConfigError(InputError):
 
 
 class UnknownName(InputError):
-    """An unknown name. UnknownName("gpu", "rtx9", ["rtx3090"]) has the message "unknown gpu 'rtx9'; known: rtx3090"."""
+    """An unknown name, with the names that exist: "unknown gpu 'rtx9'; expected h200, rtx3090".
+
+    Of more than `MOST` names, the message has the closest ones.
+    """
+
+    MOST = 10
 
     def __init__(self, kind: str, name: str, known: Iterable[str], remedy: str = "") -> None:
-        super().__init__(f"unknown {kind} {name!r}; known: {', '.join(sorted(known))}{'; ' + remedy if remedy else ''}")
+        names = sorted(known)
+        expected = ", ".join(names)
+        if len(names) > self.MOST:
+            close = difflib.get_close_matches(name, names, n=self.MOST // 2, cutoff=0.0)
+            expected = f"one of {len(names)}, such as {', '.join(close)}"
+        super().__init__(f"unknown {kind} {name!r}; expected {expected}{'; ' + remedy if remedy else ''}")
 
 
 class FileError(InputError):

@@ -17,8 +17,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from int8kit import files
-from int8kit.errors import FileError, InputError
+from int8kit import damage, files
+from int8kit.errors import FileError, InputError, ShapeError
 from int8kit.shapes_schema import FORMAT, ShapesDocument, check
 from int8kit.spec import GemmShape
 
@@ -56,15 +56,13 @@ def dumps(document: dict[str, Any]) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The shapes document in `path`. Raises FileError if it is damaged, ShapeError for an impossible GEMM."""
+    """The shapes document in `path`. Raises FileError if it is damaged or holds a GEMM that no kernel can run."""
     document = files.read_json(path, FORMAT, remedy=_REMEDY)
     try:
         check(ShapesDocument.model_validate_json(json.dumps(document), strict=True))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise FileError(f"{str(path)!r} is damaged ({place}: {first['msg']}); {_REMEDY}") from None
-    except ValueError as error:
+        raise FileError(f"{str(path)!r} is damaged ({damage.first(error)}); {_REMEDY}") from None
+    except (ValueError, ShapeError) as error:
         raise FileError(f"{str(path)!r} is damaged ({error}); {_REMEDY}") from None
     return document
 
@@ -118,10 +116,22 @@ def _of_file(path: Path, sizes: Sequence[tuple[int, int] | None]) -> dict[GemmSh
     for size in sizes or [None]:
         found = int8_shapes(document, size)
         if not found:
-            where = f" of {size[1]}x{size[0]} px" if size else ""
-            raise InputError(f"no INT8 shape{where} in {str(path)!r}; trace it with `int8kit trace-shapes`")
+            raise InputError(_none_in(path, document, size))
         flops_by_shape.update(found)
     return dict(flops_by_shape)
+
+
+def _none_in(path: Path, document: dict[str, Any], size: tuple[int, int] | None) -> str:
+    """The message about a file without an INT8 shape of a size, with the sizes that it has."""
+    if size is None:
+        return f"no INT8 shape in {str(path)!r}; trace one with `int8kit trace-shapes`"
+    height, width = size
+    sizes = sorted({(case["height"], case["width"]) for case in document["cases"] if int8_shapes({"cases": [case]})})
+    has = f"; expected {', '.join(f'{w}x{h}' for h, w in sizes[:10])}" if sizes else ""
+    more = (
+        "" if height % 16 or width % 16 else f"; or trace it with `int8kit trace-shapes MODEL --size {width}x{height}`"
+    )
+    return f"no INT8 shape of {width}x{height} px in {str(path)!r}{has}{more}"
 
 
 def representative(flops_by_shape: dict[GemmShape, int], limit: int) -> list[GemmShape]:

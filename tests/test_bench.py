@@ -66,7 +66,7 @@ def test_contestants_are_known_by_name_and_kind():
     assert [c.name for c in listed if c.ours] == ["int8kit", "int8kit", "int8kit-sm86", "int8kit-sm86"]
     assert {c.name for c in contestants.only(listed, ["bf16"])} == {"int8kit", "int8kit-sm86", "bf16"}
     assert contestants.only(listed, []) == listed
-    with pytest.raises(UnknownName, match="'cublas'; known: bf16, fp8-row"):
+    with pytest.raises(UnknownName, match="'cublas'; expected bf16, fp8-row"):
         contestants.only(listed, ["cublas"])
 
 

@@ -156,4 +156,4 @@ def test_dry_run(tmp_path):
     assert "did not run" in done.stdout
     done = run([sys.executable, TOOL, "--dry-run", "--only", "cublas"])
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("bench_peers: unknown contestant 'cublas'; known: bf16, bitsandbytes, comfy-")
+    assert done.stderr.startswith("bench_peers: unknown contestant 'cublas'; expected bf16, bitsandbytes, comfy-")

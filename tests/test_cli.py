@@ -19,6 +19,7 @@ from PIL import Image
 from int8kit import __main__, files, shapes_file, shapes_schema
 from int8kit.bench import gemm
 from int8kit.cli import main
+from int8kit.cli.terminal import RESULT_FORMAT
 from int8kit.database import store
 from int8kit.database.schema import FORMAT
 from int8kit.kernels.gemm import kernel_hash
@@ -118,7 +119,9 @@ def test_tune(workshop):
 
 @of_the_workshop
 def test_tune_reports_its_source(walk):
-    report = json.loads(walk.again.stdout)
+    document = json.loads(walk.again.stdout)
+    assert document["format"] == RESULT_FORMAT
+    [report] = document["targets"]
     assert report["source"] in ("modelled", "proxy", "measured")
     assert report["source"] in walk.again.stderr or "measuring" in walk.again.stderr
     again = store.load(walk.folder / "t.json")
@@ -296,6 +299,10 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("tune", "--gpu", "rtx3090", "--shapes", "mine.json"), ["has the format None", "int8kit.shapes/1"]),
         (("tune", "--gpu", "rtx3090", "--shapes", "deep.json"), ["K = 131072", "1 to 131071", "split"]),
         (("tune", "--gpu", "rtx3090", "--size", "64x64"), ["no INT8 shape of 64x64 px", "trace-shapes"]),
+        (
+            ("tune", "--gpu", "rtx3090", "--size", "17x17"),
+            ["no INT8 shape of 17x17 px", "; expected 768x768, 1024x1024"],
+        ),
         (("tune", "--gpu", "rtx3090", "--shapes", "fifo"), ["it is a FIFO"]),
         (("tune", "--gpu", "rtx3090", "--shape", "1x2"), ["'1x2'", "expected MxNxK", "`int8kit tune --help`"]),
         (("tune", "--gpu", "rtx3090", "--shape", "1x2x3", "--size", "8x8"), ["--shape 1x2x3 and --size 8x8"]),
@@ -305,6 +312,7 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("tune", "--gpu", "rtx3090", "--gpu", "a100", "-o", "x.json"), ["--output x.json and 2 GPUs"]),
         (("tune", "--gpu", "rtx3090", "-o", "mine.json"), ["was not written by int8kit", "--force"]),
         (("verify", "--gpu", "rtx9"), ["unknown GPU"]),
+        (("verify", "--shapes", "deep.json"), ["'deep.json' is damaged", "K = 131072", "trace-shapes"]),
         (("verify", "--only", "batch", "-o", "mine.json"), ["was not written by int8kit"]),
         (("verify", "mutate", "-o", "fifo"), ["it is a FIFO"]),
         (("verify", "libraries", "torch._int_mm", "-o", "mine.json"), ["was not written by int8kit"]),
@@ -312,7 +320,7 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("verify", "--gpu", "rtx3090", "--db", "mine.json"), ["has the format None", "int8kit.tuning/1"]),
         (("verify", "--examples", "0"), ["--examples", "0"]),
         (("verify", "--exhaustive", "--mutate"), ["--mutate", "`int8kit verify mutate`"]),
-        (("verify", "--gpu", "rtx3090", "--only", "x"), ["unknown property 'x'", "accumulator, batch", "zero rows"]),
+        (("verify", "--gpu", "rtx3090", "--only", "x"), ["unknown property 'x'; expected one of", "such as "]),
         (("verify", "--only", "output", "--model", "tiny"), ["--model", "`int8kit compare tiny`"]),
         (("run", "--model", "sdxl"), ["'sdxl'", "tiny", "hub id"]),
         (("run", "--model", "ideogram4"), ["'ideogram4'", "no weights", "hub id", "local folder"]),
@@ -335,8 +343,14 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("db", "show", "--gpu", "rtx9"), ["unknown GPU 'rtx9'"]),
         (("db", "show", "--db", "no.json"), ["no file 'no.json'", "int8kit tune"]),
         (("db", "explain", "0", "64", "64"), ["M = 0", "at least 1"]),
-        (("db", "explain", "1", "64"), ["missing argument 'k'", "`int8kit db explain --help`"]),
-        (("db", "explain", "a", "1", "1"), ["m 'a': expected a whole number", "`int8kit db explain --help`"]),
+        (("db", "explain", "1", "64"), ["no K; expected `int8kit db explain M N K`", "`int8kit db explain --help`"]),
+        (("db", "explain", "a", "1", "1"), ["M 'a': expected a whole number", "`int8kit db explain --help`"]),
+        (("db", "explain", "1_000", "1", "1"), ["M '1_000': expected a whole number"]),
+        (("db", "explain", "-16", "1", "1"), ["-16: expected a number of 1 or more", "`int8kit db explain --help`"]),
+        (("db", "check", "no.json"), ["no file 'no.json'", "int8kit tune"]),
+        (("db", "check", "folder"), ["it is a folder"]),
+        (("db", "foo"), ["no command 'foo'; expected show, check", "`int8kit db --help`"]),
+        (("foo",), ["no verb 'foo'; expected doctor, trace-shapes, tune", "`int8kit --help`"]),
         (("db", "show", "--kernel", "cutlass"), ["unknown kernel 'cutlass'", "mma_sync, triton, wgmma"]),
         (("db", "show", "--source", "guessed"), ["unknown source 'guessed'", "measured, modelled, proxy"]),
         (("db", "show", "--shape", "1x2"), ["'1x2'", "expected MxNxK"]),
@@ -465,6 +479,19 @@ def test_tune_takes_shapes_of_the_call_and_a_number_of_them(tuned):
     assert targets == [(alias, store.user_path(alias)) for alias in ("a100", "h200")]
 
 
+def test_json_of_tune_is_an_object_for_each_number_of_gpus(tuned, monkeypatch, verb):
+    def run(shapes, targets, pool, **_):
+        return [SimpleNamespace(target=target, **dict.fromkeys(fields, ()), failed={}) for target in targets]
+
+    fields = ("entries", "rejected", "not_replaced", "resumed", "variant_counts")
+    monkeypatch.setattr(session, "tune", run)
+    for aliases in (["rtx3090"], ["rtx3090", "a100"]):
+        options = [word for alias in aliases for word in ("--gpu", alias)]
+        document = json.loads(verb("tune", *options, "--shape", "1x2x3", "--json")[0])
+        assert document["format"] == RESULT_FORMAT
+        assert [target["gpu"] for target in document["targets"]] == aliases
+
+
 def test_tune_writes_the_database_to_stdout(tuned, monkeypatch, verb):
     """`-o -`: the database of the run alone, and no file of the user's."""
     base = store.load(files.shipped("tuning_db") / "rtx3090.json")
@@ -522,7 +549,8 @@ def test_a_mistake_is_reported_before_torch_is_imported():
         "run --db no.json", "run -o .", "run --gpu x", "run --size 1x1", "trace-shapes --size 1x1", "trace-shapes x",
         "trace-shapes -o .", "bench gemm --gpu x", "bench gemm --rounds 0", "bench fused --m 0",
         "bench model --gpu x", "db show --db no.json",
-        "db merge no.json --user", "db show --kernel x", "db explain 0 1 1", "db migrate no.json", "doctor --gpu x",
+        "db merge no.json --user", "db check no.json", "verify --shapes no.json", "verify foo", "db show --kernel x",
+        "db explain 0 1 1", "db migrate no.json", "doctor --gpu x",
     )  # fmt: skip
     code = f"""
 import sys

@@ -60,6 +60,11 @@ def test_the_users_entry_lies_over_the_shipped_one():
     assert store.merged_view(RTX3090, ANY_TOOLCHAIN, SHIPPED) == (shipped, (SHIPPED,))
 
 
+def test_show_without_a_database(capfd):
+    out, _ = call(capfd, "db", "show", "--gpu", "h100")
+    assert out == "no database for h100; make one with `int8kit tune --gpu h100`\n"
+
+
 def test_a_weaker_or_outdated_entry_of_the_users_covers_nothing():
     shipped, _ = store.merged_view(RTX3090, ANY_TOOLCHAIN)
     for weak in (entry(source=Source.MODELLED), entry(kernel="another")):

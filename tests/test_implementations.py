@@ -186,7 +186,7 @@ def test_int_mm_passes_in_its_domain():
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("nonsense", UnknownName, "known: .*torch._int_mm.*; or name your own function, module:function"),
+        ("nonsense", UnknownName, "expected .*torch._int_mm.*; or name your own function, module:function"),
         ("vllm", InputError, "vllm is not installed here"),
         ("gemlite", InputError, "gemlite quantizes inside its layer"),
         ("json:absent", InputError, "has no attribute 'absent'; expected module:function"),

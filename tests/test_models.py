@@ -53,7 +53,7 @@ def test_a_folder_is_a_model(tmp_path):
 
 
 def test_unknown_model():
-    with pytest.raises(UnknownName, match="unknown model 'sdxl'; known: ideogram4, tiny"):
+    with pytest.raises(UnknownName, match="unknown model 'sdxl'; expected ideogram4, tiny"):
         models.get("sdxl")
 
 

@@ -102,9 +102,9 @@ def test_local_folder_and_same_seed_give_the_same_image(generated, tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "reason"),
     [
-        ({"model": "sdxl"}, UnknownName, "unknown model 'sdxl'; known: tiny"),
+        ({"model": "sdxl"}, UnknownName, "unknown model 'sdxl'; expected tiny"),
         ({"model": "nobody/nothing"}, FileError, "cannot load 'nobody/nothing'"),
-        ({"preset": "best"}, UnknownName, "unknown preset 'best'; known: default, quality, turbo"),
+        ({"preset": "best"}, UnknownName, "unknown preset 'best'; expected default, quality, turbo"),
         ({"steps": 0}, InputError, "0 steps: expected"),
         ({"width": 100}, InputError, "width 100: expected a positive multiple of 16"),
         ({"gpu": "rtx1"}, UnknownName, "'rtx1'"),

@@ -108,7 +108,9 @@ def test_errors_form_one_tree():
     assert issubclass(ShapeError, errors.InputError)
     assert errors.CheckFailed.exit_status == 1
     assert errors.InputError.exit_status == 2
-    assert "known: a, b; try c" in str(UnknownName("gpu", "x", ["b", "a"], "try c"))
+    assert str(UnknownName("gpu", "x", ["b", "a"], "try c")) == "unknown gpu 'x'; expected a, b; try c"
+    names = [f"name-{number}" for number in range(76)]
+    assert len(str(UnknownName("fault", "name", names)).split(", ")) == 6
 
 
 def test_sources_are_ordered():

@@ -83,14 +83,14 @@ def test_gpu_without_a_record_keeps_the_fields_of_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda d: d["gpu"].pop("alias"), "no 'alias'"),
-        (lambda d: d["entries"][0].pop("config"), "no 'config'"),
-        (lambda d: d["entries"][0].update(config=3), "is damaged"),
-        (lambda d: d["entries"][0].update(host="pc"), "Extra inputs"),
-        (lambda d: d["entries"][0].update(m="4096"), "entries.0.m: Input should be a valid integer"),
-        (lambda d: d["entries"][0]["config"].update(kernel="cublas"), "kernel: Input should be"),
-        (lambda d: d.update(entries={}), "is damaged"),
-        (lambda d: d.update(gpu=None), "is damaged"),
+        (lambda d: d["gpu"].pop("alias"), "no gpu.alias"),
+        (lambda d: d["entries"][0].pop("config"), r"no entries\[0\].config"),
+        (lambda d: d["entries"][0].update(config=3), r"entries\[0\].config = 3; expected an object"),
+        (lambda d: d["entries"][0].update(host="pc"), r"unknown field entries\[0\].host"),
+        (lambda d: d["entries"][0].update(m="4096"), r"entries\[0\].m = \"4096\"; expected a whole number"),
+        (lambda d: d["entries"][0]["config"].update(kernel="cublas"), "config.kernel = \"cublas\"; expected 'triton'"),
+        (lambda d: d.update(entries={}), "entries = {}; expected a list"),
+        (lambda d: d.update(gpu=None), "gpu = null; expected an object"),
     ],
 )
 def test_damaged_old_file_gives_a_one_line_error(tmp_path, damage, reason):

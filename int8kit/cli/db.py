@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -72,14 +73,16 @@ def show_(
     ]
     entries = tuple(e for e in base.entries if all(test(e) for given, test in tests if given))
     shown = replace(base, entries=entries)
-    where = ", ".join(map(str, paths)) or "no file"
     number = layout.count(len(entries), "entry", "entries")
     if any(given for given, _ in tests):
         number += f" of {len(base.entries)}"
     table = f"{tables.database_table(shown, toolchain)}\n\n" if entries else ""
     document = {**json.loads(shown.dumps()), "files": list(map(str, paths))}
     document.pop("format")  # the file's own; this is a view of several files
-    show(document, f"{table}{number} for {base.gpu.name}, from {where}", as_json, output)
+    where = f"{number} for {base.gpu.name}, from {', '.join(map(str, paths))}"
+    if not paths:
+        where = f"no database for {base.gpu.alias}; make one with `int8kit tune --gpu {base.gpu.alias}`"
+    show(document, f"{table}{where}", as_json, output)
 
 
 def _named(kind: str, given: list[str] | None, known: list[str]) -> set[str]:
@@ -99,7 +102,7 @@ def check(
     as_json: Json = False,
     force: Force = False,
 ) -> None:
-    """Report every problem of a database, one line each. Exit status 1 if there is one.
+    """Report every problem of a database, one line each. Exit status 1 if there is one; 2 if there is no such file.
 
     It reports damage, entries without a proof under the installed Triton, and entries of a changed kernel. It also
     reports times that contradict each other or the data sheet, copied stamps, and headers with another GPU's figures.
@@ -118,6 +121,8 @@ def check(
             loaded.append((path, old, store.load(path)))
             found[str(path)] = []
         except FileError as error:
+            if not path.is_file():  # a mistake of the call; a damaged file is a problem
+                raise
             found[str(path)] = [str(error)]
     toolchain: Any = noted_toolchain() if loaded else None
     for path, old, base in loaded:
@@ -133,9 +138,9 @@ def check(
 
 @app.command()
 def explain(
-    m: Annotated[int, typer.Argument(help="Rows of x.")],
-    n: Annotated[int, typer.Argument(help="Rows of w.")],
-    k: Annotated[int, typer.Argument(help="Columns of x and of w.")],
+    m: Annotated[str, typer.Argument(help="Rows of x.")],
+    n: Annotated[str, typer.Argument(help="Rows of w.")],
+    k: Annotated[str, typer.Argument(help="Columns of x and of w.")],
     gpu: Gpu = None,
     database: Db = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit status 1 unless this exact shape was tuned.")] = False,
@@ -150,14 +155,14 @@ def explain(
     from int8kit.cli import layout, tables
     from int8kit.spec import GemmShape
 
-    shape = GemmShape(m, n, k)
+    shape = GemmShape(*(_extent(name, text) for name, text in (("M", m), ("N", n), ("K", k))))
     check_output(output, force)
     base, paths, toolchain = serving(gpu, database)
     levels = base.levels(shape, toolchain)
     choice, entry = next((choice, entry) for _, choice, entry in levels if choice is not None)
     document = {
-        "gpu": base.gpu.alias, "files": list(map(str, paths)), "m": m, "n": n, "k": k, "level": choice.level,
-        "config": vars(choice.config), "why": choice.provenance, "proven": choice.is_verified,
+        "gpu": base.gpu.alias, "files": list(map(str, paths)), "m": shape.m, "n": shape.n, "k": shape.k,
+        "level": choice.level, "config": vars(choice.config), "why": choice.provenance, "proven": choice.is_verified,
         "levels": {level: one and one.model_dump(mode="json", exclude_none=True) for level, _, one in levels},
     }  # fmt: skip
     proofs = "not proven"
@@ -172,6 +177,13 @@ def explain(
             f"{shape} was not tuned for {base.gpu.alias}, {choice.level} serves; tune it with "
             f"`int8kit tune --gpu {base.gpu.alias} --shape {shape}`"
         )
+
+
+def _extent(name: str, text: str) -> int:
+    """The number that an argument gives. Python's own conversion accepts 1_000, and digits of every script."""
+    if not re.fullmatch(r"[0-9]{1,99}", text):
+        raise InputError(f"{name} {text!r}: expected a whole number, such as 4608")
+    return int(text)
 
 
 app.command()(db_write.merge)

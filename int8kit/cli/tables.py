@@ -191,7 +191,7 @@ def mutation_table(verdicts: Iterable[Verdict], score: dict[str, Any], markdown:
 
     def verdict(v: Verdict) -> str:
         if v.ending == "killed":
-            return f"killed by {v.by}" + ("" if v.how == "differs" else f" ({v.how})")
+            return f"caught by {v.by}" + ("" if v.how == "differs" else f" ({v.how})")
         return v.ending if v.ending == "survived" else f"{v.ending}: {v.evidence}"
 
     rows, survivors = [], []
@@ -200,12 +200,12 @@ def mutation_table(verdicts: Iterable[Verdict], score: dict[str, Any], markdown:
         if v.ending == "survived":
             tried = ", ".join(f"{number} examples of {name}" for name, number in v.tried.items())
             survivors.append(wrapped(f"survived: {v.name} ({v.fault}); tried {tried}"))
-    head = ("mutant", "file", "fault", "verdict", "seconds")
-    table = _report(rows, head, markdown, drop=("seconds", "file", "fault"), wrap="verdict",
-                    left="mutant,file,fault,verdict")  # fmt: skip
+    head = ("fault", "file", "change", "verdict", "seconds")
+    table = _report(rows, head, markdown, drop=("seconds", "file", "change"), wrap="verdict",
+                    left="fault,file,change,verdict")  # fmt: skip
     share = f" ({score['score']:.0%})" if score["ran"] else ""
     idle = {"needs a GPU": "need a GPU", "not applicable": "not applicable here"}
-    counts = [f"{score['killed']} of {score['ran']} killed{share}"]
+    counts = [f"{score['killed']} of {score['ran']} caught{share}"]
     counts += [f"{score['idle'][ending]} {text}" for ending, text in idle.items() if ending in score["idle"]]
     return "\n".join([table, "", ", ".join(counts), *survivors])
 

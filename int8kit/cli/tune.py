@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from int8kit.cli.options import Limit, Shape, Shapes, Sizes, need, parse_size
-from int8kit.cli.terminal import STDOUT, Force, Json, interrupt_deferred, note, stages
+from int8kit.cli.terminal import RESULT_FORMAT, STDOUT, Force, Json, interrupt_deferred, note, stages
 from int8kit.errors import CheckFailed, InputError
 
 
@@ -127,8 +127,8 @@ def _tune(
                 note("run the same command again to continue from here")
             raise
     if as_json:
-        documents = [_document(outcome) for outcome in outcomes]
-        print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1, default=str))
+        document = {"format": RESULT_FORMAT, "targets": [_document(outcome) for outcome in outcomes]}
+        print(json.dumps(document, indent=1, default=str))
     elif as_json is not None:
         print("\n\n".join(_table(outcome) for outcome in outcomes))
     if failed := [f"{shape}: {reason}" for outcome in outcomes for shape, reason in outcome.failed.items()]:
@@ -136,6 +136,7 @@ def _tune(
 
 
 def _document(outcome: Any) -> dict[str, Any]:
+    """The result for one GPU."""
     rows = [e.model_dump(mode="json", exclude_none=True) for e in outcome.entries]
     return {
         "database": str(outcome.target.path), "gpu": outcome.target.gpu.alias, "source": outcome.target.source,

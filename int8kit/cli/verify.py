@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from int8kit.cli import verify_mutate
+from int8kit.cli.help import Group
 from int8kit.cli.layout import count
 from int8kit.cli.options import Db, interpret_without_gpu, named_gpu
 from int8kit.cli.terminal import Force, Json, Output, check_output, note, progress, show
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from int8kit.verify.executors import Executor
     from int8kit.verify.runner import Result
 
-app = typer.Typer(rich_markup_mode=None)
+app = typer.Typer(cls=Group, rich_markup_mode=None)
 
 GpuOption = Annotated[
     str | None, typer.Option("--gpu", help="GPU whose code is verified. Default: the present GPU, else rtx3090.")
@@ -92,9 +93,9 @@ def verify(
         named = store.load(database, gpu).gpu
     _refuse_faults(only or [])
     if shapes is not None:
-        from int8kit import files, shapes_schema
+        from int8kit import shapes_file
 
-        files.read_json(shapes, shapes_schema.FORMAT, remedy="make one with `int8kit trace-shapes`")
+        shapes_file.read(shapes)
     interpret_without_gpu()
     _verify(named, database, shapes, only or [], examples, seed, exhaustive, stamp, as_json, markdown, output)
 

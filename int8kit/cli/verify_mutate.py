@@ -138,7 +138,7 @@ def _catalogue(
 
     with (
         _Partial(lambda: len(verdicts), len(mutants), "faults", show_verdicts),
-        progress("seeding faults") as (bar, task),
+        progress("checks of the faults and of the unchanged kernels") as (bar, task),
     ):
         verdicts = campaign.run(
             mutants, target, examples=examples, seed=seed, on_verdict=verdicts.append,
@@ -178,7 +178,7 @@ def _generated(
 
     with (
         _Partial(lambda: len(verdicts), len(mutants), "mutants", show_verdicts),
-        progress("seeding mutants") as (bar, task),
+        progress(f"checks of the mutants{' and of the unchanged kernels' if whole else ''}") as (bar, task),
     ):
         all_ = generated_campaign.run(
             mutants, target, journal, sound=whole, on_verdict=keep,

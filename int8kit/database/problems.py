@@ -149,7 +149,7 @@ class _EntryChecks:
         elif entry.model_us is not None and entry.time_us is not None and not entry.timed_with:
             ratio = entry.model_us / entry.time_us
             if not 1 / MODEL_ERROR <= ratio <= MODEL_ERROR:
-                yield f"estimate and time differ by a factor of {max(ratio, 1 / ratio):.0f}"
+                yield f"estimate and time differ by a factor of {max(ratio, 1 / ratio):.3g}"
         if entry.time_us is None:
             if entry.p20_us or entry.p80_us or entry.default_us or entry.bf16_us:
                 yield "has quantiles or reference times, but no time_us"

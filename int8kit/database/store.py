@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ import filelock
 import platformdirs
 from pydantic import ValidationError
 
-from int8kit import files, gpus
+from int8kit import damage, files, gpus
 from int8kit.database import upgrade
 from int8kit.database.database import Database, Key, identity_of
 from int8kit.database.schema import FORMAT, Document, Entry, Stamp
@@ -34,7 +35,6 @@ from int8kit.spec import NUMERICS_VERSION, GemmShape, Source, why_illegal
 from int8kit.toolchain import Toolchain, require_supported
 
 FORMATS = (FORMAT, upgrade.OLD_FORMAT)
-_REMEDY = "make one with `int8kit tune`, or name another file"
 
 
 def is_ours(path: Path) -> bool:
@@ -44,7 +44,14 @@ def is_ours(path: Path) -> bool:
 
 def read(path: Path) -> dict[str, Any]:
     """The JSON document of a file, unchecked. Raises FileError if it is no tuning database."""
-    return files.read_json(path, *FORMATS, remedy=_REMEDY)
+    return files.read_json(path, *FORMATS, remedy=_remedy(path))
+
+
+def _remedy(path: Path) -> str:
+    """The remedy for a file that cannot be read. `int8kit tune` refuses to write over a damaged database."""
+    if path.parent == user_path("x").parent and os.path.lexists(path):  # verbs read it without being told to
+        return "delete it, and `int8kit tune` makes another"
+    return "make one with `int8kit tune`, or name another file"
 
 
 def load(path: Path, alias: str | None = None) -> Database:
@@ -53,7 +60,7 @@ def load(path: Path, alias: str | None = None) -> Database:
     Raises FileError if the file is damaged, no tuning database, of another numerics version, or of another GPU than
     `alias`.
     """
-    document = read(path)
+    written = document = read(path)
     try:
         if document["format"] == upgrade.OLD_FORMAT:
             document = upgrade.upgraded(document)
@@ -62,12 +69,12 @@ def load(path: Path, alias: str | None = None) -> Database:
         found = Document.model_validate_json(json.dumps(document), strict=True)
         _check(found)
     except (TypeError, KeyError, ValueError, AttributeError, InputError) as error:
-        raise FileError(f"{str(path)!r} is damaged ({_damage(error)}); {_REMEDY}") from None
+        raise FileError(f"{str(path)!r} is damaged ({_damage(error, written)}); {_remedy(path)}") from None
     header = found.gpu
     if found.numerics != NUMERICS_VERSION:
-        raise FileError(f"{str(path)!r} has numerics {found.numerics}; expected {NUMERICS_VERSION}; {_REMEDY}")
+        raise FileError(f"{str(path)!r} has numerics {found.numerics}; expected {NUMERICS_VERSION}; {_remedy(path)}")
     if alias is not None and header.alias != alias:
-        raise FileError(f"{str(path)!r} is for the GPU {header.alias!r}, not for {alias!r}; {_REMEDY}")
+        raise FileError(f"{str(path)!r} is for the GPU {header.alias!r}, not for {alias!r}; {_remedy(path)}")
     gpu = gpus.GPUS.get(header.alias)
     if gpu is None or identity_of(gpu) != header:
         like = gpu or gpus.GPUS["rtx3090"]
@@ -75,16 +82,24 @@ def load(path: Path, alias: str | None = None) -> Database:
     return Database(gpu, tuple(sorted(found.entries, key=lambda e: e.key)), header, found.policies)
 
 
-def _damage(error: Exception) -> str:
+def _damage(error: Exception, document: dict[str, Any]) -> str:
     """One line about the first error of a damaged file."""
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{error.title}.{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return str(error) if isinstance(error, InputError) else files.lacks(error)
+        return damage.first(error)
+    if not isinstance(error, _Contradiction | InputError):  # a conversion to the present format met a wrong type
+        try:
+            Document.model_validate_json(json.dumps({**document, "format": FORMAT}), strict=True)
+        except ValidationError as found:
+            return damage.first(found)
+    return files.lacks(error)
+
+
+class _Contradiction(ValueError):
+    """A row that no tuner writes."""
 
 
 def _check(document: Document) -> None:
-    """Raises TypeError or InputError for rows that no tuner writes."""
+    """Raises _Contradiction or InputError for rows that no tuner writes."""
     gpu = document.gpu
     for entry in document.entries:
         shape = entry.shape  # raises ShapeError outside the kernels' domain
@@ -94,13 +109,13 @@ def _check(document: Document) -> None:
         ):  # `consolidate` may promote a runner-up
             reason = why_illegal(config, arch=gpu.arch, shared_memory=gpu.shared_memory)
             if reason:
-                raise TypeError(f"{shape}: {reason}")
+                raise _Contradiction(f"{shape}: {reason}")
         if entry.source is not Source.MODELLED and entry.time_us is None:
-            raise TypeError(f"{shape}: {entry.source} without time_us")
+            raise _Contradiction(f"{shape}: {entry.source} without time_us")
     twice = [key for key, count in Counter(entry.key for entry in document.entries).items() if count > 1]
     if twice:
         operation, n, k, m, triton = twice[0]
-        raise TypeError(f"{operation} {GemmShape(m, n, k)} occurs twice for Triton {triton}")
+        raise _Contradiction(f"{operation} {GemmShape(m, n, k)} occurs twice for Triton {triton}")
 
 
 def find(alias: str) -> Path | None:
