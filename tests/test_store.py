@@ -41,6 +41,8 @@ def test_file_has_one_line_per_entry_and_round_trips(tmp_path):
         (lambda d: d["entries"][0].update(time_us=-4), "entries.0.time_us: Input should be greater"),
         (lambda d: d["entries"][0].update(source="measured"), "4096x4608x4608: measured without time_us"),
         (lambda d: d["entries"].append(d["entries"][0]), "gemm 4096x4608x4608 occurs twice for Triton 3.6"),
+        (lambda d: d["gpu"].update(name="a\nb"), "gpu.name: .*expected printable characters"),
+        (lambda d: d["entries"][0].update(measured_on="\x1b[31m"), "measured_on: .*expected printable characters"),
         (lambda d: d["gpu"].update(sms=0), "sms: Input should be greater"),
         (lambda d: d.update(host="pc"), "Document.host: Extra inputs"),
         (lambda d: d.update(entries=3), "is damaged"),
