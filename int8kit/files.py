@@ -36,6 +36,17 @@ def read_json(path: Path, *formats: str, remedy: str) -> dict[str, Any]:
     A duplicate key in one object and a number that is not finite are damage, because other programs read such a file
     differently or refuse it.
     """
+    document = read_any_json(path, remedy=remedy)
+    found = document.get("format") if isinstance(document, dict) else None
+    if found not in formats:
+        expected = " or ".join(map(repr, formats))
+        raise FileError(f"{str(path)!r} has the format {found!r}; expected {expected}; {remedy}")
+    assert isinstance(document, dict)
+    return document
+
+
+def read_any_json(path: Path, *, remedy: str) -> Any:
+    """The JSON value in `path`, of any program. Raises FileError with `remedy`."""
     if (kind := kind_of(path)) is not None:
         raise FileError(f"cannot read {str(path)!r}: it is a {kind}; {remedy}")
     try:
@@ -45,19 +56,13 @@ def read_json(path: Path, *formats: str, remedy: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # a null character in the path, bytes that are no UTF-8
         raise FileError(f"cannot read {str(path)!r} ({_reason(error)}); {remedy}") from None
     try:
-        document = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
     except json.JSONDecodeError as error:
         raise FileError(f"damaged JSON in {str(path)!r} (line {error.lineno}: {error.msg}); {remedy}") from None
     except _Ambiguous as error:
         raise FileError(f"damaged JSON in {str(path)!r} ({error}); {remedy}") from None
     except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
         raise FileError(f"damaged JSON in {str(path)!r} (nested too deep, or a number too long); {remedy}") from None
-    found = document.get("format") if isinstance(document, dict) else None
-    if found not in formats:
-        expected = " or ".join(map(repr, formats))
-        raise FileError(f"{str(path)!r} has the format {found!r}; expected {expected}; {remedy}")
-    assert isinstance(document, dict)
-    return document
 
 
 class _Ambiguous(ValueError):
@@ -88,11 +93,14 @@ def is_ours(path: Path, *formats: str) -> bool:
 
 
 def kind_of(path: Path) -> str | None:
-    """Name of the kind of `path` where it is no regular file: folder, FIFO, device or socket; None otherwise."""
+    """Name of the kind of `path` where it is no regular file: folder, FIFO, device, socket, or loop of links.
+
+    None for a regular file, and for a path without a file.
+    """
     try:
         mode = path.stat().st_mode
-    except (OSError, ValueError):  # whoever opens it reports the reason
-        return None
+    except (OSError, ValueError) as error:  # whoever opens it reports the reason
+        return "loop of symbolic links" if isinstance(error, OSError) and error.errno == errno.ELOOP else None
     if stat.S_ISREG(mode):
         return None
     return "folder" if stat.S_ISDIR(mode) else "FIFO" if stat.S_ISFIFO(mode) else _other_kind(mode)
@@ -106,31 +114,46 @@ def check_target(path: Path, *, ours: Callable[[Path], bool], force: bool) -> No
     """Raise FileError unless `path` can be written. A verb calls this before any long work starts."""
     if not path.name:  # "" and "." name the present folder
         raise FileError(f"cannot write {str(path)!r}: it is a folder; name a file")
-    if (kind := kind_of(path)) is not None:
-        raise FileError(f"cannot write {str(path)!r}: it is a {kind}; name a file")
+    _check_replaceable(path)
     try:
         exists = path.exists()
-    except (OSError, ValueError) as error:
-        raise _cannot_write(path, error) from None
-    if exists and not force and not ours(path):
-        raise FileError(
-            f"{str(path)!r} exists and was not written by int8kit, or is damaged; name another file, or use --force"
-        )
-    _check_writable(path)
-    try:
+        if exists and not force and not _is_ours(path, ours):
+            raise FileError(
+                f"{str(path)!r} exists and was not written by int8kit, or is damaged; name another file, or use --force"
+            )
         folder = Path(os.path.realpath(path)).parent
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".int8kit-"):
             pass
     except (OSError, ValueError) as error:  # a null character in the path
         raise _cannot_write(path, error) from None
 
 
+def _is_ours(path: Path, ours: Callable[[Path], bool]) -> bool:
+    try:
+        return ours(path)
+    except ValueError:  # bytes that are no UTF-8
+        return False
+
+
+def _make_folder(folder: Path) -> None:
+    """Make `folder` and its parents. Raises NotADirectoryError that names the part of the path that is a file."""
+    for part in (folder, *folder.parents):
+        if part.exists():
+            if not part.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, f"{str(part)!r} is not a folder")
+            break
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def _cannot_write(path: Path, error: Exception) -> FileError:
     """The error for a file that cannot be written. A full disk is no mistake of the call: exit status 1."""
     full = isinstance(error, OSError) and error.errno in FULL
     remedy = "free some space" if full else "name a file in a writable folder"
-    found = FileError(f"cannot write {str(path)!r} ({_reason(error)}); {remedy}")
+    reason = _reason(error)
+    if isinstance(error, FileNotFoundError):  # the folder is there: a folder such as /proc takes no new file
+        reason = f"{str(path.parent)!r} takes no new file"
+    found = FileError(f"cannot write {str(path)!r} ({reason}); {remedy}")
     found.exit_status = 1 if full else FileError.exit_status
     return found
 
@@ -138,10 +161,16 @@ def _cannot_write(path: Path, error: Exception) -> FileError:
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def _check_writable(path: Path) -> None:
-    """Raise FileError for a read-only file. A replacement would ask only the folder's permission."""
-    if path.exists() and not path.stat().st_mode & 0o222:
-        raise FileError(f"cannot write {str(path)!r}: it is read-only; name another file, or chmod u+w it")
+def _check_replaceable(path: Path) -> None:
+    """Raise FileError for a path that is no regular file, and for a read-only file.
+
+    A replacement of a read-only file would ask only the folder's permission.
+    """
+    if (kind := kind_of(path)) is not None:
+        raise FileError(f"cannot write {str(path)!r}: it is a {kind}; name a file")
+    with contextlib.suppress(OSError, ValueError):  # a name that cannot be looked up: writing it reports the reason
+        if not path.stat().st_mode & 0o222:
+            raise FileError(f"cannot write {str(path)!r}: it is read-only; name another file, or chmod u+w it")
 
 
 @contextlib.contextmanager
@@ -151,8 +180,8 @@ def replacing(path: Path) -> Iterator[Path]:
     A symbolic link stays a link: the file that it names is replaced. A file keeps its mode and its owner. Raises
     FileError.
     """
+    _check_replaceable(path)
     target = Path(os.path.realpath(path))
-    _check_writable(target)
     try:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=".int8kit-", suffix=target.suffix)
     except OSError as error:
@@ -178,8 +207,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` in one step. Raises FileError."""
     try:
-        Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        _make_folder(Path(os.path.realpath(path)).parent)
+    except (OSError, ValueError) as error:
         raise _cannot_write(path, error) from None
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

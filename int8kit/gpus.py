@@ -17,6 +17,22 @@ from int8kit import files
 from int8kit.errors import FileError, UnknownName
 
 SPEC_FORMAT = "int8kit.gpu/1"
+ARCHS = (80, 86, 87, 88, 89, 90, 100, 101, 103, 110, 120, 121)
+"""Architectures of GPUs with int8 tensor cores that a supported Triton compiles for."""
+_RANGES: dict[str, tuple[int, int]] = {
+    "sms": (1, 4096),
+    "shared_memory": (101376, 1 << 20),  # each of ARCHS has at least 99 KiB
+    "shared_memory_sm": (102400, 1 << 20),
+    "threads_sm": (1024, 1 << 16),  # a block has up to 1024
+    "l2_bytes": (1 << 16, 1 << 36),
+    "memory_gib": (1, 1 << 16),
+    "dram_gb_s": (1, 10**6),
+    "l2_gb_s": (1, 10**6),
+    "clock_mhz": (1, 10**5),
+    "int8_tops": (1, 10**6),
+    "bf16_tflops": (1, 10**6),
+}
+"""Figures that `read_spec` accepts. Any GPU of the next years is inside."""
 
 
 @dataclass(frozen=True)
@@ -104,20 +120,38 @@ def read_spec(path: Path) -> Gpu:
     if unknown := sorted(set(row) - set(wanted)):
         raise FileError(f"{str(path)!r} has the unknown field {unknown[0]!r}; expected {', '.join(wanted)}")
     for name, kind in wanted.items():
-        value = row[name]
-        if not (isinstance(value, str) and value if kind == "str" else _is_rate(value, whole=kind == "int")):
-            expected = {"str": "a name", "int": "a whole number above 0", "float": "a number above 0"}[str(kind)]
-            raise FileError(f"{str(path)!r}: {name} = {value!r}; expected {expected}")
+        if expected := _wrong(name, row[name], str(kind)):
+            raise FileError(f"{str(path)!r}: {name} = {row[name]!r}; expected {expected}")
     gpu = Gpu(**row)
-    if not re.fullmatch("[a-z0-9][a-z0-9_-]*", gpu.alias):  # it names a file
-        raise FileError(f"{str(path)!r}: alias {gpu.alias!r}; expected small letters, digits, - and _")
-    if gpu.arch < 80:
-        raise FileError(f"{str(path)!r}: arch {gpu.arch}; expected 80 or more, such as 86 for sm_86")
+    if gpu.shared_memory > gpu.shared_memory_sm:
+        raise FileError(
+            f"{str(path)!r}: shared_memory = {gpu.shared_memory}; expected at most shared_memory_sm, "
+            f"{gpu.shared_memory_sm}"
+        )
+    if (known := GPUS.get(gpu.alias)) is not None and gpu != known:
+        name = next(name for name in wanted if getattr(gpu, name) != getattr(known, name))
+        raise FileError(
+            f"{str(path)!r}: {name} = {row[name]!r}, but {getattr(known, name)!r} in the record of {gpu.alias}; "
+            "use another alias"
+        )
     return gpu
 
 
-def _is_rate(value: object, *, whole: bool) -> bool:
-    return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and value > 0
+def _wrong(name: str, value: object, kind: str) -> str | None:
+    """The expected value of a field of `Gpu`, if `value` is not one. kind: the field's type."""
+    if name == "alias":
+        named = isinstance(value, str) and re.fullmatch("[a-z0-9][a-z0-9_-]{0,63}", value)  # it names a file
+        return None if named else "small letters, digits, - and _"
+    if name == "name":
+        printable = isinstance(value, str) and bool(value.strip()) and value.isprintable()
+        return None if printable else "a name of printable characters"
+    if name == "arch":
+        return None if type(value) is int and value in ARCHS else f"one of {', '.join(map(str, ARCHS))}"
+    low, high = _RANGES[name]
+    whole = kind == "int"
+    if isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and low <= value <= high:
+        return None
+    return f"a {'whole ' if whole else ''}number from {low} to {high}"
 
 
 def present() -> Gpu | None:

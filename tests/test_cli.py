@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from int8kit import __main__, files, shapes_file, shapes_schema
+from int8kit import __main__, files, models, shapes_file, shapes_schema
 from int8kit.bench import gemm
 from int8kit.cli import main
 from int8kit.cli.terminal import RESULT_FORMAT
@@ -280,6 +280,9 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("trace-shapes", "--branch", "both?"), ["'both?'", "both, cond, uncond"]),
         (("trace-shapes", "--batch", "0"), ["batch 0", "at least 1"]),
         (("trace-shapes", ""), ["unknown model ''"]),
+        (("trace-shapes", "x" * 5000), ["unknown model"]),
+        (("trace-shapes", "folder"), ["'folder' holds no transformer/config.json"]),
+        (("trace-shapes", "headed", "--size", "64x64"), ["headed/config.json", "settings do not fit together"]),
         (("trace-shapes", "--size", "99999x99999"), ["'99999x99999'", "at most 32768"]),
         (("trace-shapes", "tiny", "-o", "."), ["it is a folder"]),
         (("trace-shapes", "tiny", "-o", ""), ["it is a folder"]),
@@ -316,6 +319,13 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("verify", "--only", "batch", "-o", "mine.json"), ["was not written by int8kit"]),
         (("verify", "mutate", "-o", "fifo"), ["it is a FIFO"]),
         (("verify", "libraries", "torch._int_mm", "-o", "mine.json"), ["was not written by int8kit"]),
+        (("compare", "foo"), ["unknown model 'foo'", "tiny"]),
+        (("compare", "folder"), ["'folder'", "no model_index.json"]),
+        (("compare", "tiny", "--seed", "9" * 20), ["seed 999", "64 bits"]),
+        (("compare", "tiny", "--inputs", ""), ["it is a folder", "torch.save"]),
+        (("compare", "tiny", "--inputs", "fifo"), ["it is a FIFO", "torch.save"]),
+        (("compare", "tiny", "--inputs", "/dev/zero"), ["it is a device", "torch.save"]),
+        (("compare", "tiny", "--inputs", "mine.json"), ["it has another format", "torch.save"]),
         (("compare", "tiny", "-o", "mine.json"), ["was not written by int8kit"]),
         (("verify", "--gpu", "rtx3090", "--db", "mine.json"), ["has the format None", "int8kit.tuning/1"]),
         (("verify", "--examples", "0"), ["--examples", "0"]),
@@ -327,7 +337,13 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("run", "--model", "nobody/nothing"), ["cannot load 'nobody/nothing'", "hf auth login"]),
         (("run", "--size", "250x256"), ["width 250", "240 and 256"]),
         (("run", "--prompt", "x" * 3000), ["tokens; "]),
-        (("run", "-o", "mine.json"), ["was not written by int8kit"]),
+        (("run", "-o", "mine.png"), ["was not written by int8kit"]),
+        (("run", "-o", "a.jpg"), ["'a.jpg'", "name it a.png"]),
+        (("run", "-o", "out/noext"), ["'out/noext'", "name it noext.png"]),
+        (("run", "--prompt", "\udcff"), ["prompt '\\udcff'", "UTF-8"]),
+        (("run", "--size", "32768x32768"), ["size 32768x32768", "GiB", "smaller --size"]),
+        (("run", "--model", "./nofolder"), ["no folder './nofolder'", "hub id"]),
+        (("run", "--model", "mine.json"), ["'mine.json'", "it is a file"]),
         (("run", "--preset", "best"), ["unknown preset 'best'", "quality"]),
         (("run", "--db", "mine.json"), ["has the format None"]),
         (("run", "--steps", "-3"), ["-3 steps", "expected 1 to"]),
@@ -369,6 +385,7 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("bench", "gemm", "--only", "cublas"), ["unknown contestant 'cublas'", "bf16", "int_mm"]),
         (("bench", "gemm", "--gpu", "rtx9"), ["unknown GPU 'rtx9'", "rtx3090"]),
         (("bench", "gemm", "--arch", "sm61"), ["'sm61'", "sm80, sm86"]),
+        (("bench", "gemm", "--arch", "sm1"), ["architecture 'sm1'", "sm80, sm86"]),
         (("bench", "gemm", "--db", "mine.json"), ["has the format None", "int8kit.tuning/1"]),
         (("bench", "gemm", "--out", "mine.json"), ["was not written by int8kit", "--force"]),
         (("bench", "gemm", "--output", "mine.json"), ["was not written by int8kit", "--force"]),
@@ -395,12 +412,16 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capfd, args, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.json").write_text('{"mine": 1}')
     os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "mine.png").write_bytes(b"\x89PNG")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "headed").mkdir()
+    config = {"_class_name": "Ideogram4Transformer2DModel", **models.TINY_TRANSFORMER, "attention_head_dim": 7}
+    (tmp_path / "headed" / "config.json").write_text(json.dumps(config))
     (tmp_path / "half.json").write_text('{"format": "int8kit.shapes/1", "cas')
     deep = {"m": 64, "n": 64, "k": 131072, "count": 1, "bias": False, "layers": ["a"]}
     case = {"height": 64, "width": 64, "batch": 1, "text_tokens": 1, "branch": "cond", "gemms": [deep]}
     (tmp_path / "deep.json").write_text(json.dumps({"format": shapes_schema.FORMAT, "model": "m", "cases": [case]}))
-    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as ended:
         main.main(list(args))
     assert ended.value.code == 2

@@ -14,6 +14,7 @@ from int8kit.cli import main
 from int8kit.database import store
 from int8kit.database.database import Database
 from int8kit.database.schema import FORMAT, Entry, Resources, json_schema, stamp
+from int8kit.errors import FileError
 from int8kit.kernels import gemm
 from int8kit.spec import GemmShape, Kernel, Source, TileConfig
 from int8kit.toolchain import ANY_TOOLCHAIN, generation
@@ -63,6 +64,24 @@ def test_the_users_entry_lies_over_the_shipped_one():
 def test_show_without_a_database(capfd):
     out, _ = call(capfd, "db", "show", "--gpu", "h100")
     assert out == "no database for h100; make one with `int8kit tune --gpu h100`\n"
+
+
+@pytest.mark.parametrize("name", ["arch", "sms", "shared_memory"])
+def test_the_users_file_for_another_gpu_of_the_name_is_refused(name):
+    """It would change the lookup of the known GPU: its entries, and the figures that choose among them."""
+    other = replace(RTX3090, **{name: getattr(RTX3090, name) + 1})
+    store.update(store.user_path("rtx3090"), other, [entry()])
+    with pytest.raises(FileError, match=rf"another GPU named 'rtx3090': {name} = \d+, but .*; delete the file"):
+        store.merged_view(RTX3090, ANY_TOOLCHAIN)
+    given = store.user_path("rtx3090")
+    assert store.merged_view(RTX3090, ANY_TOOLCHAIN, given)[0].gpu == other
+
+
+def test_the_record_of_a_known_gpu_holds_over_the_users_header():
+    store.update(store.user_path("rtx3090"), replace(RTX3090, memory_gib=12), [entry()])
+    both, _ = store.merged_view(RTX3090, ANY_TOOLCHAIN)
+    assert both.gpu == RTX3090
+    assert both.header.memory_gib == 24
 
 
 def test_a_weaker_or_outdated_entry_of_the_users_covers_nothing():

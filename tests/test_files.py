@@ -103,6 +103,10 @@ def test_target_is_checked_before_the_work(tmp_path):
         files.check_target(tmp_path, ours=ours, force=False)
     with pytest.raises(FileError, match="cannot write"):
         files.check_target(theirs / "below" / "a.json", ours=ours, force=False)
+    with pytest.raises(FileError, match=r"theirs\.json' is not a folder"):
+        files.check_target(theirs / "below" / "deep" / "a.json", ours=ours, force=False)
+    with pytest.raises(FileError, match=r"was not written by int8kit"):
+        files.check_target(theirs, ours=lambda path: bool(b"\xff".decode()), force=False)
     assert theirs.read_text() == "precious"
     assert list(tmp_path.iterdir()) == [theirs]
 
@@ -122,6 +126,29 @@ def test_a_fifo_a_device_and_a_folder_are_no_files(tmp_path):
             files.check_target(path, ours=lambda _: True, force=True)
     with pytest.raises(FileError, match=r"it is a folder"):
         files.check_target(files.Path(""), ours=lambda _: True, force=True)
+
+
+def test_a_loop_of_links_is_left_alone(tmp_path):
+    """A replacement would end the loop, and the reason would be lost."""
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    one.symlink_to(two)
+    two.symlink_to(one)
+    with pytest.raises(FileError, match=r"cannot read .*loop of symbolic links"):
+        files.read_json(one, "ours/1", remedy="")
+    for write in (
+        lambda: files.check_target(one, ours=lambda _: True, force=True),
+        lambda: files.write_text(one, "new"),
+    ):
+        with pytest.raises(FileError, match=r"cannot write .*it is a loop of symbolic links; name a file"):
+            write()
+    assert one.is_symlink()
+    assert two.is_symlink()
+
+
+@pytest.mark.skipif(not files.Path("/proc").is_dir(), reason="Linux")
+def test_a_folder_that_takes_no_new_file():
+    with pytest.raises(FileError, match=r"cannot write .*'/proc' takes no new file"):
+        files.check_target(files.Path("/proc/a.json"), ours=lambda _: True, force=False)
 
 
 @pytest.mark.parametrize("name", ["\0.json", "x" * 300 + ".json"])

@@ -77,20 +77,31 @@ def test_a_gpu_from_a_file(tmp_path):
     path = tmp_path / "gpu.json"
     path.write_text(json.dumps(SPEC))
     assert gpus.read_spec(path) == replace(gpus.get("rtx3080"), alias="mygpu", name="NVIDIA My GPU")
+    for known in gpus.GPUS.values():
+        path.write_text(json.dumps({"format": gpus.SPEC_FORMAT, **asdict(known)}))
+        assert gpus.read_spec(path) == known
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"sms": 0}, r"sms = 0; expected a whole number above 0"),
+        ({"sms": 0}, r"sms = 0; expected a whole number from 1 to 4096"),
         ({"sms": True}, r"sms = True; expected a whole number"),
         ({"sms": 68.5}, r"sms = 68.5; expected a whole number"),
-        ({"int8_tops": "many"}, r"int8_tops = 'many'; expected a number above 0"),
+        ({"int8_tops": "many"}, r"int8_tops = 'many'; expected a number from 1 to 1000000"),
         ({"name": ""}, r"name = ''; expected a name"),
-        ({"alias": "../x"}, r"alias '\.\./x'; expected small letters"),
-        ({"arch": 75}, r"arch 75; expected 80 or more"),
+        ({"name": "a\nb"}, r"name = 'a\\nb'; expected a name of printable characters"),
+        ({"name": "\x1b[31m"}, r"name = '\\x1b\[31m'; expected a name of printable"),
+        ({"alias": "../x"}, r"alias = '\.\./x'; expected small letters"),
+        ({"alias": "x\n"}, r"alias = 'x\\n'; expected small letters"),
+        ({"alias": "rtx3090"}, r"name = 'NVIDIA My GPU', but 'NVIDIA GeForce RTX 3090' in the record.*another alias"),
+        ({"arch": 75}, r"arch = 75; expected one of 80, 86"),
+        ({"arch": 999}, r"arch = 999; expected one of 80, 86"),
+        ({"shared_memory": 1}, r"shared_memory = 1; expected a whole number from 101376"),
+        ({"shared_memory": 200000}, r"shared_memory = 200000; expected at most shared_memory_sm, 102400"),
+        ({"dram_gb_s": 1e308}, r"dram_gb_s = 1e\+308; expected a number from 1"),
         ({"hbm": 1}, r"unknown field 'hbm'; expected alias, name"),
-        ({"sms": None, "arch": None}, r"arch = None; expected a whole number"),
+        ({"sms": None, "arch": None}, r"arch = None; expected one of"),
         ({"format": "x"}, r"has the format 'x'"),
     ],
 )

@@ -73,6 +73,14 @@ def test_given_inputs(tmp_path):
     torch.save({"other": {}}, path)
     with pytest.raises(FileError, match="holds no inputs of cond and uncond"):
         layer_errors.compare("tiny", CASE, inputs=path)
+    torch.save({"cond": 5}, path)
+    with pytest.raises(FileError, match="holds no inputs of cond and uncond"):
+        layer_errors.compare("tiny", CASE, inputs=path)
+    for wrong in ({"x": 1}, {**arguments, "hidden_states": torch.zeros(1, 2)}):
+        torch.save({"cond": wrong}, path)
+        with pytest.raises(FileError, match=r"the forward refuses the inputs of .*keyword arguments of the two") as end:
+            layer_errors.compare("tiny", CASE, inputs=path)
+        assert "\n" not in str(end.value)
 
 
 def test_compare(capfd, tmp_path):
@@ -86,4 +94,4 @@ def test_compare(capfd, tmp_path):
     with pytest.raises(SystemExit) as end:
         main.main(["compare", "tiny", "--inputs", "x.pt"])
     assert end.value.code == 2
-    assert "--inputs x.pt: no such file" in capfd.readouterr().err
+    assert "--inputs 'x.pt': no such file" in capfd.readouterr().err

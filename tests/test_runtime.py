@@ -117,6 +117,9 @@ def test_bad_requests(change, error, reason):
 
 
 def test_folder_without_a_pipeline(tmp_path):
+    with pytest.raises(FileError, match=r"it holds no model_index\.json"):
+        ideogram4.load(str(tmp_path))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Ideogram4Pipeline"}')
     with pytest.raises(FileError, match="as an Ideogram4Pipeline"):
         ideogram4.load(str(tmp_path))
 

@@ -57,6 +57,8 @@ def test_file_has_one_line_per_entry_and_round_trips(tmp_path):
         (lambda d: d["entries"][0]["config"].update(block="x"), r"unknown field entries\[0\].config.block"),
         (lambda d: d["entries"][0]["config"].pop("block_m"), r"no entries\[0\].config.block_m"),
         (lambda d: d.pop("gpu"), "no gpu"),
+        (lambda d: d["gpu"].update(name="a\nb"), r"gpu.name = .*expected printable characters"),
+        (lambda d: d["entries"][0].update(measured_on="\x1b[31m"), r"measured_on = .*expected printable characters"),
         (lambda d: d["gpu"].update(alias="rtx4090"), "is for the GPU 'rtx4090', not for 'rtx3090'"),
         (lambda d: d.update(format="int8kit.shapes/1"), "has the format 'int8kit.shapes/1'"),
     ],

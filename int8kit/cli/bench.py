@@ -80,6 +80,9 @@ def bench_gemm(
         raise InputError(f"{rounds} rounds: expected 1 or more")
     if not 0.1 <= sample_ms <= 10_000:
         raise InputError(f"samples of {sample_ms:g} ms: expected 0.1 to 10000")
+    codes = [f"sm{code}" for code in gpus.ARCHS]
+    if arch not in (None, *codes):  # whether the present GPU runs it, contestants.ours says
+        raise InputError(f"architecture {arch!r}: expected one of {', '.join(codes)}")
     alias = gpus.get(gpu).alias if gpu is not None else None
     if database is not None:
         store.load(database, alias)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from int8kit import files
 from int8kit.cli.terminal import Force, Json, Output, check_output, progress, quiet_libraries, show
 from int8kit.errors import FileError
 
@@ -27,13 +28,16 @@ def compare(
 
     Example: int8kit compare tiny
     """
-    if inputs is not None and not inputs.is_file():
-        raise FileError(f"--inputs {inputs}: no such file; expected one that torch.save wrote")
-    check_output(output, force)
     from dataclasses import asdict
 
-    quiet_libraries()
     from int8kit import models
+
+    models.check_pipeline(model)
+    models.check_seed(seed)
+    if inputs is not None:
+        _check_inputs(inputs)
+    check_output(output, force)
+    quiet_libraries()
     from int8kit.cli import tables
     from int8kit.runtime import layer_errors
 
@@ -49,3 +53,23 @@ def compare(
         branches = layer_errors.compare(model, case, seed=seed, inputs=inputs, on_layer=on_layer)
     document = {"model": model, "inputs": "given" if inputs else "random", "branches": [asdict(b) for b in branches]}
     show(document, tables.layers_table(branches, markdown), as_json, output)
+
+
+def _check_inputs(path: Path) -> None:
+    """Raise FileError for a file that torch.save did not write, as its first bytes show."""
+    remedy = "expected a file that torch.save wrote"
+    if not path.name:  # "" and "." name the present folder
+        raise FileError(f"--inputs {str(path)!r}: it is a folder; {remedy}")
+    if (kind := files.kind_of(path)) is not None:
+        raise FileError(f"--inputs {str(path)!r}: it is a {kind}; {remedy}")
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except FileNotFoundError:
+        raise FileError(f"--inputs {str(path)!r}: no such file; {remedy}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FileError(f"--inputs {str(path)!r}: cannot read it ({reason}); {remedy}") from None
+    if not start.startswith((b"PK\x03\x04", b"\x80")):  # a zip archive, or a pickle of older versions
+        found = "it has another format" if start else "it is empty"
+        raise FileError(f"--inputs {str(path)!r}: {found}; {remedy}")

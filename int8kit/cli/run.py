@@ -49,6 +49,8 @@ def run(
     height, width = parse_size(size or ("256x256" if tiny else "1024x1024"))
     if output == STDOUT:
         raise InputError("--output -: the image is no text; name a PNG file, and use --json for the document")
+    if output.suffix.lower() != ".png":
+        raise InputError(f"--output {str(output)!r}: the image is a PNG; name it {output.stem or 'image'}.png")
     request = generate.ImageRequest(
         prompt=prompt,
         model=model,

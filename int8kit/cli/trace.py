@@ -57,7 +57,8 @@ def trace_shapes(
         quiet_libraries()
         from int8kit import trace
 
-        document = trace.trace(known, cases, on_case=lambda _: bar.advance(task))
+        with models.blaming(known.config):
+            document = trace.trace(known, cases, on_case=lambda _: bar.advance(task))
     if path == STDOUT:
         print(shapes_file.dumps(document), end="")
         return

@@ -40,6 +40,15 @@ def _version(text: str) -> str:
 TritonVersion = Annotated[str, AfterValidator(_version)]
 
 
+def _printable(text: str) -> str:
+    if not text.isprintable():  # a terminal obeys escape characters
+        raise ValueError("expected printable characters in one line")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_printable)]
+
+
 class _Row(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -60,10 +69,10 @@ class Stamp(_Row):
 
     # native: the device's own code; cross_arch: another architecture's code; interpreter: not compiled, reduced size
     executor: Literal["native", "cross_arch", "interpreter"]
-    device: str
+    device: Text
     arch: int | None = None  # architecture of the compiled code: 86 for sm_86; None in the interpreter
-    of: str  # `Entry.identity` when the verification ran
-    kernel: str
+    of: Text  # `Entry.identity` when the verification ran
+    kernel: Text
     triton: TritonVersion
     numerics: int = Field(ge=1)
 
@@ -80,14 +89,14 @@ class GpuState(_Row):
     memory_mhz: int | None = Field(default=None, ge=0)
     power_w: int | None = Field(default=None, ge=0)
     temperature_c: int | None = Field(default=None, ge=-50, le=150)
-    throttle: tuple[str, ...] | None = None  # reasons for a reduced clock, such as "power cap"
+    throttle: tuple[Text, ...] | None = None  # reasons for a reduced clock, such as "power cap"
 
 
 class RunnerUp(_Row):
     """A finalist that did not win, timed in the same rounds as the winner."""
 
     config: TileConfig
-    kernel: str
+    kernel: Text
     resources: Resources
     model_us: Microseconds | None = None
     time_us: Microseconds
@@ -102,11 +111,11 @@ class Entry(_Row):
     m: int = Field(ge=1)
     n: int = Field(ge=1)
     k: int = Field(ge=1)
-    id: str | None = None  # `identity` when the row was written; a difference means that the row was edited
+    id: Text | None = None  # `identity` when the row was written; a difference means that the row was edited
     source: Source
     config: TileConfig
     triton: TritonVersion
-    kernel: str
+    kernel: Text
     resources: Resources
     tried: int = Field(ge=0)  # configurations ranked or timed for this shape
     model_us: Microseconds | None = None  # the cost model's estimate, microseconds
@@ -115,7 +124,7 @@ class Entry(_Row):
     p80_us: Microseconds | None = None
     default_us: Microseconds | None = None  # default_config in the same rounds
     bf16_us: Microseconds | None = None  # torch's bf16 matmul in the same rounds
-    measured_on: str | None = None  # the GPU that was timed
+    measured_on: Text | None = None  # the GPU that was timed
     timed_with: TritonVersion | None = None  # Triton whose code was timed, if not `triton`: after `db migrate`
     gpu_state: GpuState | None = None
     policy: int | None = None  # how times were taken: a key of the header's policies
@@ -175,7 +184,7 @@ class GpuIdentity(_Row):
     """The GPU that a file is for. Two GPUs that share a name differ in the numbers."""
 
     alias: str = Field(pattern="^[a-z0-9][a-z0-9_-]*$")
-    name: str
+    name: Text
     arch: int = Field(ge=80, le=999)
     sms: int = Field(ge=1)
     shared_memory: int = Field(ge=1)  # bytes, at most, per block
@@ -188,7 +197,7 @@ class Document(_Row):
 
     format: Literal["int8kit.tuning/2"]
     numerics: int  # `spec.NUMERICS_VERSION` of the entries' kernels
-    policies: dict[str, str]  # how times were taken, by the number in `Entry.policy`
+    policies: dict[Text, Text]  # how times were taken, by the number in `Entry.policy`
     gpu: GpuIdentity
     entries: tuple[Entry, ...]
 

@@ -143,7 +143,8 @@ def merged_view(gpu: Gpu, toolchain: Toolchain, given: Path | None = None) -> tu
     """The database that serves a GPU, and the files that it comes from. Raises FileError.
 
     given: the only file to read. By default the file that `find` returns, merged with the user's own. A user's entry
-    whose kernel has changed since does not replace another entry.
+    whose kernel has changed since does not replace another entry. Except for a given file, the record of a known GPU
+    holds: a file for a GPU of other limits is refused.
     """
     base = given or find(gpu.alias)
     own = user_path(gpu.alias) if given is None else None
@@ -154,8 +155,23 @@ def merged_view(gpu: Gpu, toolchain: Toolchain, given: Path | None = None) -> tu
         present = {entry.key for entry in database.entries}
         fresh = [e for e in loaded.entries if e.key not in present or not e.is_stale(toolchain)]
         policies = {**database.policies, **loaded.policies}
-        database = replace(database.merged(fresh), gpu=loaded.gpu, header=loaded.header, policies=policies)
+        served, header = loaded.gpu, loaded.header
+        if path != given and (record := gpus.GPUS.get(gpu.alias)) is not None:
+            _check_record(path, served, record)
+            served, header = record, identity_of(record)
+        database = replace(database.merged(fresh), gpu=served, header=header, policies=policies)
     return database, paths
+
+
+def _check_record(path: Path, served: Gpu, record: Gpu) -> None:
+    """Raise FileError for a file whose GPU has the alias of another GPU: its configurations may not run there."""
+    for name in ("arch", "sms", "shared_memory"):
+        found, known = getattr(served, name), getattr(record, name)
+        if found != known:
+            raise FileError(
+                f"{str(path)!r} is for another GPU named {record.alias!r}: {name} = {found}, but {known} in the "
+                "record; delete the file, and tune with another alias in --gpu-spec"
+            )
 
 
 def load_database(gpu: str | None = None) -> Database:

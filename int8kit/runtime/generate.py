@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, asdict, dataclass
@@ -22,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 from int8kit import __version__, files, gpus, lookup
 from int8kit.database import store
 from int8kit.database.database import Choice
-from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
+from int8kit.errors import CheckFailed, InputError, UnknownName
 from int8kit.kernels import present_toolchain
-from int8kit.models import Case, check_pipeline
+from int8kit.models import Case, check_pipeline, check_seed
 from int8kit.progress import Progress, no_progress
 from int8kit.toolchain import Toolchain, require_supported
 
@@ -108,15 +110,11 @@ def check(request: ImageRequest) -> int:
     Case(request.height, request.width)
     if request.guidance is not None and not math.isfinite(request.guidance):
         raise InputError(f"guidance {request.guidance}: expected a finite number, such as 7")
-    if not -(2**63) <= request.seed < 2**64:
-        raise InputError(f"seed {request.seed}: expected a number of 64 bits, such as 0")
-    is_folder = bool(request.model) and Path(request.model).is_dir()
-    if is_folder and not (Path(request.model) / "model_index.json").is_file():
-        raise FileError(
-            f"cannot load {request.model!r}: it holds no model_index.json; expected a folder in diffusers' layout"
-        )
-    if not is_folder and request.model.startswith((".", "/", "~")):
-        raise FileError(f"no folder {request.model!r}; expected tiny, a folder in diffusers' layout, or a hub id")
+    check_seed(request.seed)
+    try:
+        request.prompt.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"prompt {textwrap.shorten(ascii(request.prompt), 60)}: expected text in UTF-8") from None
     check_pipeline(request.model)
     return steps
 
@@ -134,6 +132,7 @@ def generate(request: ImageRequest, progress: Progress = no_progress) -> Generat
     from int8kit.runtime import ideogram4
 
     present = gpus.present()
+    _check_memory(request, present)
     gpu = gpus.resolve(request.gpu)
     toolchain = present_toolchain()[0]
     database, paths = store.merged_view(gpu, toolchain, request.database)
@@ -171,6 +170,30 @@ def generate(request: ImageRequest, progress: Progress = no_progress) -> Generat
         step_ms=1e3 * statistics.median(durations),
         peak_gib=_peak_bytes(device) / 2**30,
     )
+
+
+def _check_memory(request: ImageRequest, present: gpus.Gpu | None) -> None:
+    """Raise InputError for a size that no memory here holds.
+
+    A lower bound: the transformer builds a mask of one byte for each pair of image tokens. The VAE returns three
+    float32 values for each pixel.
+    """
+    total = _memory_bytes() if present is None else present.memory_gib << 30
+    mask, pixels = Case(request.height, request.width).image_tokens ** 2, 12 * request.height * request.width
+    if total and max(mask, pixels) > total:
+        where = "this machine" if present is None else present.name
+        raise InputError(
+            f"size {request.width}x{request.height}: needs more than {max(mask, pixels) / 2**30:.0f} GiB, and {where} "
+            f"has {total / 2**30:.0f}; name a smaller --size"
+        )
+
+
+def _memory_bytes() -> int:
+    """Memory of this machine; 0 where Python cannot ask."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 0
 
 
 def _denoise(
@@ -240,12 +263,12 @@ def save(generated: GeneratedImage, path: Path) -> None:
 
 def is_ours(path: Path) -> bool:
     """True if `path` is a PNG that `save` wrote."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
             return "int8kit" in image.info
-    except (OSError, UnidentifiedImageError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # broken chunks have each of them
         return False
 
 

@@ -16,7 +16,8 @@ forwards was rejected: a full-size model has 20 GB of them, and a late layer wou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,8 @@ def compare(
         arguments = given.get(name) or policy.inputs(transformer, replace(case, branch=name))
         arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
         transformer.to(device)
-        found.append(_branch(name, transformer, wanted[name], arguments, lambda: on_layer(total)))
+        with _blaming(inputs if name in given else None):
+            found.append(_branch(name, transformer, wanted[name], arguments, lambda: on_layer(total)))
         transformer.to("cpu")
     return found
 
@@ -138,12 +140,28 @@ def _branch(
     return Branch(name, error(original, changed), tuple(sorted(layers, key=lambda one: (one.error.sqnr_db, one.name))))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    remedy = 'torch.save({"cond": {...}, "uncond": {...}}, FILE) writes one: keyword arguments of the two forwards'
+_REMEDY = 'torch.save({"cond": {...}, "uncond": {...}}, FILE) writes one: keyword arguments of the two forwards'
+
+
+@contextlib.contextmanager
+def _blaming(inputs: Path | None) -> Iterator[None]:
+    """Raise an error of a forward as a FileError about its inputs. Without a file the error passes."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        if inputs is None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise FileError(
+            f"the forward refuses the inputs of {str(inputs)!r} ({models.first_line(error)}); {_REMEDY}"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as reason:  # pickle, zip and torch each have their own
-        raise FileError(f"cannot read inputs from {str(path)!r} ({type(reason).__name__}); {remedy}") from None
-    if not isinstance(found, dict) or not set(found) <= set(ideogram4.BRANCHES):
-        raise FileError(f"{str(path)!r} holds no inputs of cond and uncond; {remedy}")
-    return found
+    except Exception as error:  # pickle, zip and torch each have their own
+        raise FileError(f"cannot read inputs from {str(path)!r} ({models.first_line(error)}); {_REMEDY}") from None
+    is_dict = isinstance(found, dict) and set(found) <= set(ideogram4.BRANCHES)
+    if not is_dict or not all(isinstance(one, dict) and all(isinstance(k, str) for k in one) for one in found.values()):
+        raise FileError(f"{str(path)!r} holds no inputs of cond and uncond; {_REMEDY}")
+    return {branch: arguments for branch, arguments in found.items() if arguments}
