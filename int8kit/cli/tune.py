@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from int8kit.cli.options import Limit, Shape, Shapes, Sizes, need, parse_size
-from int8kit.cli.terminal import STDOUT, Force, Json, interrupt_deferred, note, stages
+from int8kit.cli.terminal import STDOUT, Force, Json, note, stages
 from int8kit.errors import CheckFailed, InputError
 
 
@@ -100,14 +100,14 @@ def _tune(
     named: list[Any], wanted: list[Any], scheduler: str | None, output: Path | None, as_json: bool | None, force: bool
 ) -> None:
     """Tune and print the result. as_json: None prints nothing."""
+    from int8kit import interrupt
     from int8kit.cli.layout import count
     from int8kit.tune import session, workers
 
     with workers.Workers(scheduler) as pool:
         with stages() as stage:
             step = stage("starting workers", 1)
-            with interrupt_deferred():
-                present = pool.gpus()
+            present = pool.gpus()
             step()
         listed = named or list(dict.fromkeys(present))
         if not listed:
@@ -119,13 +119,9 @@ def _tune(
             note(_how(target.source, target.gpu.alias))
         if any(target.timed_on for target in targets):
             session.check_health(pool, note)
-        try:
-            with stages() as stage:
-                outcomes = session.tune(wanted, targets, pool, force=force, progress=stage, note=note)
-        except KeyboardInterrupt:
-            if as_json is not None:
-                note("run the same command again to continue from here")
-            raise
+        kept = "finished work is kept; run the same command again to continue from here"
+        with interrupt.keeping(kept if as_json is not None else ""), stages() as stage:
+            outcomes = session.tune(wanted, targets, pool, force=force, progress=stage, note=note)
     if as_json:
         documents = [_document(outcome) for outcome in outcomes]
         print(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1, default=str))
