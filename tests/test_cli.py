@@ -301,6 +301,8 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("tune", "--gpu", "rtx3090", "--shape", "1x2x3", "--size", "8x8"), ["--shape 1x2x3 and --size 8x8"]),
         (("tune", "--gpu", "rtx3090", "--shape", "1x2x3", "--shapes", "s"), ["--shape 1x2x3 and --shapes s"]),
         (("tune", "--gpu", "rtx3090", "--scheduler", "nowhere"), ["scheduler 'nowhere'", "tcp://host:8786"]),
+        (("tune", "--gpu", "rtx3090", "--scheduler", "ftp://h:1"), ["scheduler 'ftp://h:1'", "tcp://host:8786"]),
+        (("tune", "--gpu", "rtx3090", "--scheduler", "tcp://h:65536"), ["scheduler 'tcp://h:65536'"]),
         (("tune", "--gpu", "rtx3090", "--limit", "0"), ["limit 0", "1 or more"]),
         (("tune", "--gpu", "rtx3090", "--gpu", "a100", "-o", "x.json"), ["--output x.json and 2 GPUs"]),
         (("tune", "--gpu", "rtx3090", "-o", "mine.json"), ["was not written by int8kit", "--force"]),
