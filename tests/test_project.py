@@ -23,7 +23,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 # A module imports modules of earlier layers, and of its own package.
 LAYERS = [
-    {"errors"}, {"spec"}, {"canonical", "files", "lookup", "models", "peers", "progress", "reference", "toolchain"},
+    {"errors"}, {"spec"},
+    {"canonical", "files", "interrupt", "lookup", "models", "peers", "progress", "reference", "toolchain"},
     {"fingerprint", "gpus", "shapes_schema"}, {"kernels", "shapes_file"}, {"database"}, {"cost_model", "ops"},
     {"layers", "timing"}, {"trace", "tune", "verify", "runtime"}, {"bench"}, {"doctor"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
