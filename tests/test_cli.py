@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from int8kit import __main__, files, models, shapes_file, shapes_schema
+from int8kit import __main__, files, interrupt, models, shapes_file, shapes_schema
 from int8kit.bench import gemm
 from int8kit.cli import main
 from int8kit.cli.terminal import RESULT_FORMAT
@@ -102,8 +102,8 @@ def test_ctrl_c_keeps_what_is_done(walk):
     ended, again = walk.ended, walk.again
     assert ended.returncode == 130
     assert "Traceback" not in ended.stdout + ended.stderr
-    assert "interrupted; finished work is kept" in ended.stderr
-    assert "run the same command again" in ended.stderr
+    kept = "finished work is kept; run the same command again to continue from here"
+    assert ended.stderr.endswith(f"int8kit: interrupted; {kept}\n")
     assert ended.compiled > 0
     assert f"resuming an interrupted run: {ended.compiled} kernels compiled" in again.stderr
     assert all(line.startswith("int8kit: ") for line in (ended.stderr + again.stderr).splitlines())
@@ -311,6 +311,8 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         (("tune", "--gpu", "rtx3090", "--shape", "1x2x3", "--size", "8x8"), ["--shape 1x2x3 and --size 8x8"]),
         (("tune", "--gpu", "rtx3090", "--shape", "1x2x3", "--shapes", "s"), ["--shape 1x2x3 and --shapes s"]),
         (("tune", "--gpu", "rtx3090", "--scheduler", "nowhere"), ["scheduler 'nowhere'", "tcp://host:8786"]),
+        (("tune", "--gpu", "rtx3090", "--scheduler", "ftp://h:1"), ["scheduler 'ftp://h:1'", "tcp://host:8786"]),
+        (("tune", "--gpu", "rtx3090", "--scheduler", "tcp://h:65536"), ["scheduler 'tcp://h:65536'"]),
         (("tune", "--gpu", "rtx3090", "--limit", "0"), ["limit 0", "1 or more"]),
         (("tune", "--gpu", "rtx3090", "--gpu", "a100", "-o", "x.json"), ["--output x.json and 2 GPUs"]),
         (("tune", "--gpu", "rtx3090", "-o", "mine.json"), ["was not written by int8kit", "--force"]),
@@ -538,6 +540,7 @@ def test_an_interrupt_during_the_import_is_one_line(monkeypatch, capfd):
     monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
     monkeypatch.delitem(sys.modules, "int8kit.cli.main")
     monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(interrupt, "install", lambda: None)
     with pytest.raises(SystemExit) as ended:
         __main__.main()
     assert ended.value.code == 130

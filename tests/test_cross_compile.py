@@ -1,8 +1,10 @@
 """tune/cross_compile.py and cost_model.py: resources of kernels on an absent GPU, and their estimated times."""
 
 import contextlib
+import errno
 import multiprocessing
 import os
+import pickle
 from dataclasses import replace
 from multiprocessing import forkserver
 
@@ -11,9 +13,9 @@ from measured import exhaustive
 
 from int8kit import cost_model, gpus
 from int8kit.database.schema import Resources
-from int8kit.errors import ConfigError
+from int8kit.errors import ConfigError, FileError
 from int8kit.spec import GROUP_M, GemmShape, Kernel, TileConfig, shared_memory_bound
-from int8kit.tune import cross_compile
+from int8kit.tune import cross_compile, tasks
 from int8kit.tune.space import kernel_variant
 
 RTX3090 = gpus.get("rtx3090")
@@ -235,3 +237,15 @@ def test_the_model_ranks_times_of_tuner_runs(shape, measured, machine):
     traced = shape.m > 1024 and shape.n > 128
     assert min(us for _, us in rows[:8]) <= best * (1.06 if machine is SM86 and traced else 1.02)
     assert rows[0][1] <= best * (1.10 if traced else 1.28)  # with few rows the model is less accurate
+
+
+@pytest.mark.parametrize("where", ["/cache/k.cubin", None])
+def test_a_full_disk_is_no_verdict_on_a_kernel(monkeypatch, where):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where)
+
+    monkeypatch.setattr("triton.compile", full)
+    monkeypatch.setattr("int8kit.kernels.gemm.interpreted", lambda: False)
+    with pytest.raises(FileError, match=r"No space left on device.*free some space, or set TRITON_CACHE_DIR") as ended:
+        tasks.compile_kernel(86, kernel_variant(SAMPLE[0], True), None)
+    assert pickle.loads(pickle.dumps(ended.value)).exit_status == 1

@@ -1,5 +1,6 @@
 """tune/journal.py and tune/session.py: the finished steps of a killed run, and how the next run resumes."""
 
+import errno
 import json
 import os
 import random
@@ -8,7 +9,9 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
+import filelock
 import pytest
 
 from int8kit import gpus
@@ -223,3 +226,29 @@ def test_resume_after_random_kills_gives_the_same_database(tmp_path):
     assert (tmp_path / "killed.json").read_text() == (tmp_path / "straight.json").read_text()
     assert not journal.exists()
     assert json.loads((tmp_path / "killed.json").read_text())["format"] == "int8kit.tuning/2"
+
+
+@pytest.mark.parametrize(("make", "kind"), [(Path.mkdir, "folder"), (os.mkfifo, "FIFO")])
+def test_a_journal_that_is_no_file_is_refused(database, make, kind):
+    make(path := database.with_name("t.json.journal"))
+    with pytest.raises(FileError, match=f"journal': it is a {kind}; remove it, or name another --output"):
+        Journal(database, RUN)
+    assert path.exists()
+
+
+def test_a_check_before_the_run_writes_nothing(database):
+    for _ in range(2):  # its lock is free again
+        Journal(database, RUN).close()
+    assert not database.with_name("t.json.journal").exists()
+    text = write(database).read_text()
+    Journal(database, {**RUN, "policy": 4}).close()
+    assert database.with_name("t.json.journal").read_text() == text
+
+
+def test_a_lock_that_cannot_be_taken_is_one_line(database, monkeypatch):
+    def refuse(self, *_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    with pytest.raises(FileError, match=r"cannot lock .*Permission denied.*; set XDG_CACHE_HOME"):
+        Journal(database, RUN)

@@ -6,10 +6,8 @@ import json
 import os
 import pty
 import shlex
-import signal
 import subprocess
 import sys
-import threading
 import warnings
 
 import pytest
@@ -153,21 +151,6 @@ def test_warnings_of_other_libraries_are_silent_and_ours_are_notes(capsys):
 
 
 CALL = [sys.executable, "-m", "int8kit", "db", "schema"]
-
-
-def test_an_interrupt_waits_for_the_start_of_children():
-    """A child inherits the mask, and Ctrl-C reaches this process after the block."""
-    reached = []
-    code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))"
-
-    def start():
-        with terminal.interrupt_deferred():
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            reached.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
-
-    with pytest.raises(KeyboardInterrupt):
-        start()
-    assert reached == ["True\n"]
 
 
 @pytest.mark.process

@@ -331,3 +331,14 @@ def test_available_executors(monkeypatch):
     assert [e.arch for e in executors.available(gpus.get("rtx3090"))] == ["sm86", None]
     assert [e.on for e in executors.available(gpus.get("rtx3090"))] == ["cross_arch", "native"]
     assert [e.arch for e in executors.available(gpus.get("h200"))] == [None]
+
+
+def test_hypothesis_keeps_its_files_in_the_cache_folder():
+    """Its default, .hypothesis, would be left in every working folder."""
+    code = (
+        "from int8kit.verify import runner\nfrom hypothesis.configuration import storage_directory\n"
+        "print(storage_directory('constants', intent_to_write=False).path)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "HYPOTHESIS_STORAGE_DIRECTORY"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip().endswith("int8kit/hypothesis/constants")

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from int8kit import __version__
+from int8kit import __version__, interrupt
 from int8kit.cli import bench, compare, db, doctor, run, trace, tune, verify
 from int8kit.cli.help import Root
 from int8kit.cli.options import remedy_of
@@ -38,7 +38,6 @@ app.command()(run.run)
 app.command()(compare.compare)
 app.add_typer(bench.app, name="bench")
 app.add_typer(db.app, name="db")
-INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _EXTRAS = {
     "dask": "tune", "distributed": "tune", "diffusers": "run", "transformers": "run", "PIL": "run",
@@ -80,7 +79,7 @@ def _run(argv: list[str] | None) -> tuple[int, str | None]:
     usage_error: Any = typer.BadParameter.__base__  # typer exports no name for the root of its usage errors
     try:
         status = app(args=argv, prog_name="int8kit", standalone_mode=False) or 0
-        if status == INTERRUPTED:  # newer typers turn a KeyboardInterrupt into this, without a word
+        if status == interrupt.STATUS:  # newer typers turn a KeyboardInterrupt into this, without a word
             raise KeyboardInterrupt
         return status, None
     except Int8kitError as error:
@@ -90,7 +89,7 @@ def _run(argv: list[str] | None) -> tuple[int, str | None]:
     except ModuleNotFoundError as error:
         return 2, _missing(error)
     except (KeyboardInterrupt, typer.Abort):
-        return INTERRUPTED, "interrupted; finished work is kept"
+        return interrupt.STATUS, interrupt.line()
     except BrokenPipeError:
         return 1, None
     except OSError as error:
@@ -174,8 +173,9 @@ def _say(message: str) -> None:
 def _exit(status: int, message: str | None) -> None:
     if message:
         _say(message)
-    if status == INTERRUPTED:  # nothing is left to write, and joining a pool of ended workers can block for ever
+    if status == interrupt.STATUS:  # nothing is left to write, and joining a pool of ended workers can block for ever
         os._exit(status)
+    interrupt.finish()
     sys.exit(status)
 
 

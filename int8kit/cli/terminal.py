@@ -11,7 +11,6 @@ import io
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -24,7 +23,7 @@ from typing import Annotated, Any
 
 import typer
 
-from int8kit import files
+from int8kit import files, interrupt
 
 RESULT_FORMAT = "int8kit.result/1"
 EVERY_S = 30.0  # between two lines of progress
@@ -136,10 +135,12 @@ def _is_terminal() -> bool:
 
 @contextmanager
 def _progress() -> Iterator[Any]:
-    if not _is_terminal():
-        with _lines() as lines:
-            yield lines
-        return
+    with interrupt.working(), _lines() if not _is_terminal() else _bars() as shown:
+        yield shown
+
+
+@contextmanager
+def _bars() -> Iterator[Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -213,19 +214,6 @@ def show(document: dict[str, Any], table: str, as_json: bool, output: Path | Non
     print(text if as_json or output == STDOUT else table)
 
 
-@contextmanager
-def interrupt_deferred() -> Iterator[None]:
-    """Deliver Ctrl-C after the block. Processes that the block starts never see it: they would print tracebacks."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def quiet() -> None:
     """Keep the warnings of other libraries off stderr, in this process and in its children.
 
@@ -248,7 +236,7 @@ def quiet() -> None:
 
 def quiet_libraries() -> None:
     """Import the libraries that load models, and keep their notes and bars off stderr."""
-    with contextlib.redirect_stderr(io.StringIO()):
+    with interrupt.at_once(), contextlib.redirect_stderr(io.StringIO()):
         import diffusers
         import transformers
 

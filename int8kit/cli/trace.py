@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from int8kit import interrupt
 from int8kit.cli.options import parse_size
 from int8kit.cli.terminal import STDOUT, Force, Json, progress, quiet_libraries, show
 from int8kit.errors import InputError, UnknownName
@@ -52,7 +53,7 @@ def trace_shapes(
     path = output or shapes_file.traced(known.name)
     if path != STDOUT:
         files.check_target(path, ours=lambda p: files.is_ours(p, shapes_schema.FORMAT), force=force)
-    with progress("tracing") as (bar, task):
+    with progress("tracing") as (bar, task), interrupt.at_once():
         bar.update(task, total=len(cases))
         quiet_libraries()
         from int8kit import trace

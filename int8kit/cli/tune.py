@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from int8kit.cli.options import Limit, Shape, Shapes, Sizes, need, parse_size
-from int8kit.cli.terminal import RESULT_FORMAT, STDOUT, Force, Json, interrupt_deferred, note, stages
+from int8kit.cli.terminal import RESULT_FORMAT, STDOUT, Force, Json, note, stages
 from int8kit.errors import CheckFailed, InputError
 
 
@@ -54,7 +54,7 @@ def tune(
 
     if gpu and gpu_spec:
         raise InputError(f"--gpu {', '.join(gpu)} and --gpu-spec {gpu_spec}: expected one of them")
-    if scheduler is not None and not re.fullmatch(r"\w+://[^/\s]+:\d{1,5}", scheduler):
+    if scheduler is not None and not _is_address(scheduler):
         raise InputError(f"scheduler {scheduler!r}: expected the address of a dask scheduler, such as tcp://host:8786")
     named = [gpus.read_spec(gpu_spec)] if gpu_spec else list(dict.fromkeys(map(gpus.get, gpu or ())))
     wanted, where = _wanted(shapes, size, shape, limit)
@@ -82,6 +82,12 @@ def tune(
                 print(path.read_text(encoding="utf-8"), end="")
 
 
+def _is_address(text: str) -> bool:
+    """True for the address of a dask scheduler, such as tcp://host:8786."""
+    found = re.fullmatch(r"(?:tcp|tls|ucx|ws|wss)://[^/\s]+:(\d{1,5})", text, re.ASCII)
+    return found is not None and 0 < int(found[1]) < 1 << 16
+
+
 def _wanted(
     shapes: Path | None, size: list[str] | None, shape: list[str] | None, limit: int | None
 ) -> tuple[list[Any], str]:
@@ -100,14 +106,17 @@ def _tune(
     named: list[Any], wanted: list[Any], scheduler: str | None, output: Path | None, as_json: bool | None, force: bool
 ) -> None:
     """Tune and print the result. as_json: None prints nothing."""
+    from int8kit import gpus, interrupt
     from int8kit.cli.layout import count
     from int8kit.tune import session, workers
+
+    here = [gpu] if scheduler is None and (gpu := gpus.present()) else []
+    session.check_journals(session.targets_of(named or here, here, output))  # before the workers, which take seconds
 
     with workers.Workers(scheduler) as pool:
         with stages() as stage:
             step = stage("starting workers", 1)
-            with interrupt_deferred():
-                present = pool.gpus()
+            present = pool.gpus()
             step()
         listed = named or list(dict.fromkeys(present))
         if not listed:
@@ -119,13 +128,9 @@ def _tune(
             note(_how(target.source, target.gpu.alias))
         if any(target.timed_on for target in targets):
             session.check_health(pool, note)
-        try:
-            with stages() as stage:
-                outcomes = session.tune(wanted, targets, pool, force=force, progress=stage, note=note)
-        except KeyboardInterrupt:
-            if as_json is not None:
-                note("run the same command again to continue from here")
-            raise
+        kept = "finished work is kept; run the same command again to continue from here"
+        with interrupt.keeping(kept if as_json is not None else ""), stages() as stage:
+            outcomes = session.tune(wanted, targets, pool, force=force, progress=stage, note=note)
     if as_json:
         document = {"format": RESULT_FORMAT, "targets": [_document(outcome) for outcome in outcomes]}
         print(json.dumps(document, indent=1, default=str))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from int8kit import interrupt
 from int8kit.cli.options import interpret_without_gpu, named_gpu
 from int8kit.cli.terminal import Force, Json, Output, check_output, note, progress, show
 from int8kit.errors import CheckFailed, InputError
@@ -177,7 +178,7 @@ def _generated(
         verdicts[verdict.name] = verdict
 
     with (
-        _Partial(lambda: len(verdicts), len(mutants), "mutants", show_verdicts),
+        _Partial(lambda: len(verdicts), len(mutants), "mutants", show_verdicts, _RESUME if journal else ""),
         progress(f"checks of the mutants{' and of the unchanged kernels' if whole else ''}") as (bar, task),
     ):
         all_ = generated_campaign.run(
@@ -195,17 +196,23 @@ def _generated(
         )
 
 
+_RESUME = "; finished work is kept, run the same command again to continue from here"
+
+
 class _Partial:
     """A context that reports the verdicts so far when the run is interrupted."""
 
-    def __init__(self, done: Callable[[], int], total: int, what: str, show_verdicts: Callable[[], None]) -> None:
-        self.done, self.total, self.what, self.show_verdicts = done, total, what, show_verdicts
+    def __init__(
+        self, done: Callable[[], int], total: int, what: str, show_verdicts: Callable[[], None], kept: str = ""
+    ) -> None:
+        """kept: how the run can be resumed, as the end of the line."""
+        self.done, self.total, self.what, self.show_verdicts, self.kept = done, total, what, show_verdicts, kept
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt):
-            note(f"{self.done()} of {self.total} {self.what} were tried before the interrupt")
+            interrupt.keep(f"{self.done()} of {self.total} {self.what} were tried{self.kept}")
             if self.done():
                 self.show_verdicts()

@@ -31,8 +31,8 @@ def assemble(arch: int, kernel: KernelVariant, *, code: str | None = None) -> An
     """Triton's compiled kernel for `arch`, with `asm` ("ptx", "cubin", ...) and `metadata`.
 
     code: an older architecture's code, such as "sm86", assembled to run on `arch`. Raises ConfigError with the
-    compiler's message if the kernel does not compile. Raises it under Triton's interpreter too, which hides the
-    compiler.
+    compiler's message if the kernel does not compile, and under Triton's interpreter, which hides the compiler. Raises
+    OSError if a file cannot be written.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -50,6 +50,8 @@ def assemble(arch: int, kernel: KernelVariant, *, code: str | None = None) -> An
         options["arch"] = code
     try:
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    except OSError:  # of Triton's cache or of a temporary file, and not of the kernel
+        raise
     except Exception as error:  # any error of the compiler is recorded as this configuration's failure
         raise ConfigError(f"{config} does not compile for sm_{arch}: {error}") from None
 

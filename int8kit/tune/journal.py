@@ -33,6 +33,7 @@ from typing import Any, TextIO
 import filelock
 from pydantic import ValidationError
 
+from int8kit import files
 from int8kit.database import store
 from int8kit.database.schema import Entry, Resources
 from int8kit.errors import FileError, InputError
@@ -45,18 +46,23 @@ FORMAT = "int8kit.journal/2"
 
 
 class Journal:
-    """Journal of one run, as a context manager. The attributes hold the finished steps, an earlier run's included."""
+    """Journal of one run, as a context manager. The attributes hold the finished steps, an earlier run's included.
+
+    Before the block it has the lock and the finished steps, and has written nothing. `close` gives the lock back.
+    """
 
     def __init__(self, database: Path, run_key: dict[str, Any]) -> None:
         """run_key: everything that makes the results of two runs comparable, as plain JSON.
 
-        Raises FileError if another tuner writes `database`.
+        Raises FileError if another tuner writes `database`, or if the journal is damaged or no file.
         """
         self.path = database.with_name(f"{database.name}.journal")
         self.compiled: dict[KernelVariant, Compilation] = {}
         self.rejected: dict[tuple[GemmShape, TileConfig], str] = {}
         self.histories: dict[GemmShape, ShapeHistory] = {}
         self.chosen: dict[GemmShape, Entry] = {}
+        self._head = {"format": FORMAT, "run": run_key}
+        self._file: TextIO | None = None
         self._lock = store.lock_of(self.path, timeout=0)
         try:
             self._lock.acquire()
@@ -64,8 +70,12 @@ class Journal:
             raise FileError(
                 f"another tuner is writing {str(database)!r}; wait for it, or name another file with --output"
             ) from None
+        except OSError as error:
+            raise FileError(
+                f"cannot lock {self._lock.lock_file!r} ({error.strerror}); set XDG_CACHE_HOME to a writable folder"
+            ) from None
         try:
-            self._file = self._open({"format": FORMAT, "run": run_key})
+            self._kept = self._earlier()  # bytes of the file that stay; None: it is replaced
         except BaseException:
             self._lock.release()
             raise
@@ -116,34 +126,58 @@ class Journal:
 
     def finish(self) -> None:
         """Remove the file: the run is complete."""
-        self._file.close()
+        self._close_file()
         self.path.unlink(missing_ok=True)
 
+    def close(self) -> None:
+        """Release the lock."""
+        self._close_file()
+        self._lock.release()
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
     def __enter__(self) -> Journal:
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
-        self._lock.release()
+        self.close()
 
-    def _open(self, head: dict[str, Any]) -> TextIO:
-        """The file, open at its end: the existing one if it is of this run, else a new one."""
+    def _earlier(self) -> int | None:
+        """Take over the steps of an interrupted run -> the length of its complete lines. None without such a run."""
+        if (kind := files.kind_of(self.path)) is not None:
+            raise FileError(f"cannot write {str(self.path)!r}: it is a {kind}; remove it, or name another --output")
+        try:
+            lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        except OSError as error:
+            raise self._cannot_write(error) from None
+        if len(lines) < 2 or _json(lines[0]) != self._head:
+            return None
+        whole = lines[:-1]  # after the last line break there is an incomplete line, or nothing
+        for number, line in enumerate(whole[1:], 2):
+            self._replay(line, number)
+        return sum(len(line) + 1 for line in whole)
+
+    def _open(self) -> None:
+        """Open the file at its end: the interrupted run's, else a new one."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
-            if len(lines) > 1 and _json(lines[0]) == head:
-                whole = lines[:-1]  # after the last line break there is an incomplete line, or nothing
-                for number, line in enumerate(whole[1:], 2):
-                    self._replay(line, number)
-                with self.path.open("r+b") as whole_lines:
-                    whole_lines.truncate(sum(len(line) + 1 for line in whole))
-                return self.path.open("a", encoding="utf-8")
-            file = self.path.open("w", encoding="utf-8")
+            if self._kept is not None:
+                os.truncate(self.path, self._kept)
+            self._file = self.path.open("w" if self._kept is None else "a", encoding="utf-8")
         except OSError as error:
-            raise FileError(f"cannot write {str(self.path)!r} ({error.strerror}); name another --output") from None
-        self._file = file
-        self._write(head)
-        return file
+            raise self._cannot_write(error) from None
+        if self._kept is None:
+            self._write(self._head)
+
+    def _cannot_write(self, error: OSError) -> FileError:
+        return FileError(f"cannot write {str(self.path)!r} ({error.strerror}); name another --output")
 
     def _replay(self, line: bytes, number: int) -> None:
         try:
@@ -168,6 +202,7 @@ class Journal:
             ) from None
 
     def _write(self, document: dict[str, Any]) -> None:
+        assert self._file is not None, "outside the block"
         self._file.write(json.dumps(document) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())

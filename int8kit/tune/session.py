@@ -115,6 +115,12 @@ def targets_of(gpus: Iterable[Gpu], present: Sequence[Gpu], path: Path | None = 
     return targets
 
 
+def check_journals(targets: Iterable[Target]) -> None:
+    """Raises FileError as `tune` does for a target that another tuner writes, or whose journal is damaged."""
+    for target in targets:
+        Journal(target.path, target.run_key).close()
+
+
 def check_health(pool: Workers, note: Callable[[str], None] = lambda _: None) -> None:
     """Raises CheckFailed if a GPU of the pool is not fit for timing."""
     present = pool.gpus()
@@ -172,7 +178,8 @@ def _tune_target(
         reduced = consolidate.reduce(result.entries)
         result.variant_counts = len(consolidate.variants(result.entries)), len(consolidate.variants(reduced))
         changed = [new for new, old in zip(reduced, result.entries, strict=True) if new != old]
-        store.update(target.path, target.gpu, changed, force=force)
+        if changed:
+            store.update(target.path, target.gpu, changed, force=force)
         result.entries = reduced
         reasons = (*run.compiled.failed.values(), *journal.rejected.values())
         result.rejected = dict(Counter(reason.partition(":")[0] for reason in reasons))

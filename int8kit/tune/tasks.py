@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from int8kit.database.schema import GpuState, Resources
-from int8kit.errors import CheckFailed, ConfigError
+from int8kit.errors import CheckFailed, ConfigError, FileError
 from int8kit.gpus import Gpu, present
 from int8kit.spec import GemmShape, TileConfig
 from int8kit.timing import interleave
@@ -48,7 +48,8 @@ def describe() -> tuple[str, Gpu | None]:
 def compile_kernel(arch: int, kernel: KernelVariant, launch_code: LaunchCode | None) -> Resources | str:
     """Resources of `kernel` on `arch`, or "compile: ..." with the compiler's message.
 
-    launch_code: compile this too, so that a launch on this machine finds it in Triton's cache.
+    launch_code: compile this too, so that a launch on this machine finds it in Triton's cache. Raises FileError if a
+    file cannot be written: no verdict on a kernel.
     """
     from int8kit.tune import cross_compile
 
@@ -58,6 +59,14 @@ def compile_kernel(arch: int, kernel: KernelVariant, launch_code: LaunchCode | N
             cross_compile.assemble(launch_code.runs_on, kernel, code=launch_code.code_arch)
     except ConfigError as error:
         return f"compile: {error}"
+    except OSError as error:
+        where = f"{error.filename!r}, a file of" if error.filename else "a file of"
+        failure = FileError(
+            f"cannot write {where} the compiler ({error.strerror or error}); free some space, or set TRITON_CACHE_DIR "
+            "and TMPDIR to writable folders"
+        )
+        failure.exit_status = 1
+        raise failure from None
     return resources
 
 

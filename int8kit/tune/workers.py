@@ -25,10 +25,12 @@ import itertools
 import logging
 import os
 import queue
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -53,7 +55,7 @@ _CONFIG = {
     # a nanny restarts a worker; by default the cluster gives up a worker that is down 15 s after an earlier end
     "distributed.deploy.lost-worker-timeout": "1000 days",
 }
-# Ctrl-C reaches the whole process group; only the parent handles it
+# Ctrl-C reaches the whole process group; only the parent handles it. `_deaf_loop` covers the time before the preload
 _PRELOAD = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 
@@ -351,7 +353,9 @@ class Workers:
         # any free port: a second run's scheduler would warn that the usual one is taken
         options = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
         scheduler = {"cls": Scheduler, "options": options}
-        cluster = SpecCluster(spec, scheduler=scheduler, silence_logs=logging.CRITICAL)
+        loop = _deaf_loop()
+        self._stack.callback(loop.stop)
+        cluster = SpecCluster(spec, scheduler=scheduler, silence_logs=logging.CRITICAL, loop=loop.loop)
         client = self._stack.enter_context(Client(self._stack.enter_context(cluster), set_as_default=False))
         client.wait_for_workers(len(spec))
         return client
@@ -369,6 +373,27 @@ class Workers:
                 "prints, such as tcp://host:8786"
             ) from None
         return client
+
+
+def _deaf_loop() -> Any:
+    """A running event loop in a thread with Ctrl-C blocked. The processes that it starts inherit that from the thread.
+
+    A process would else print a traceback if Ctrl-C arrived before its preload. multiprocessing starts its resource
+    tracker with the first process and then unblocks Ctrl-C in that thread, so the tracker starts before.
+    """
+    from distributed.utils import LoopRunner
+
+    runner = LoopRunner()
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        runner.start()
+        return runner
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        runner.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return runner
 
 
 def compilation(result: Any) -> Compilation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -11,12 +12,19 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
+import platformdirs
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from int8kit.kernels import gemm
 from int8kit.verify.examples.encoding import encoded
 from int8kit.verify.executors import Executor
+
+# hypothesis keeps the constants of this program's source there; its default is the working folder
+set_hypothesis_home_dir(
+    os.environ.get("HYPOTHESIS_STORAGE_DIRECTORY") or Path(platformdirs.user_cache_dir("int8kit"), "hypothesis")
+)
 
 T = TypeVar("T")
 Evidence = Literal["sampled", "every input", "compiled code"]
