@@ -39,13 +39,13 @@ class UnknownName(InputError):
     Of more than `MOST` names, the message has the closest ones.
     """
 
-    MOST = 10
+    MOST = 20
 
     def __init__(self, kind: str, name: str, known: Iterable[str], remedy: str = "") -> None:
         names = sorted(known)
         expected = ", ".join(names)
         if len(names) > self.MOST:
-            close = difflib.get_close_matches(name, names, n=self.MOST // 2, cutoff=0.0)
+            close = difflib.get_close_matches(name, names, n=5, cutoff=0.0)
             expected = f"one of {len(names)}, such as {', '.join(close)}"
         super().__init__(f"unknown {kind} {name!r}; expected {expected}{'; ' + remedy if remedy else ''}")
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -62,9 +64,10 @@ class FallbackCall:
     config: TileConfig
     shape: GemmShape
     call: str
+    compiles: bool = True  # False: the operands suit the kernel, and the compiler fails
 
     def __str__(self) -> str:
-        return f"{self.call}, {self.shape}, {self.config}"
+        return f"{self.call}, {self.shape}, {self.config}{'' if self.compiles else ', which does not compile'}"
 
 
 def refused() -> Iterator[RefusedCall]:
@@ -91,6 +94,7 @@ def fallbacks(device: str) -> Iterator[FallbackCall]:
         for shape in shapes:
             for call in CALLS:
                 yield FallbackCall(config, shape, call)
+        yield FallbackCall(config, GemmShape(70, 64, 128), "scaled_mm", compiles=False)
 
 
 def check_refused(c: RefusedCall, on: Executor | Implementation) -> str | None:
@@ -118,7 +122,11 @@ def check_fallback(c: FallbackCall, on: Executor | Implementation) -> str | None
     out = given.pop("out")
     gemm._notice.cache_clear()
     try:
-        with warnings.catch_warnings(record=True) as heard, another_default_dtype():
+        with (
+            warnings.catch_warnings(record=True) as heard,
+            another_default_dtype(),
+            nullcontext() if c.compiles else _compiler_fails(c.config.kernel),
+        ):
             warnings.simplefilter("always")
             got = CALLS[c.call](**given, out=out, config=c.config)
     finally:
@@ -128,6 +136,26 @@ def check_fallback(c: FallbackCall, on: Executor | Implementation) -> str | None
     if c.call == "accumulate":
         return bitwise_diff(got, reference.accumulate(**given))
     return bitwise_diff(got, getattr(reference, c.call)(**given, out_dtype=out.dtype))
+
+
+@contextmanager
+def _compiler_fails(kernel: Kernel) -> Iterator[None]:
+    """A context in which `kernel` takes all operands, and the compiler fails on it."""
+    module, why_not = gemm.module, gemm.why_not
+
+    class Broken:
+        @staticmethod
+        def launch(*_: Any) -> None:
+            raise RuntimeError("PassManager::run failed")
+
+    def of(named: Kernel) -> Any:
+        return Broken if named is kernel else module(named)
+
+    with (
+        mock.patch.object(gemm, "module", of),
+        mock.patch.object(gemm, "why_not", lambda o, named: None if named is kernel else why_not(o, named)),
+    ):
+        yield
 
 
 def _operands(call: str, shape: GemmShape, device: str) -> dict[str, Any]:
