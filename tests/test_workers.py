@@ -13,7 +13,6 @@ from int8kit import gpus
 from int8kit.database.schema import Resources
 from int8kit.errors import CheckFailed, InputError
 from int8kit.spec import TileConfig
-from int8kit.tune import cluster as dask_cluster
 from int8kit.tune import tasks, workers
 from int8kit.tune.space import KernelVariant
 
@@ -38,7 +37,7 @@ def _where(number, fate):
 
 
 def _as_if_here(patch):
-    patch.setattr(dask_cluster, "_devices", lambda: [DEVICE])
+    patch.setattr(workers, "_devices", lambda: [DEVICE])
     patch.setattr(tasks, "describe", _describe)
 
 
@@ -105,7 +104,7 @@ def test_workers_of_another_cluster_compile_and_must_have_the_same_toolchain(mon
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense", "carrier://pigeon"])
 def test_no_scheduler_is_one_clear_error(monkeypatch, address):
-    monkeypatch.setattr(dask_cluster, "CONNECT_S", 1)
+    monkeypatch.setattr(workers, "CONNECT_S", 1)
     with (
         workers.Workers(address) as pool,
         pytest.raises(InputError, match=f"no scheduler with workers at '{address}'.*tcp://host:8786"),
@@ -138,7 +137,7 @@ def _busy(number):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_gpus_share_a_batch_evenly_and_at_once(monkeypatch, count):
-    monkeypatch.setattr(dask_cluster, "_devices", lambda: [str(i) for i in range(count)])
+    monkeypatch.setattr(workers, "_devices", lambda: [str(i) for i in range(count)])
     monkeypatch.setattr(tasks, "describe", _describe)
 
     def program():
