@@ -20,6 +20,7 @@ from int8kit.verify import executors, process_pool, property_runs, runner, verif
 from int8kit.verify.compare import bitwise_diff
 from int8kit.verify.examples import fixed, strategies
 from int8kit.verify.properties import entries
+from int8kit.verify.properties.budget import Share
 
 CONFIGS = (TileConfig(64, 32, 64, 4, 3),)
 EXECUTOR = executors.available(gpus.get("rtx3090"))[-1]
@@ -286,6 +287,44 @@ def test_result_from_a_child_process_is_the_same():
     [(result, _)] = property_runs.run_all(runs, property_runs.VerifyKernels(BASE, examples=20))
     assert result.failure is None
     assert result == verify_kernels.run("batch", EXECUTOR, BASE, examples=20)[0]
+
+
+def test_shares_try_every_example_once():
+    shares = [Share(number, 3) for number in range(3)]
+    assert sorted(one for share in shares for one in share.pick(range(8))) == list(range(8))
+    assert [share.count(8) for share in shares] == [3, 3, 2]
+    assert [share.count(1) for share in shares] == [1, 1, 1]
+
+
+def test_shares_of_entries_check_every_entry(monkeypatch):
+    other = entry(TileConfig(32, 32, 64, 4, 3), m=100, n=56, k=200)
+    base = Database(gpus.get("rtx3090"), (GOOD, BAD, other))
+    monkeypatch.setattr(Database, "usable_entries", lambda self, toolchain: self.entries)
+    monkeypatch.setattr(entries, "check_entry", lambda one, executor: None)
+    seen = [len(entries.run(EXECUTOR, base, share=Share(number, 2))[1]) for number in range(2)]
+    assert sorted(seen) == [1, 2]  # by configuration
+
+
+def test_a_gpu_shares_the_properties_that_compile_most():
+    native = executors.Executor("native", "cuda", "a GPU", code=90)
+    runs = [property_runs.PropertyRun(name, native) for name in ("output", "batch", "entries")]
+    assert [run.name for run in property_runs.divided(runs)] == [*["output"] * 6, "batch", *["entries"] * 4]
+    assert property_runs.divided([property_runs.PropertyRun("output", EXECUTOR)]) == [
+        property_runs.PropertyRun("output", EXECUTOR)
+    ]
+
+
+def _fails_in_the_second_share(run, report):
+    failure = f"share {run.share.number}" if run.share.number else None
+    return runner.Result(run.name, str(run.executor), 5, failure), {run.share.number: []}
+
+
+@pytest.mark.process
+def test_findings_of_shares_are_joined():
+    runs = [property_runs.PropertyRun("output", EXECUTOR, Share(number, 3)) for number in range(3)]
+    [(result, stamps)] = property_runs.run_all(runs, _fails_in_the_second_share)
+    assert result == runner.Result("output", str(EXECUTOR), 15, "share 1")
+    assert set(stamps) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 128, 4296, 16584])

@@ -171,7 +171,7 @@ def _verify(
     stamps: dict[Any, list[Any]] = {}
     with progress("verifying") as (bar, task):
         findings = property_runs.run_all(
-            runs,
+            property_runs.divided(runs),
             property_runs.VerifyKernels(base, examples, seed, more, unlisted),
             processes=property_runs.process_count(found[-1]),
             on_example=lambda: bar.advance(task),

@@ -6,8 +6,8 @@ run_all([PropertyRun("output", executor), ...], VerifyKernels(database), process
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +19,7 @@ from int8kit.verify.examples.encoding import described
 from int8kit.verify.examples.guarded_buffers import HUGE_STRIDE_BYTES
 from int8kit.verify.executors import Executor
 from int8kit.verify.process_pool import Call, Ending, Report
+from int8kit.verify.properties.budget import WHOLE, Share
 from int8kit.verify.properties.entries import Stamps
 from int8kit.verify.runner import Result
 
@@ -27,10 +28,11 @@ MAX_PROCESSES = 16  # on a GPU: each keeps a context there
 
 @dataclass(frozen=True)
 class PropertyRun:
-    """One property on one executor."""
+    """One property on one executor, or a share of its examples."""
 
     name: str
     executor: Executor
+    share: Share = WHOLE
 
 
 Finding = tuple[Result, Stamps]
@@ -53,7 +55,7 @@ class VerifyKernels:
         finding = verify_kernels.run(
             run.name, run.executor, self.database, examples=self.examples, random_seed=self.random_seed,
             more=self.more, kept=regressions.load(run.name), unlisted=self.unlisted,
-            on_example=lambda example: report(described(example)),
+            on_example=lambda example: report(described(example)), share=run.share,
         )  # fmt: skip
         torch.cuda.empty_cache()  # several children share one GPU; no effect without one
         return finding
@@ -70,10 +72,30 @@ def process_count(executor: Executor) -> int:
 def run_all(
     runs: list[PropertyRun], verifier: Verifier, *, processes: int = 1, on_example: Callable[[], None] = lambda: None
 ) -> list[Finding]:
-    """Verify `runs`, up to `processes` at a time, and return the findings in order. An interrupt ends the children."""
+    """Verify `runs`, up to `processes` at a time, and return the findings in order, those of shares joined.
+
+    An interrupt ends the children.
+    """
     calls = [Call(verifier, run) for run in runs]
     endings = process_pool.run_all(calls, processes=processes, on_report=lambda index, text: on_example())
-    return [_finding(run, ending) for run, ending in zip(runs, endings, strict=True)]
+    joined: dict[tuple[str, Executor], Finding] = {}
+    for run, ending in zip(runs, endings, strict=True):
+        found, key = _finding(run, ending), (run.name, run.executor)
+        joined[key] = _join(joined[key], found) if key in joined else found
+    return list(joined.values())
+
+
+def divided(runs: Iterable[PropertyRun]) -> list[PropertyRun]:
+    """The runs of the shares of `runs`. See `verify_kernels.shares`."""
+    return [replace(run, share=share) for run in runs for share in verify_kernels.shares(run.name, run.executor)]
+
+
+def _join(one: Finding, more: Finding) -> Finding:
+    """The finding of two shares of one property: the first failure, and the sums of both."""
+    (first, stamps), (second, more_stamps) = one, more
+    shown = second if second.failure and not first.failure else first
+    total = replace(shown, examples=first.examples + second.examples, skipped=first.skipped + second.skipped)
+    return total, {**stamps, **more_stamps}
 
 
 def _finding(run: PropertyRun, ending: Ending) -> Finding:

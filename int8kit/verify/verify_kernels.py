@@ -13,7 +13,7 @@ from int8kit.verify.examples.fixed import SMALL_TILES
 from int8kit.verify.examples.strategies import Draw
 from int8kit.verify.executors import Executor
 from int8kit.verify.properties import entries
-from int8kit.verify.properties.budget import budget
+from int8kit.verify.properties.budget import WHOLE, Share, budget
 from int8kit.verify.properties.entries import Stamps
 from int8kit.verify.properties.proof import Proof
 from int8kit.verify.properties.registry import PROOFS, PROPERTIES
@@ -33,6 +33,14 @@ def names(
     return [*found, entries.NAME] if database.entries or unlisted else found
 
 
+def shares(name: str, executor: Executor) -> tuple[Share, ...]:
+    """The shares of a property. A GPU's children share the properties that compile most; a CPU has too few cores."""
+    if executor.on == "interpreter" or name in PROOFS:
+        return (WHOLE,)
+    of = entries.SHARES if name == entries.NAME else PROPERTIES[name].shares
+    return tuple(Share(number, of) for number in range(of))
+
+
 def run(
     name: str,
     executor: Executor,
@@ -44,20 +52,21 @@ def run(
     kept: Iterable[Any] = (),
     unlisted: Sequence[Choice] = (),
     on_example: Callable[[object], None] = lambda _: None,
+    share: Share = WHOLE,
 ) -> tuple[Result, Stamps]:
     """Verify one property of `names`: its result and, for "entries", the stamps of the entries that passed.
 
     The tiles come from the database, DEFAULT_TILES and `more`. kept: examples that failed in earlier runs. unlisted:
     the configurations of shapes without an entry, checked like entries. on_example is given each example before it is
-    tried.
+    tried. share: the part of the examples that is tried, see `shares`.
     """
     if name == entries.NAME:
         with forbid_fallback():
-            return entries.run(executor, database, unlisted, on_example)
+            return entries.run(executor, database, unlisted, on_example, share)
     served: tuple[Entry | Choice, ...] = (*database.entries, *unlisted)
     tiles = {*DEFAULT_TILES, *(one.config for one in served), *more}
     result = run_over_tiles(
-        name, executor, tiles, examples=examples, random_seed=random_seed, kept=kept, on_example=on_example
+        name, executor, tiles, examples=examples, random_seed=random_seed, kept=kept, on_example=on_example, share=share
     )
     return result, {}
 
@@ -71,6 +80,7 @@ def run_over_tiles(
     random_seed: int = 0,
     kept: Iterable[Any] = (),
     on_example: Callable[[object], None] = lambda _: None,
+    share: Share = WHOLE,
 ) -> Result:
     """Verify one property over the configurations that `executor` runs, without a database."""
     runnable = tuple(sorted({config for config in tiles if executor.runs(config)}))
@@ -86,9 +96,9 @@ def run_over_tiles(
             executor,
             row.strategy(runnable, limits),
             lambda example: row.check(example, kernels),
-            examples=limits.examples,
-            random_seed=random_seed,
-            always=(*(one for one in kept if _runs(executor, one)), *row.always(runnable, limits)),
+            examples=share.count(limits.examples),
+            random_seed=random_seed + 2**32 * share.number,  # shares draw other examples than each other
+            always=share.pick((*(one for one in kept if _runs(executor, one)), *row.always(runnable, limits))),
             on_example=on_example,
         )
 

@@ -19,10 +19,19 @@ def executors_here():
     return executors.available(gpus.get("rtx3090")) if torch.cuda.is_available() else []
 
 
-@pytest.mark.parametrize("executor", executors_here(), ids=str)
-@pytest.mark.parametrize("name", ["accumulator", "output", "swiglu", "quantize"])
-def test_properties(executor, name):
-    result, _ = verify_kernels.run(name, executor, store.load(DATABASES[-1]), examples=40, random_seed=1)
+def shares_here():
+    return [
+        pytest.param(name, executor, share, id=f"{name}-{executor}-{share.number}")
+        for executor in executors_here()
+        for name in ("accumulator", "output", "swiglu", "quantize")
+        for share in verify_kernels.shares(name, executor)
+    ]
+
+
+@pytest.mark.parametrize(("name", "executor", "share"), shares_here())
+def test_properties(name, executor, share):
+    database = store.load(DATABASES[-1])
+    result, _ = verify_kernels.run(name, executor, database, examples=40, random_seed=1, share=share)
     assert result.failure is None
 
 

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
 from int8kit.verify.examples.guarded_buffers import HUGE_STRIDE_BYTES
 from int8kit.verify.executors import Executor
 
+T = TypeVar("T")
 MAX_ROWS_REPEATED = 100  # M and N of an example for which the kernel runs several times
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a property's examples that one child tries: share `number` of `of`, from 0."""
+
+    number: int = 0
+    of: int = 1
+
+    def pick(self, items: Iterable[T]) -> tuple[T, ...]:
+        """The items of this share. The shares have no item in common, and together they have all items."""
+        return tuple(items)[self.number :: self.of]
+
+    def count(self, total: int) -> int:
+        """The part of `total` drawn examples, at least 1."""
+        return max(1, len(range(self.number, total, self.of)))
+
+
+WHOLE = Share()
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ from int8kit.verify.compare import bitwise_diff, operands
 from int8kit.verify.examples.strategies import Draw
 from int8kit.verify.executors import Executor
 from int8kit.verify.properties import gemm as gemm_properties
+from int8kit.verify.properties.budget import WHOLE, Share
 from int8kit.verify.runner import Result
 
 NAME = "entries"
+SHARES = 4  # of a GPU's work: children that share it
 Stamps = dict[Key, list[Stamp]]
 """The stamps of the entries that passed, by entry key."""
 
@@ -28,8 +30,12 @@ def run(
     database: Database,
     unlisted: Sequence[Choice] = (),
     on_example: Callable[[object], None] = lambda _: None,
+    share: Share = WHOLE,
 ) -> tuple[Result, Stamps]:
-    """Check the usable entries of `database`, and `unlisted` choices; the stamps are for the entries that passed."""
+    """Check the usable entries of `database`, and `unlisted` choices; the stamps are for the entries that passed.
+
+    share: the part of the configurations that is checked.
+    """
     import triton
 
     verdicts: dict[tuple[GemmShape, TileConfig], str | None] = {}
@@ -37,6 +43,9 @@ def run(
     failure = None
     # code from another Triton is not proven here
     serving: list[Entry | Choice] = [*database.usable_entries(gemm.toolchain()), *unlisted]
+    # entries of one configuration are in one share, which compiles it once
+    mine = set(share.pick(sorted({one.config for one in serving})))
+    serving = [one for one in serving if one.config in mine]
     runnable = [one for one in serving if executor.runs(one.config)]
     for one in sorted(runnable, key=lambda e: e.shape.flops):
         shape = reduced(one.shape, one.config) if executor.on == "interpreter" else one.shape

@@ -131,6 +131,7 @@ class Property:
     scope: Literal["any GEMM", "int8kit"] = "any GEMM"  # `verify libraries` has the first
     mutants_of: tuple[Kernel, ...] = ()  # `verify mutate` tries it on faults of these kernels
     level: Level = "default"
+    shares: int = 1  # children that share its examples on a GPU, where most examples compile a kernel
 
 
 def _row_kernel(name: str) -> Property:
@@ -156,15 +157,15 @@ PROPERTIES: dict[str, Property] = {
     for row in (
         _all_kernels(
             "accumulator", "the int32 accumulators equal int64-exact arithmetic", gemm.accumulators,
-            _needs_accumulators, always=_extreme_sums,
+            _needs_accumulators, always=_extreme_sums, shares=4,
         ),
         _all_kernels(
             "output", "the dequantized output is bit-equal to the reference; NaN equals NaN", gemm.output,
-            _needs_output, always=_extreme_outputs,
+            _needs_output, always=_extreme_outputs, shares=6,
         ),
         _all_kernels(
             "swiglu", "the output of the SwiGLU epilogue is bit-equal to the reference", gemm.swiglu, _needs_swiglu,
-            always=_extreme_swiglus, scope="int8kit",
+            always=_extreme_swiglus, scope="int8kit", shares=4,
         ),
         Property("batch", "a row gives the same bits alone, permuted, and with more rows below it", gemm.batch),
         Property("linearity", "accumulators(a + b) = accumulators(a) + accumulators(b)", gemm.linearity,
