@@ -57,6 +57,16 @@ def test_catalogue_covers_every_kernel():
     assert {mutant.kernel for mutant in CATALOGUE} == set(Kernel)
 
 
+def test_faults_that_a_proof_finds_need_no_gpu():
+    here = executors.available(gpus.get("rtx3090"))
+    by_name = {mutant.name: mutant for mutant in CATALOGUE}
+    for name, proof in (("stale-workspace-slot", "tile scheduler"), ("wgmma-epilogue-too-early", "wgmma code")):
+        assert by_name[name].needs_gpu
+        assert campaign._not_runnable(by_name[name], here) is None
+        assert campaign._trial(by_name[name], here).properties == (proof,)
+    assert campaign._not_runnable(by_name["wgmma-deadlock"], here).ending == "needs a GPU"
+
+
 @pytest.mark.parametrize("mutant", CATALOGUE, ids=lambda mutant: mutant.name)
 def test_each_fault_has_one_place_in_the_source(mutant):
     source = campaign.mutated(mutant, campaign.PACKAGE)

@@ -27,7 +27,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,8 +103,7 @@ def run(
     found = executors.available(gpu)
     not_run = {mutant.name: verdict for mutant in mutants if (verdict := _not_runnable(mutant, found))}
     seeded = [_trial(mutant, found) for mutant in mutants if mutant.name not in not_run]
-    kernels = {trial.kernel: trial.executor for trial in seeded}
-    sound = [Trial(None, kernel, (name,), on) for kernel, on in kernels.items() for name in registry.of_mutants(kernel)]
+    sound = list(dict.fromkeys(replace(t, mutant=None, properties=(name,)) for t in seeded for name in t.properties))
     trials, verdicts = [*sound, *seeded], dict(not_run)
 
     def on_ending(index: int, ending: Ending) -> None:
@@ -160,15 +159,23 @@ def _not_runnable(mutant: Mutant, executors: list[Executor]) -> Verdict | None:
     """The verdict on a mutant that nothing here can execute, with the reason; or None."""
     about = mutant.name, mutant.file, mutant.fault
     if executors[-1].on == "interpreter":
-        return Verdict(*about, "needs a GPU", evidence=mutant.needs_gpu) if mutant.needs_gpu else None
+        runs = not mutant.needs_gpu or _proof_here(mutant, executors[-1])
+        return None if runs else Verdict(*about, "needs a GPU", evidence=mutant.needs_gpu)
     gpu = present()
     if mutant.kernel is Kernel.WGMMA and gpu is not None and gpu.arch != 90:
         return Verdict(*about, "not applicable", evidence=f"the wgmma kernel runs on sm_90 only, not on {gpu.name}")
     return None
 
 
+def _proof_here(mutant: Mutant, executor: Executor) -> bool:
+    """Whether a proof should catch the fault that runs no kernel: one that reads code, or the tile scheduler's."""
+    return mutant.expected in registry.PROOFS and registry.PROOFS[mutant.expected].why_not(executor) is None
+
+
 def _trial(mutant: Mutant, executors: list[Executor]) -> Trial:
     """The mma.sync kernel runs as code of the GPU that was asked for; the others as code of the present GPU."""
+    if executors[-1].on == "interpreter" and mutant.needs_gpu:
+        return Trial(mutant, mutant.kernel, (mutant.expected,), executors[-1])
     names = registry.of_mutants(mutant.kernel)
     order = sorted(names, key=lambda name: name != mutant.expected)
     return Trial(mutant, mutant.kernel, tuple(order), executors[0 if mutant.kernel is Kernel.MMA_SYNC else -1])

@@ -9,8 +9,8 @@ def _mma_sync(name: str, old: str, new: str, fault: str, expected: str = "accumu
     return Mutant(name, "kernels/gemm_mma_sync.py", old, new, fault, expected)
 
 
-def _scheduler(name: str, old: str, new: str, fault: str) -> Mutant:
-    return Mutant(name, "kernels/stream_k.py", old, new, fault, "accumulator")
+def _scheduler(name: str, old: str, new: str, fault: str, expected: str = "tile scheduler") -> Mutant:
+    return Mutant(name, "kernels/stream_k.py", old, new, fault, expected)
 
 
 def _wgmma(
@@ -84,9 +84,9 @@ WGMMA_FAULTS = (
            "an output whose rows TMA cannot address is an error, not handed to the Triton kernel", "launch cache"),
     _wgmma("wgmma-epilogue-too-early",
            "acc = hopper.warpgroup_mma_wait(0, deps=(acc,))", "acc = hopper.warpgroup_mma_wait(1, deps=(acc,))",
-           "the epilogue reads sums while the last wgmma is in flight"),
+           "the epilogue reads sums while the last wgmma is in flight", "wgmma code"),
     _wgmma("wgmma-one-buffer-in-flight", "tma.store_wait(0 if len(chunks) == 1 else 1)", "tma.store_wait(1)",
            "a tile of one chunk overwrites its staging buffer while the last tile's store reads it", "wgmma code"),
     _wgmma("wgmma-store-past-n", "if operands.out.shape[1] * operands.out.itemsize % 16:", "if False:",
-           "rows of an output that end inside 16 bytes are stored past their end", "output"),
+           "rows of an output that end inside 16 bytes are stored past their end", "launch cache"),
 )  # fmt: skip
