@@ -111,6 +111,7 @@ DELETED = [
     ("rounding", (WGMMA, MMA_SYNC, TRITON), edit(r"cvt\.rn\.f32\.s32", "cvt.rz.f32.s32")),
     ("rounding", (WGMMA, MMA_SYNC, TRITON), edit(r"cvt\.rn\.(b?f16x2)\.f32", r"cvt.rz.\1.f32")),
     ("rounding", (ROW,), edit(r"div\.rn\.f32", "div.full.f32")),
+    ("rounding", (TRITON, MMA_SYNC, ROW), edit(r"max\.NaN\.f32", "max.f32")),
     ("rounding", (ROW,), edit(r"sqrt\.rn\.f32", "sqrt.approx.f32")),
     ("rounding", (MMA_SYNC, ROW), edit(r"(fma|div)\.rn\.f32", "rcp.approx.ftz.f32")),
     ("operations", (WGMMA, MMA_SYNC), edit(r"add\.rn\.f32 ([^;]*);", r"fma.rn.f32 \1, %r1;")),

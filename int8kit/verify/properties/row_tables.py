@@ -21,7 +21,7 @@ from int8kit.kernels.qk_norm_rope import HeadTile
 from int8kit.kernels.row_primitives import BLOCK, CHUNKS, K_MAX_HELD, RowTile
 from int8kit.spec import K_MAX
 from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES
-from int8kit.verify.properties.row_kernels import OPERANDS, PER_IMAGE, TABLES, VECTORS, RowExample
+from int8kit.verify.properties.row_kernels import DEFAULT_EPS, OPERANDS, PER_IMAGE, TABLES, VECTORS, RowExample
 
 MANY, LONGEST = 70000, 131071
 
@@ -154,7 +154,7 @@ def _layouts(kernel: str) -> Iterator[RowExample]:
             yield replace(small, dtype=dtype, vectors=dtype, other_dtype=name)
         if name in (*VECTORS, *PER_IMAGE, *TABLES):
             yield replace(images, special=name)
-    for eps in (0.0, 1e-6, 1e-3, 1.0) if len(names) > 1 else ():
+    for eps in (0.0, 1e-6, DEFAULT_EPS, 1e-3, 1.0) if len(names) > 1 else ():
         yield replace(small, eps=eps)
         yield replace(small, eps=eps, kind="tiny")
     if kernel == "rms_norm_quantize":

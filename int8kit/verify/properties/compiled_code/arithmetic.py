@@ -22,6 +22,9 @@ _ROUNDED = ("add", "sub", "mul", "fma", "mad", "div", "sqrt", "rcp", "ex2", "lg2
 _FLOATS = re.compile(r"\.(f32|f64|f16|bf16|f32x2|f16x2|bf16x2|tf32)\b")
 APPROXIMATE = "rcp.approx.ftz.f32"  # in activations.reciprocal, which corrects it
 
+DROPS_NAN = {("silu", "min"), ("clamped_quotient", "max"), ("clamped_quotient", "min")}
+"""Maxima and minima that may drop a NaN: another operand or a later step has it."""
+
 EXACT: dict[str, dict[str, int]] = {
     "dequantize": {"cvt.s32": 1, "mul": 2},
     "add_bias": {"add": 1},
@@ -51,7 +54,7 @@ AMONG: dict[str, frozenset[str]] = {
 
 
 def rounding(code: Code, config: TileConfig | None) -> str | None:
-    """Each operation on fp32 is rounded to the nearest, keeps subnormal numbers, and is joined with no other one."""
+    """Each operation on fp32 is rounded to the nearest, keeps subnormal numbers and NaN, and stays alone."""
     if code.contraction:
         return "the launch lets the compiler join a product and a sum in one rounding: expected enable_fp_fusion=False"
     for one in parse(code.ptx).instructions:
@@ -61,6 +64,8 @@ def rounding(code: Code, config: TileConfig | None) -> str | None:
             return f"{one}: expected an operation rounded to the nearest, with subnormal numbers"
         if one.starts(*_ROUNDED) and not re.search(r"\.rn\.f32(x2|\.bf16|\.f16)?$", one.op):
             return f"{one}: expected .rn.f32"
+        if one.starts("max", "min") and ".NaN." not in one.op and (_function(one), one.op[:3]) not in DROPS_NAN:
+            return f"{one}: expected .NaN, so that a NaN stays one"
         if one.starts("cvt") and _narrows(one.op) and ".rn." not in one.op:
             return f"{one}: expected .rn"
     return None
