@@ -84,6 +84,13 @@ def test_keywords_are_dropped_and_flags_turned():
     assert edits == {(", flag=True", ""), ("True", "False")}
 
 
+def test_stores_in_a_row_keep_their_order():
+    text = "@triton.jit\ndef f(s):\n    a_buffer.store(s)\n    if s:\n        b_buffer.store(s)\n    tl.store(c, s)\n"
+    assert replaced("order", text) == set()
+    barrier = text.replace("tl.store(c, s)", "barrier()")
+    assert [new for _, new in replaced("order", barrier)] == ["barrier()\n    if s:\n        b_buffer.store(s)"]
+
+
 def test_parts_that_decide_nothing_are_left_out():
     lines = FUNCTION.splitlines()
     places = {m.context for m in generate.places("kernels/gemm_triton.py", FUNCTION)}

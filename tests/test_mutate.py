@@ -192,17 +192,17 @@ def test_verify_mutate(monkeypatch, scratch, verb):
         "--only",
         "k-tail-dropped",
         "--only",
-        "naive-owner",
+        "mma-sync-copy-past-k",
         "--examples",
         "5",
         "--json",
     )
     document = json.loads(out)
-    killed, stream_k = document["mutants"]
+    killed, gluon = document["mutants"]
     assert (killed["name"], killed["by"], killed["how"]) == ("k-tail-dropped", "fallback", "differs")
     assert document["killed"] >= 1
     assert document["score"] == 1.0
-    assert stream_k["ending"] == ("killed" if torch.cuda.is_available() else "needs a GPU")
+    assert gluon["ending"] == ("killed" if torch.cuda.is_available() else "needs a GPU")
     assert not list(scratch.iterdir())
 
 

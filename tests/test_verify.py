@@ -19,6 +19,7 @@ from int8kit.spec import GemmShape, Kernel, Source, TileConfig, legal_configs
 from int8kit.verify import executors, process_pool, property_runs, runner, verify_kernels
 from int8kit.verify.compare import bitwise_diff
 from int8kit.verify.examples import fixed, strategies
+from int8kit.verify.gpu_memory import TRIES, with_memory
 from int8kit.verify.properties import entries
 from int8kit.verify.properties.budget import Share
 
@@ -381,3 +382,26 @@ def test_hypothesis_keeps_its_files_in_the_cache_folder():
     environment = {k: v for k, v in os.environ.items() if k != "HYPOTHESIS_STORAGE_DIRECTORY"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip().endswith("int8kit/hypothesis/constants")
+
+
+def test_an_example_waits_for_the_memory_of_other_children():
+    tries = iter([torch.OutOfMemoryError("full"), torch.OutOfMemoryError("full"), None])
+
+    def check():
+        if error := next(tries):
+            raise error
+        return "differs"
+
+    assert with_memory(check, pause=0) == "differs"
+
+
+def test_memory_that_stays_full_is_a_failure():
+    seen = []
+
+    def check():
+        seen.append(1)
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        with_memory(check, pause=0)
+    assert len(seen) == TRIES

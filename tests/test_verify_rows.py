@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from int8kit import gpus, lookup, ops
 from int8kit.database.database import Database
 from int8kit.kernels import gemm, launch, quantize
 from int8kit.kernels.qk_norm_rope import HeadTile
-from int8kit.kernels.row_primitives import RowTile
+from int8kit.kernels.row_primitives import K_MAX_HELD, RowTile
 from int8kit.verify import property_runs, replay, runner, verify_kernels
 from int8kit.verify.examples import encoding, regressions, row_memory, strategies
 from int8kit.verify.properties import lookups, proof, registry, row_kernels, row_launches, row_tables, stamps
 from int8kit.verify.properties.budget import budget
+from int8kit.verify.properties.launch_store import stored_kernels
 from int8kit.verify.properties.registry import PROOFS, PROPERTIES
 from int8kit.verify.properties.row_kernels import KERNELS, OPERANDS, RowExample
 
@@ -311,3 +313,58 @@ def test_lookups_and_stamps_of_the_tables_hold():
     assert levels == {level.name for level in lookup.LEVELS}
     for case in lookups.always():
         assert lookups.check(case, EXECUTOR) is None, case
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """A launcher that believes itself to compile, on device 1, and its store."""
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(launch, "_COMPILED", {})
+    monkeypatch.setattr(launch, "_FINALIZED", {None})
+    return launch._COMPILED
+
+
+def test_a_kernel_that_is_stored_and_found_again(compiled):
+    with stored_kernels() as first:
+        launch.finalize_cache_keys(SimpleNamespace(fn=None))
+        compiled["_quantize", 1, "key", ()] = "kernel"
+    assert first.differs(aligned=True, again=False) is None
+    with stored_kernels() as second:
+        pass
+    assert second.differs(aligned=True, again=True) is None
+    assert not second.added
+
+
+def test_kernels_that_are_not_stored_or_not_found_are_named(compiled):
+    with stored_kernels() as launched:
+        pass
+    assert "is not stored" in launched.differs(aligned=True, again=False)
+    assert launched.differs(aligned=False, again=False) is None
+    compiled["_quantize", 1, "key", ()] = "kernel"
+    with stored_kernels() as launched:
+        launch.finalize_cache_keys(SimpleNamespace(fn=None))
+    assert "is not found" in launched.differs(aligned=True, again=True)
+    with stored_kernels() as launched:
+        compiled["_quantize", -1, "key", ()] = "kernel"
+    assert "device -1, expected 1" in launched.differs(aligned=True, again=False)
+
+
+def test_long_rows_have_their_own_function():
+    assert row_launches._function(replace(SMALL, kernel="quantize", k=K_MAX_HELD)) == "_quantize"
+    assert row_launches._function(replace(SMALL, kernel="quantize", k=K_MAX_HELD + 1)) == "_quantize_long"
+    assert row_launches._function(SMALL) == f"_{SMALL.kernel}"
+
+
+def test_every_operand_is_refused_in_some_way():
+    for kernel, names in row_kernels.OPERANDS.items():
+        wrong = dict(row_tables.wrong_tensors(kernel))
+        assert set(names) == {name for together in wrong for name in together.split(",")}
+        assert {fault for faults in wrong.values() for fault in faults} <= set(row_kernels._FAULTS)
+
+
+def test_an_operand_that_is_not_refused_is_found(monkeypatch):
+    e = replace(row_tables.base("qk_norm_rope"), refused="cos,sin longer")
+    assert row_kernels.check(e, EXECUTOR) is None
+    monkeypatch.setitem(row_kernels.KERNELS, "qk_norm_rope", lambda *args: args)
+    assert row_kernels.check(e, EXECUTOR) == "no error, expected InputError"

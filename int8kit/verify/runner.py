@@ -20,6 +20,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from int8kit.kernels import gemm
 from int8kit.verify.examples.encoding import encoded
 from int8kit.verify.executors import Executor
+from int8kit.verify.gpu_memory import with_memory
 
 # hypothesis keeps the constants of this program's source there; its default is the working folder
 set_hypothesis_home_dir(
@@ -66,7 +67,7 @@ def run_property(
     def attempt(example: T) -> None:
         tried.append(example)
         on_example(example)
-        if why := check(example):
+        if why := with_memory(lambda: check(example)):
             raise _Differs(why)
 
     @seed(random_seed)

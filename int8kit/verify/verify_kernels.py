@@ -7,7 +7,7 @@ from typing import Any
 
 from int8kit.database.database import Choice, Database
 from int8kit.database.schema import Entry
-from int8kit.spec import GemmShape, TileConfig, default_config
+from int8kit.spec import GemmShape, Kernel, TileConfig, default_config
 from int8kit.verify import implementations
 from int8kit.verify.examples.fixed import SMALL_TILES
 from int8kit.verify.examples.strategies import Draw
@@ -20,6 +20,8 @@ from int8kit.verify.properties.registry import PROOFS, PROPERTIES
 from int8kit.verify.runner import Result, forbid_fallback, run_property
 
 DEFAULT_TILES = (*SMALL_TILES, default_config(GemmShape(1024, 1, 1)))
+# in which two consumers share the fewest slots, so that a wrong order of theirs ends in a deadlock
+SHORT_RING = TileConfig(256, 64, 128, num_warps=8, num_stages=2, kernel=Kernel.WGMMA)
 
 
 def names(
@@ -56,15 +58,17 @@ def run(
 ) -> tuple[Result, Stamps]:
     """Verify one property of `names`: its result and, for "entries", the stamps of the entries that passed.
 
-    The tiles come from the database, DEFAULT_TILES and `more`. kept: examples that failed in earlier runs. unlisted:
-    the configurations of shapes without an entry, checked like entries. on_example is given each example before it is
-    tried. share: the part of the examples that is tried, see `shares`.
+    The tiles come from the database, DEFAULT_TILES and `more`, on sm_90 also SHORT_RING. kept: examples that failed in
+    earlier runs. unlisted: the configurations of shapes without an entry, checked like entries. on_example is given
+    each example before it is tried. share: the part of the examples that is tried, see `shares`.
     """
     if name == entries.NAME:
         with forbid_fallback():
             return entries.run(executor, database, unlisted, on_example, share)
     served: tuple[Entry | Choice, ...] = (*database.entries, *unlisted)
     tiles = {*DEFAULT_TILES, *(one.config for one in served), *more}
+    if executor.on == "native" and executor.code == 90:
+        tiles.add(SHORT_RING)
     result = run_over_tiles(
         name, executor, tiles, examples=examples, random_seed=random_seed, kept=kept, on_example=on_example, share=share
     )

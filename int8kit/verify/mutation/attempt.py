@@ -95,12 +95,14 @@ class Attempt:
 
     def check(self, name: str, example: object, run: Callable[[], str | None]) -> None:
         """One example. After a failure nothing is run, because hypothesis tries the example again."""
+        from int8kit.verify.gpu_memory import with_memory
+
         if self.failure:
             raise _Failed
         self.report({"property": name, "example": str(example)})
         self.tried[name] += 1
         try:
-            why = run()
+            why = with_memory(run)
         except Exception as error:
             lines = str(error).splitlines() or [repr(error)]
             why, self.raised = f"{type(error).__name__}: {lines[0]}", type(error).__name__

@@ -51,7 +51,7 @@ TILES = {  # small, so that a small matrix has many of them; whole tiles and str
     ),
     Kernel.WGMMA: (
         TileConfig(64, 64, 128, num_warps=8, num_stages=3, group_m=2, kernel=Kernel.WGMMA),
-        TileConfig(256, 64, 128, num_warps=8, num_stages=4, group_m=1, kernel=Kernel.WGMMA),
+        TileConfig(256, 64, 128, num_warps=8, num_stages=2, group_m=1, kernel=Kernel.WGMMA),
         TileConfig(64, 128, 128, num_warps=8, num_stages=4, group_m=8, kernel=Kernel.WGMMA, stream_k=1),
         TileConfig(256, 64, 128, num_warps=8, num_stages=3, group_m=3, kernel=Kernel.WGMMA, stream_k=1),
     ),

@@ -266,8 +266,10 @@ def _of_one_kind(name: str, other: str) -> bool:
 
 
 def _is_store(statement: ast.stmt) -> bool:
-    """True for tl.store: two of them in a row write different elements."""
-    return ast.unparse(statement).startswith("tl.store(")
+    """True for a store, or an `if` around stores: two of them in a row write different elements."""
+    if isinstance(statement, ast.If):
+        return not statement.orelse and all(map(_is_store, statement.body))
+    return re.match(r"(tl\.store|store_\w+|\w+_buffer\.store)\(", ast.unparse(statement)) is not None
 
 
 def _acts(statement: ast.stmt) -> bool:

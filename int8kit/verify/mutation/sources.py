@@ -116,7 +116,9 @@ _ON_GPU: tuple[tuple[str, str, str], ...] = (  # stem, function ("" for all), te
     ("gemm", "_launch", "options"),
     ("gemm", "_launch", "reason"),
     ("gemm", "_launch", "on_device"),
-    ("gemm", "why_not", ""),
+    ("gemm", "why_not", "module(kernel)"),
+    ("gemm", "why_not", "ConfigError"),
+    ("gemm", "why_not", "str(error)"),
 )
 _IN_INTERPRETER: tuple[tuple[str, str, str], ...] = (
     ("activations", "ROUNDER_64", ""),
@@ -124,6 +126,7 @@ _IN_INTERPRETER: tuple[tuple[str, str, str], ...] = (
     ("row_primitives", "round_to", "if INTERPRETED"),
     ("qk_norm_rope", "qk_norm_rope", "return outs[0]"),
     ("", "", "row_primitives.interpreter_fp32("),
+    ("gemm", "why_not", "interpreted()"),
 )
 _GPU_BRANCHES = ("is_ordinary(s)", "x.dtype == tl.bfloat16 and (not INTERPRETED)")
 _INTERPRETER_BRANCHES = ("INTERPRETED", "INTERPRETED and tl.bfloat16 == DTYPE")

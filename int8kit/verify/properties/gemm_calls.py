@@ -32,6 +32,7 @@ CALLS: dict[str, Callable[..., torch.Tensor]] = {
     "accumulate": gemm.accumulate, "scaled_mm": gemm.scaled_mm, "scaled_mm_swiglu": gemm.scaled_mm_swiglu,
 }  # fmt: skip
 M, N, K = 5, 16, 32
+STRIDE_MAX = 2**23  # bytes between rows from which the mma.sync kernel does not serve
 _CONFIG = TileConfig(16, 16, 32, num_warps=1, num_stages=2)
 FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "dtype": lambda t: t.to(torch.int16),
@@ -65,9 +66,12 @@ class FallbackCall:
     shape: GemmShape
     call: str
     compiles: bool = True  # False: the operands suit the kernel, and the compiler fails
+    far: str = ""  # the operand whose rows are STRIDE_MAX bytes apart
 
     def __str__(self) -> str:
-        return f"{self.call}, {self.shape}, {self.config}{'' if self.compiles else ', which does not compile'}"
+        more = "" if self.compiles else ", which does not compile"
+        more += f", rows of {self.far} {STRIDE_MAX} bytes apart" if self.far else ""
+        return f"{self.call}, {self.shape}, {self.config}{more}"
 
 
 def refused() -> Iterator[RefusedCall]:
@@ -95,6 +99,8 @@ def fallbacks(device: str) -> Iterator[FallbackCall]:
             for call in CALLS:
                 yield FallbackCall(config, shape, call)
         yield FallbackCall(config, GemmShape(70, 64, 128), "scaled_mm", compiles=False)
+    for far in ("xq", "wq"):
+        yield FallbackCall(configs[0], GemmShape(3, 6, 128), "scaled_mm", far=far)
 
 
 def check_refused(c: RefusedCall, on: Executor | Implementation) -> str | None:
@@ -120,6 +126,10 @@ def check_fallback(c: FallbackCall, on: Executor | Implementation) -> str | None
     """How the result differs from the reference, or a missing warning; else None."""
     given = _operands(c.call, c.shape, on.device)
     out = given.pop("out")
+    if c.far:
+        matrix = given[c.far]
+        rows = torch.empty(len(matrix) * STRIDE_MAX, dtype=torch.int8, device=on.device)
+        given[c.far] = rows.as_strided(matrix.shape, (STRIDE_MAX, 1)).copy_(matrix)
     gemm._notice.cache_clear()
     try:
         with (

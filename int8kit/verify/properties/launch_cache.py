@@ -28,6 +28,7 @@ from int8kit.verify.compare import bitwise_diff, expected
 from int8kit.verify.examples.guarded_buffers import GuardedOutput, in_poison, vector_in_poison
 from int8kit.verify.examples.strategies import Draw, Variant, int8_matrix, scales
 from int8kit.verify.implementations import Implementation
+from int8kit.verify.properties.launch_store import stored_kernels
 
 ROOM = 64  # elements before the first one and between rows, where nothing else is asked for
 _TRITON, _GLUON = (Kernel.TRITON,), (Kernel.MMA_SYNC, Kernel.WGMMA)
@@ -184,8 +185,15 @@ def check(pair: Pair, gemm: Implementation) -> str | None:
     served = not pair.change or pair.second.kernel in CHANGES[pair.change].kernels
     with empty_cache(), nullcontext() if served else _fallback():
         for name, one, config in reversed(launches) if pair.reverse else launches:
-            if why := _launch(one, config, gemm):
+            with stored_kernels() as launched:
+                if why := _launch(one, config, gemm):
+                    return f"{name}: {why}"
+            if why := launched.differs(aligned=one == base, again=False):
                 return f"{name}: {why}"
+        with stored_kernels() as launched:
+            _launch(base, pair.first, gemm)
+        if why := launched.differs(aligned=True, again=True):
+            return f"the first again: {why}"
     return None
 
 

@@ -88,7 +88,9 @@ def check(case: LookupCase, on: Executor | Implementation) -> str | None:
     candidates = tuple(Candidate(GemmShape(m, n, k), CONFIGS[c], of[s]) for m, n, k, c, s in case.candidates)
     for function in (ops._choose, lookup_module._plan_of):
         getattr(function, "cache_clear", lambda: None)()  # of answers to an earlier rule
-    plan = Plan(candidates, case.sms)
+    plan = Plan(candidates, case.sms) if case.sms else Plan(candidates)  # 0, which is unknown, is the default
+    if plan.sms != case.sms:
+        return f"a plan of {plan.sms} multiprocessors, expected {case.sms}"
     again = Plan.from_text(plan.text)
     if (again.candidates, again.sms, again.text) != (candidates, case.sms, plan.text):
         return f"the plan of its text: {again}, expected {plan}"

@@ -88,7 +88,9 @@ class RowExample:
     huge_stride: str = ""  # the operand, or the output q of `quantize`, whose third row starts beyond 2**31 elements
     special: str = ""  # the operand that has a NaN, an infinity and a zero in its first row
     given_out: bool = False  # `quantize` writes into given tensors
-    refused: str = ""  # why the kernel must raise InputError: "k", "tile", or an output and its fault, as "q dtype"
+    refused: str = (
+        ""  # why the kernel must raise InputError: "k", "tile", or tensors and their fault, as "cos,sin longer"
+    )
 
     def __str__(self) -> str:
         heads = f" of {self.heads} heads" if self.kernel == "qk_norm_rope" else ""
@@ -232,20 +234,30 @@ def check(e: RowExample, on: Executor | Implementation) -> str | None:
 
 _FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "dtype": lambda t: t.to(torch.int16),
-    "shape": lambda t: t[..., :-1],
+    "longer": lambda t: torch.cat((t, t[..., :1]), -1),
+    "shorter": lambda t: t[..., :-1],
+    "taller": lambda t: torch.cat((t, t[:1])),
+    "empty": lambda t: t[:0],
+    "axes": lambda t: t[None],
     "stride": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "device": lambda t: t.to("meta"),
 }
 
 
 def _refusal(e: RowExample, device: str) -> str | None:
     """None if the kernel raises InputError for an example that it must refuse; else the other outcome."""
     more: dict[str, Any] = {} if e.tile is None else {"tile": e.tile}
-    output, _, fault = e.refused.partition(" ")
+    names, _, fault = e.refused.partition(" ")
+    wrong: Callable[[torch.Tensor], torch.Tensor] = _FAULTS.get(fault, torch.Tensor.detach)
     if e.given_out:
-        q, s = _Given(e, device).out
-        more["out"] = (_FAULTS[fault](q), s) if output == "q" else (q, _FAULTS[fault](s))
+        given = zip(("q", "s"), _Given(e, device).out, strict=True)
+        more["out"] = tuple(wrong(one) if name in names.split(",") else one for name, one in given)
+    args = list(operands(e, device))
+    for number, name in enumerate(OPERANDS[e.kernel]):
+        if name in names.split(","):
+            args[number] = wrong(args[number])
     try:
-        KERNELS[e.kernel](*operands(e, device), **more)
+        KERNELS[e.kernel](*args, **more)
     except InputError:
         return None
     except Exception as error:

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from int8kit.kernels import launch
 from int8kit.kernels.qk_norm_rope import HeadTile
-from int8kit.kernels.row_primitives import RowTile
+from int8kit.kernels.row_primitives import K_MAX_HELD, RowTile
 from int8kit.verify.executors import Executor
 from int8kit.verify.implementations import Implementation
 from int8kit.verify.properties import row_kernels
+from int8kit.verify.properties.launch_store import stored_kernels
 from int8kit.verify.properties.row_kernels import KERNELS, OPERANDS, PER_IMAGE, TABLES, VECTORS, RowExample
 
 
@@ -70,7 +71,7 @@ def _widths(e: RowExample) -> Iterator[RowExample]:
     if e.kernel != "qk_norm_rope":
         yield replace(e, k=300)  # rows that lie at no multiple of 16
     if e.kernel == "quantize":
-        yield replace(e, k=16384 + 512)
+        yield from (replace(e, k=k) for k in (K_MAX_HELD, K_MAX_HELD + 512))
 
 
 def _huge(e: RowExample) -> Iterator[RowExample]:
@@ -122,10 +123,20 @@ def examples() -> st.SearchStrategy[LaunchPair]:
 
 
 def check(pair: LaunchPair, on: Executor | Implementation) -> str | None:
-    """How an example of the pair differs from the reference after the other one, or None."""
+    """How an example of the pair differs from the reference after the other one, or is launched wrongly; or None."""
     for order in ((pair.first, pair.second, pair.first), (pair.second, pair.first, pair.second)):
         launch._COMPILED.clear()
         for number, one in enumerate(order):
-            if why := row_kernels.check(one, on):
+            with stored_kernels() as launched:
+                if why := row_kernels.check(one, on):
+                    return f"launch {number + 1}, {one}: {why}"
+            if why := launched.differs(aligned=one == base(one.kernel), again=number == 2):
                 return f"launch {number + 1}, {one}: {why}"
+            if other := {key[0].__name__ for key in launched.added} - {_function(one)}:
+                return f"launch {number + 1}, {one}: {min(other)} was launched, expected {_function(one)}"
     return None
+
+
+def _function(e: RowExample) -> str:
+    """The name of the Triton function that serves `e`."""
+    return "_quantize_long" if e.kernel == "quantize" and e.k > K_MAX_HELD else f"_{e.kernel}"

@@ -170,10 +170,12 @@ def _layouts(kernel: str) -> Iterator[RowExample]:
 
 
 def _refused(small: RowExample) -> Iterator[RowExample]:
-    """Examples outside the kernel's domain: a row too long, a chunk too long, a head of another width, an output."""
+    """Examples outside the kernel's domain: sizes of rows, chunks and heads, and each tensor wrong in each way."""
+    for names, faults in wrong_tensors(small.kernel):
+        yield from (replace(small, refused=f"{names} {fault}") for fault in faults)
     if small.kernel == "quantize":
         for output in ("q", "s"):
-            for fault in ("dtype", "shape", "stride"):
+            for fault in ("dtype", "shorter", "stride"):
                 yield replace(small, rows=3, given_out=True, refused=f"{output} {fault}")
     elif small.kernel == "qk_norm_rope":
         yield from (replace(small, k=k, refused="k") for k in (8, 24, 512))
@@ -181,6 +183,27 @@ def _refused(small: RowExample) -> Iterator[RowExample]:
         yield replace(small, k=K_MAX_HELD + 1, rows=1, refused="k")
         if BLOCK.value == max(_chunks(small.kernel)):
             yield replace(small, tile=RowTile(2 * BLOCK.value, 16), refused="tile")
+
+
+def wrong_tensors(kernel: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Operands of `kernel`, or two that must agree with others, and the faults for which it must refuse them.
+
+    A longer or taller operand alone is right if nothing says how long or tall it must be.
+    """
+    names = OPERANDS[kernel]
+    always = ("dtype", "axes", "stride")
+    if len(names) == 1:
+        yield names[0], (*always, *(("longer", "shorter") if kernel == "swiglu_quantize" else ()))
+        return
+    for name in names:
+        yield name, (*always, "longer", "shorter", "device", *(() if name in VECTORS else ("taller",)))
+    for together, faults in {
+        "cos,sin": ("longer", "shorter", "taller", "empty"),
+        "gate,modulation": ("longer", "shorter", "taller", "empty"),
+        "modulation": ("empty",),
+    }.items():
+        if set(together.split(",")) <= set(names):
+            yield together, faults
 
 
 def _many_rows(kernel: str) -> Iterator[RowExample]:
