@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_bench_peers import install_stand_ins, vllm_stand_in
 
 from int8kit import gpus, reference
@@ -24,11 +26,12 @@ from int8kit.verify import (
     runner,
     verify_kernels,
 )
-from int8kit.verify.examples import regressions
+from int8kit.verify.examples import regressions, strategies
 from int8kit.verify.examples.encoding import from_json, to_json
 from int8kit.verify.examples.fixed import SMALL_TILES
 from int8kit.verify.examples.strategies import Draw, draws
 from int8kit.verify.properties import gemm, order, pdl_probe
+from int8kit.verify.properties.budget import budget
 from int8kit.verify.properties.registry import PROPERTIES, of_any_gemm
 
 EXECUTOR = executors.available(gpus.get("rtx3090"))[-1]
@@ -146,7 +149,6 @@ def test_operands_that_are_written_late(monkeypatch):
 
 
 def test_property_of_several_configurations():
-    bad = TILES[1]
 
     def output(d, x, w, sx, sw, bias):
         y = exact(x, w, sx, sw, bias, d.out_dtype)
@@ -154,13 +156,22 @@ def test_property_of_several_configurations():
 
     implementation = implementations.Implementation("mine", "cpu", output=output, tiles=TILES)
     d = Draw(GemmShape(3, 4, 5), TILES[0], "normal", 1, None, torch.float32)
-    assert "against 16x32x32" in gemm.configuration(d, implementation)
+    two = replace(d, other=TILES[1])
+    assert "differ" in gemm.configuration(two, implementation)
+    assert "against 16x32x32" in str(two)
+    assert from_json(to_json(two)) == two  # so a command repeats it with both
     assert implementations.int8kit(EXECUTOR, TILES).tiles == TILES
-    aligned = implementations.Implementation(
-        "mine", "cpu", output=output, tiles=(replace(bad, kernel=Kernel.MMA_SYNC), TILES[0])
-    )
-    for seed in range(2):  # another kernel would serve K = 5 in the name of the first
-        assert gemm.configuration(replace(d, seed=seed), aligned) is None
+
+
+@settings(max_examples=50, deadline=None, database=None)
+@given(st.data())
+def test_two_configurations_both_take_the_operands(data):
+    gluon = replace(TILES[1], block_n=64, block_k=64, num_warps=4, kernel=Kernel.MMA_SYNC)
+    row = PROPERTIES["configuration"]
+    d = data.draw(row.strategy((*TILES, gluon), budget(EXECUTOR, None)))
+    assert d.other in (*TILES, gluon)
+    assert strategies.takes_operands(d, d.config)
+    assert strategies.takes_operands(d, d.other)
 
 
 def test_every_property_is_run_by_default():
@@ -273,6 +284,8 @@ def tail(xq, wq):
 
 ONCE = """
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from int8kit import reference
 
 def once(xq, wq, sx, sw, bias, out_dtype):

@@ -108,8 +108,10 @@ def run_over_tiles(
 
 
 def _runs(executor: Executor, example: Any) -> bool:
-    """Whether `executor` can try a stored example. One of a GEMM names a configuration."""
-    return not isinstance(example, Draw) or executor.runs(example.config)
+    """Whether `executor` can try a stored example. One of a GEMM names one or two configurations."""
+    if not isinstance(example, Draw):
+        return True
+    return all(executor.runs(config) for config in (example.config, example.other) if config)
 
 
 def run_proof(

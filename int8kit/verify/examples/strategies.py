@@ -50,13 +50,15 @@ class Draw:
     shift: int = 0  # the same for sx, sw and bias
     variant: Variant = "output"  # the result that a property of any result looks at
     late: str = ""  # the operand that the kernel ahead writes late, in the property `order`; "": x
+    other: TileConfig | None = None  # the second configuration, in the property `configuration`
 
     def __str__(self) -> str:
         bias = f"{_short(self.bias)} bias" if self.bias else "no bias"
         data = f"{self.kind} data of seed {self.seed}, {self.scales} scales"
         rows = f"huge row stride in {self.huge_stride}" if self.huge_stride else f"padding {self.padding}"
         more = [f"{name} {value}" for name in ("offset", "shift", "late") if (value := getattr(self, name))]
-        variant = [] if self.variant == "output" else [self.variant]
+        variant: list[str] = [] if self.variant == "output" else [self.variant]
+        variant += [f"against {self.other}"] if self.other else []
         parts = (str(self.shape), str(self.config), data, bias, _short(self.out_dtype), rows, *more, *variant)
         return ", ".join(parts)
 

@@ -9,7 +9,7 @@ in it: it draws no examples, and it stamps the database (see `entries`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from hypothesis.strategies import SearchStrategy, sampled_from
 
 from int8kit.spec import Kernel, TileConfig
 from int8kit.verify.examples import fixed
-from int8kit.verify.examples.strategies import Draw, HugeStride, draws
+from int8kit.verify.examples.strategies import Draw, HugeStride, draws, takes_operands
 from int8kit.verify.implementations import Implementation
 from int8kit.verify.properties import (
     compiled_code,
@@ -46,6 +46,15 @@ Tiles = tuple[TileConfig, ...]
 
 def _gemms(tiles: Tiles, budget: Budget) -> SearchStrategy[Draw]:
     return draws(tiles, budget.max_m_n, budget.max_ops)
+
+
+def _two_configurations(tiles: Tiles, budget: Budget) -> SearchStrategy[Draw]:
+    def others(d: Draw) -> SearchStrategy[Draw]:
+        return sampled_from([config for config in tiles if takes_operands(d, config)]).map(
+            lambda c: replace(d, other=c)
+        )
+
+    return _gemms(tiles, budget).flatmap(others)
 
 
 def _nothing(tiles: Tiles, budget: Budget) -> Iterable[Any]:
@@ -186,7 +195,7 @@ PROPERTIES: dict[str, Property] = {
             cost=50, scope="int8kit", mutants_of=tuple(Kernel),
         ),
         Property("configuration", "any two configurations give the same bits", gemm.configuration,
-                 _needs_configurations),
+                 _needs_configurations, strategy=_two_configurations),
         *map(_row_kernel, row_kernels.KERNELS),
         Property(
             "row launches", "a compiled row kernel serves no example that needs other code", row_launches.check,
