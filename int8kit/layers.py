@@ -1,6 +1,6 @@
 """INT8 linear layers: int8 weights with one scale per output channel, activations quantized per token at each call.
 
-    wq [N, K] int8, sw [N] fp32, bias [N] or None; plan: tile configurations of the weight
+    weight [N, K] int8, weight_scale [N] fp32, bias [N] or None; plan: tile configurations of the weight
 
 >>> import torch
 >>> layer = Int8Linear.from_linear(torch.nn.Linear(64, 32, bias=False))
@@ -11,7 +11,7 @@ torch.Size([2, 3, 32])
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -21,38 +21,67 @@ from int8kit.lookup import Plan
 from int8kit.spec import GemmShape
 
 
-class Int8Linear(torch.nn.Module):
+class Int8Linear(torch.nn.Linear):
     """y = x W^T + b with int8 W. `int8kit.reference.linear` defines the result to the bit.
 
     x: [..., K] bf16, fp16 or fp32 -> [..., N] of x's dtype. Runs on CUDA and CPU. Raises ShapeError if K > 131071.
+    A new layer has memory that is not initialized, as `load_state_dict` expects; `from_linear` quantizes.
     """
 
-    wq: torch.Tensor
-    sw: torch.Tensor
-    bias: torch.Tensor | None
+    weight: torch.nn.Parameter  # [N, K] int8, without a gradient
+    weight_scale: torch.Tensor  # [N] fp32
+    bias: torch.nn.Parameter | None  # type: ignore[assignment]
 
-    def __init__(self, wq: torch.Tensor, sw: torch.Tensor, bias: torch.Tensor | None = None, plan: Plan = Plan()):
-        super().__init__()
-        GemmShape(1, wq.shape[0], wq.shape[1])
-        self.out_features, self.in_features = wq.shape
-        self.register_buffer("wq", wq)
-        self.register_buffer("sw", sw)
-        self.register_buffer("bias", bias)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        plan: Plan | None = None,
+    ) -> None:
+        GemmShape(1, out_features, in_features)
+        torch.nn.Module.__init__(self)  # that of nn.Linear makes a float weight
+        self.in_features, self.out_features = in_features, out_features
+        weight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.float32, device=device))
+        filled = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.bias = None if filled is None else torch.nn.Parameter(filled, requires_grad=False)
         self.plan = plan
 
     @classmethod
+    def from_int8(
+        cls,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        plan: Plan | None = None,
+    ) -> Self:
+        """The layer of an int8 weight [N, K] and its scales [N] fp32, as `int8kit.quantize` returns them."""
+        with torch.device("meta"):
+            layer = cls(weight.shape[1], weight.shape[0], bias is not None, plan=plan)
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        layer.weight_scale = weight_scale
+        if bias is not None:
+            layer.bias = torch.nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+
+    @classmethod
     def from_linear(
-        cls, linear: torch.nn.Linear, plan: Plan = Plan(), device: torch.device | None = None
+        cls, linear: torch.nn.Linear, plan: Plan | None = None, device: torch.device | None = None
     ) -> Int8Linear:
         """Quantize `linear`'s weight, on `device` if given; a bitsandbytes 4-bit weight is dequantized first."""
         weight = _weight(linear)
         wq, sw = ops.quantize((weight if device is None else weight.to(device)).contiguous())
         bias = None if linear.bias is None else linear.bias.detach().to(wq.device)
-        return cls(wq, sw, bias, plan)
+        return cls.from_int8(wq, sw, bias, plan)
 
     @classmethod
     def joined(
-        cls, linears: Sequence[torch.nn.Linear], plan: Plan = Plan(), device: torch.device | None = None
+        cls, linears: Sequence[torch.nn.Linear], plan: Plan | None = None, device: torch.device | None = None
     ) -> Int8Linear:
         """One layer in place of several with the same input, such as q, k and v: outputs side by side, in order.
 
@@ -69,22 +98,24 @@ class Int8Linear(torch.nn.Module):
         bias = None
         if any(b is not None for b in biases):
             filled = [
-                part.sw.new_zeros(part.out_features) if b is None else b for part, b in zip(parts, biases, strict=True)
+                part.weight_scale.new_zeros(part.out_features) if b is None else b
+                for part, b in zip(parts, biases, strict=True)
             ]
             bias = torch.cat(filled)
-        return cls(torch.cat([part.wq for part in parts]), torch.cat([part.sw for part in parts]), bias, plan)
+        weight = torch.cat([part.weight for part in parts])
+        return cls.from_int8(weight, torch.cat([part.weight_scale for part in parts]), bias, plan)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N] of x's dtype."""
-        return ops.int8_linear(x, self.wq, self.sw, self.bias, plan=self.plan)
+        return ops.int8_linear(x, self.weight, self.weight_scale, self.bias, plan=self.plan or Plan())
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # scales stay float32 when a model is cast: they move as integers, which a cast of floats leaves alone
-        self.sw = self.sw.view(torch.int32)
+        self.weight_scale = self.weight_scale.view(torch.int32)
         try:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
-            self.sw = self.sw.view(torch.float32)
+            self.weight_scale = self.weight_scale.view(torch.float32)
 
     def extra_repr(self) -> str:
         """Text for print(model)."""
@@ -94,8 +125,8 @@ class Int8Linear(torch.nn.Module):
 class Int8SwiGLU(Int8Linear):
     """silu(x W1^T) * (x W3^T) in one GEMM. `int8kit.reference.linear_swiglu` defines the result to the bit.
 
-    wq [2 F, K]: row 2 j is row j of W1 (the gate), row 2 j + 1 is row j of W3 (the up). The epilogue multiplies each
-    pair. x: [..., K] -> [..., F] of x's dtype, which is half of the output of two layers.
+    weight [2 F, K]: row 2 j is row j of W1 (the gate), row 2 j + 1 is row j of W3 (the up). The epilogue multiplies
+    each pair. x: [..., K] -> [..., F] of x's dtype, which is half of the output of two layers.
     """
 
     @classmethod
@@ -103,7 +134,7 @@ class Int8SwiGLU(Int8Linear):
         cls,
         gate: torch.nn.Linear,
         up: torch.nn.Linear,
-        plan: Plan = Plan(),
+        plan: Plan | None = None,
         device: torch.device | None = None,
     ) -> Int8SwiGLU:
         """Quantize both weights [F, K] and interleave their rows. Raises ShapeError if the two differ in shape."""
@@ -113,13 +144,13 @@ class Int8SwiGLU(Int8Linear):
                 "expected the same shape"
             )
         both = Int8Linear.joined((gate, up), plan, device)
-        turn = torch.arange(both.out_features, device=both.wq.device).view(2, -1).t().reshape(-1)
+        turn = torch.arange(both.out_features, device=both.weight.device).view(2, -1).t().reshape(-1)
         bias = None if both.bias is None else both.bias[turn]
-        return cls(both.wq[turn], both.sw[turn], bias, plan)
+        return cls.from_int8(both.weight[turn], both.weight_scale[turn], bias, plan)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., F] of x's dtype."""
-        return ops.int8_linear_swiglu(x, self.wq, self.sw, self.bias, plan=self.plan)
+        return ops.int8_linear_swiglu(x, self.weight, self.weight_scale, self.bias, plan=self.plan or Plan())
 
 
 def _weight(linear: torch.nn.Linear) -> torch.Tensor:
@@ -144,7 +175,11 @@ def replace_linears(
     plan(n, k): the configurations of a weight [n, k]. One weight at a time moves to `device`, so memory there grows by
     the int8 weights and one bf16 weight.
     """
-    found = [(name, child) for name, child in module.named_modules() if isinstance(child, torch.nn.Linear)]
+    found = [
+        (name, child)
+        for name, child in module.named_modules()
+        if isinstance(child, torch.nn.Linear) and not isinstance(child, Int8Linear)
+    ]
     done = {}
     for name, linear in found:
         if wanted(name):

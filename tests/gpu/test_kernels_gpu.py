@@ -172,7 +172,7 @@ def test_swiglu_layer_equals_the_reference_compiled_and_captured():
     gate, up = (torch.nn.Linear(416, 520, bias=False, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     layer = Int8SwiGLU.from_linears(gate, up)
     x = torch.randn(2, 77, 416, device="cuda", dtype=torch.bfloat16)
-    want = reference.linear_swiglu(x, layer.wq, layer.sw)
+    want = reference.linear_swiglu(x, layer.weight, layer.weight_scale)
     assert torch.equal(layer(x), want)
     assert torch.equal(torch.compile(layer, fullgraph=True)(x), want)
     graph = torch.cuda.CUDAGraph()

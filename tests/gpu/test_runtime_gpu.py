@@ -23,7 +23,7 @@ def test_linear_equals_the_reference_for_every_batch_and_stride():
     for rows in (1, 5, 64, 333):
         wide = torch.randn(2, rows, 500, device="cuda", dtype=torch.bfloat16)
         for x in (wide[..., :416], wide[..., :416].contiguous(), wide[..., :416].transpose(0, 1)):
-            want = reference.linear(x, layer.wq, layer.sw, layer.bias)
+            want = reference.linear(x, layer.weight, layer.weight_scale, layer.bias)
             assert torch.equal(layer(x), want)
 
 
@@ -80,12 +80,13 @@ def test_operators_pass_opcheck():
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.int8kit.quantize.default, (x,), test_utils=tests)
     torch.library.opcheck(
-        torch.ops.int8kit.linear.default, (x, layer.wq, layer.sw, layer.bias, PLAN.text), test_utils=tests
+        torch.ops.int8kit.linear.default, (x, layer.weight, layer.weight_scale, layer.bias, PLAN.text), test_utils=tests
     )
-    args = (q, layer.wq, s, layer.sw, layer.bias, torch.bfloat16, PLAN.text)
+    args = (q, layer.weight, s, layer.weight_scale, layer.bias, torch.bfloat16, PLAN.text)
     torch.library.opcheck(torch.ops.int8kit.scaled_mm.default, args, test_utils=tests)
     assert torch.equal(
-        int8_linear(x, layer.wq, layer.sw, layer.bias), ops.scaled_mm(q, layer.wq, s, layer.sw, layer.bias)
+        int8_linear(x, layer.weight, layer.weight_scale, layer.bias),
+        ops.scaled_mm(q, layer.weight, s, layer.weight_scale, layer.bias),
     )
 
 
