@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch
 
-from int8kit import ops
+from int8kit import adapters, ops
 from int8kit.errors import ShapeError
 from int8kit.lookup import Plan
 from int8kit.spec import GemmShape
@@ -43,6 +43,7 @@ class Int8Linear(torch.nn.Linear):
         plan: Plan | None = None,
     ) -> None:
         GemmShape(1, out_features, in_features)
+        adapters.watch(Int8Linear)
         torch.nn.Module.__init__(self)  # that of nn.Linear makes a float weight
         self.in_features, self.out_features = in_features, out_features
         weight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
