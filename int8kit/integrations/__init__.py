@@ -1,0 +1,1 @@
+"""Int8kit inside other libraries."""
