@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         scaled_mm_swiglu,
         swiglu_quantize,
     )
+    from int8kit.pipelines import optimize, restore
     from int8kit.spec import GemmShape, Kernel, Operation, Source, TileConfig
 
 __version__ = "0.2.0"
@@ -46,10 +47,12 @@ __all__ = [
     "int8_linear_swiglu",
     "load_database",
     "load_plans",
+    "optimize",
     "qk_norm_rope",
     "quantize",
     "replace_linears",
     "residual_norm_quantize",
+    "restore",
     "rms_norm_quantize",
     "scaled_mm",
     "scaled_mm_swiglu",
@@ -73,6 +76,7 @@ _MODULES = {
         "scaled_mm_swiglu",
         "swiglu_quantize",
     ),
+    "pipelines": ("optimize", "restore"),
     "spec": ("GemmShape", "Kernel", "Operation", "Source", "TileConfig"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
