@@ -26,7 +26,8 @@ from int8kit.runtime import fuse
 DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
 """Names of the components that `optimize` quantizes."""
 
-Policy = Callable[[str], bool]
+Policy = Callable[[str, torch.nn.Linear], bool | str | None]
+"""(name, linear) -> True: INT8; False or a reason: float; None: as the default decides."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def optimize(
 ) -> OptimizeReport:
     """Replace the linears of each denoiser of a diffusers pipeline with INT8 linears, and return a report.
 
-    policy(name): whether the linear with this dotted name runs in INT8. None: all but embeddings, modulation and
-    heads. gpu: the name of a tuning database. keep_float="cpu" keeps the float linears on the CPU for `restore`.
+    policy: chooses the linears, see `Policy`; default: all but embeddings, modulation and heads. gpu: alias of the GPU
+    whose tuning database serves. keep_float="cpu" keeps the float linears on the CPU for `restore`.
 
     All or nothing: an error leaves the pipeline as it was. A second call changes nothing. LoRAs are loaded before or
     after, by the pipeline's own methods. Raises InputError for a pipeline without a denoiser, and for weights that are
@@ -151,23 +152,20 @@ def _quantize(
     model: torch.nn.Module, policy: Policy | None, gpu: str | None
 ) -> tuple[dict[str, Int8Linear], dict[str, str]]:
     """INT8 layers in place of linears of `model` -> the new layers, and the reason of each linear that stays."""
-    wanted = policy or models.get("ideogram4").quantizes
-    plans = None
+    default = models.get("ideogram4").quantizes
+    left, plans = {}, None
     if gpu is not None:
         from int8kit.database import store
 
         plans = store.load_plans(gpu)
 
-    def chosen(name: str) -> bool:
-        return ".lora_" not in name and wanted(name)
-
-    replaced = replace_linears(model, chosen, plans or (lambda n, k: Plan()))
-    left = {
-        name: "left out by the policy"
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and not isinstance(module, Int8Linear) and ".lora_" not in name
-    }
-    return replaced, left
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not isinstance(module, Int8Linear):
+            answer = "a factor of a LoRA" if ".lora_" in name else policy(name, module) if policy else None
+            answer = default(name) if answer is None else answer
+            if answer is not True:
+                left[name] = answer or "left out by the policy"
+    return replace_linears(model, lambda name: name not in left, plans or (lambda n, k: Plan())), left
 
 
 def _recorded(
