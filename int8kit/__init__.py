@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from int8kit.database.database import Database
-    from int8kit.database.store import load_database, load_plans
+    from int8kit.database.store import NotTuned, load_database, load_plans
     from int8kit.errors import CheckFailed, ConfigError, FileError, InputError, Int8kitError, ShapeError, UnknownName
-    from int8kit.layers import Int8Linear, Int8SwiGLU, replace_linears
+    from int8kit.layers import Int8Linear, Int8SwiGLU
     from int8kit.lookup import Plan
     from int8kit.ops import (
         int8_linear,
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         scaled_mm_swiglu,
         swiglu_quantize,
     )
+    from int8kit.quantization import Policy, QuantizationReport, quantize_, replace_linears
     from int8kit.spec import GemmShape, Kernel, Operation, Source, TileConfig
 
 __version__ = "0.2.0"
@@ -35,8 +36,11 @@ __all__ = [
     "Int8SwiGLU",
     "Int8kitError",
     "Kernel",
+    "NotTuned",
     "Operation",
     "Plan",
+    "Policy",
+    "QuantizationReport",
     "ShapeError",
     "Source",
     "TileConfig",
@@ -48,6 +52,7 @@ __all__ = [
     "load_plans",
     "qk_norm_rope",
     "quantize",
+    "quantize_",
     "replace_linears",
     "residual_norm_quantize",
     "rms_norm_quantize",
@@ -58,9 +63,9 @@ __all__ = [
 
 _MODULES = {
     "database.database": ("Database",),
-    "database.store": ("load_database", "load_plans"),
+    "database.store": ("NotTuned", "load_database", "load_plans"),
     "errors": ("CheckFailed", "ConfigError", "FileError", "InputError", "Int8kitError", "ShapeError", "UnknownName"),
-    "layers": ("Int8Linear", "Int8SwiGLU", "replace_linears"),
+    "layers": ("Int8Linear", "Int8SwiGLU"),
     "lookup": ("Plan",),
     "ops": (
         "int8_linear",
@@ -73,6 +78,7 @@ _MODULES = {
         "scaled_mm_swiglu",
         "swiglu_quantize",
     ),
+    "quantization": ("Policy", "QuantizationReport", "quantize_", "replace_linears"),
     "spec": ("GemmShape", "Kernel", "Operation", "Source", "TileConfig"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -15,7 +15,8 @@ from typing import Any, Self
 
 import torch
 
-from int8kit import ops
+from int8kit import foreign_weights, ops
+from int8kit.database import store
 from int8kit.errors import ShapeError
 from int8kit.lookup import Plan
 from int8kit.spec import GemmShape
@@ -73,9 +74,11 @@ class Int8Linear(torch.nn.Linear):
     def from_linear(
         cls, linear: torch.nn.Linear, plan: Plan | None = None, device: torch.device | None = None
     ) -> Int8Linear:
-        """Quantize `linear`'s weight, on `device` if given; a bitsandbytes 4-bit weight is dequantized first."""
-        weight = _weight(linear)
-        wq, sw = ops.quantize((weight if device is None else weight.to(device)).contiguous())
+        """Quantize `linear`'s weight, on `device` if given; `foreign_weights` lists the formats.
+
+        Raises InputError for a weight that cannot be read or is not finite, and for a linear with an own forward.
+        """
+        wq, sw = foreign_weights.quantized(linear, device)
         bias = None if linear.bias is None else linear.bias.detach().to(wq.device)
         return cls.from_int8(wq, sw, bias, plan)
 
@@ -107,7 +110,7 @@ class Int8Linear(torch.nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N] of x's dtype."""
-        return ops.int8_linear(x, self.weight, self.weight_scale, self.bias, plan=self.plan or Plan())
+        return ops.int8_linear(x, self.weight, self.weight_scale, self.bias, plan=_plan_of(self, x))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # scales stay float32 when a model is cast: they move as integers, which a cast of floats leaves alone
@@ -118,8 +121,10 @@ class Int8Linear(torch.nn.Linear):
             self.weight_scale = self.weight_scale.view(torch.float32)
 
     def extra_repr(self) -> str:
-        """Text for print(model)."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        """Text for print(model), with the entries that serve the layer."""
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        plan = None if self.plan is None and not self.weight.is_cuda else _plan_of(self, self.weight)
+        return text if plan is None else f"{text}, plan={store.described(plan, self.out_features, self.in_features)}"
 
 
 class Int8SwiGLU(Int8Linear):
@@ -150,41 +155,20 @@ class Int8SwiGLU(Int8Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., F] of x's dtype."""
-        return ops.int8_linear_swiglu(x, self.weight, self.weight_scale, self.bias, plan=self.plan or Plan())
+        return ops.int8_linear_swiglu(x, self.weight, self.weight_scale, self.bias, plan=_plan_of(self, x))
 
 
-def _weight(linear: torch.nn.Linear) -> torch.Tensor:
-    weight = linear.weight.detach()
-    state = getattr(linear.weight, "quant_state", None)
-    if state is None:
-        return weight
-    import bitsandbytes
+def _plan_of(layer: Int8Linear, x: torch.Tensor) -> Plan:
+    """The plan of `layer` for an input x: its own, or the one of x's GPU. On a CPU there is nothing to choose."""
+    if layer.plan is not None:
+        return layer.plan
+    if not x.is_cuda:
+        return Plan()
+    plan: Plan = _found_plan(x.device.index, layer.out_features, layer.in_features)
+    return plan
 
-    full: torch.Tensor = bitsandbytes.functional.dequantize_4bit(weight, state)
-    return full
 
-
-def replace_linears(
-    module: torch.nn.Module,
-    wanted: Callable[[str], bool],
-    plan: Callable[[int, int], Plan],
-    device: torch.device | None = None,
-) -> dict[str, Int8Linear]:
-    """Replace each nn.Linear of `module` whose dotted name is `wanted` with an Int8Linear -> the new layers by name.
-
-    plan(n, k): the configurations of a weight [n, k]. One weight at a time moves to `device`, so memory there grows by
-    the int8 weights and one bf16 weight.
-    """
-    found = [
-        (name, child)
-        for name, child in module.named_modules()
-        if isinstance(child, torch.nn.Linear) and not isinstance(child, Int8Linear)
-    ]
-    done = {}
-    for name, linear in found:
-        if wanted(name):
-            layer = Int8Linear.from_linear(linear, plan(linear.out_features, linear.in_features), device)
-            parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, layer)
-            done[name] = layer
-    return done
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _found_plan(device: int, n: int, k: int) -> Plan:
+    # a constant for torch.compile, which cannot trace the reading of a database
+    return store.found_plan(device, n, k)

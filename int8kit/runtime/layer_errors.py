@@ -26,9 +26,10 @@ import torch
 
 from int8kit import gpus, models, ops
 from int8kit.errors import FileError
-from int8kit.layers import Int8Linear, replace_linears
+from int8kit.layers import Int8Linear
 from int8kit.lookup import Plan
 from int8kit.models import Case
+from int8kit.quantization import replace_linears
 from int8kit.runtime import ideogram4
 
 
