@@ -124,7 +124,7 @@ class Int8Linear(torch.nn.Linear):
         """Text for print(model), with the entries that serve the layer."""
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         plan = None if self.plan is None and not self.weight.is_cuda else _plan_of(self, self.weight)
-        return text if plan is None else f"{text}, plan={store.described(plan, self.out_features, self.in_features)}"
+        return text if plan is None else f"{text}, plan={store.described(plan, *self.weight.shape)}"
 
 
 class Int8SwiGLU(Int8Linear):

@@ -166,10 +166,12 @@ def _find(root: torch.nn.Module) -> list[_Found]:
         one.tied = [by_linear[other] for other in others if other in by_linear]
         if isinstance(one.linear, Int8Linear):
             one.reason = "it is INT8 already"
+        elif one.linear in denied:
+            one.reason = denied[one.linear]
         elif any(map(_ADAPTER.search, one.names)):
             one.reason = "a matrix of an adapter"
         else:
-            one.reason = denied.get(one.linear, "") or foreign_weights.why_left(one.linear)
+            one.reason = foreign_weights.why_left(one.linear)
         if not one.reason and len(one.tied) < len(others):
             [other, *_] = [other for other in others if other not in by_linear]
             one.reason = f"its weight is also the weight of {names[other]!r}"
@@ -357,7 +359,7 @@ def _carry(linear: torch.nn.Linear, layer: Int8Linear) -> None:
     for name in _HOOKS:  # the same dictionaries, so that the handles of the hooks can still remove them
         setattr(layer, name, getattr(linear, name))
     layer.training = linear.training
-    if type(linear) is torch.nn.Linear:
+    if type(linear).forward is torch.nn.Linear.forward:  # others have attributes of their format
         known = {*vars(layer), *foreign_weights.BESIDE, "forward", "_old_forward", "_hf_hook"}
         vars(layer).update({name: value for name, value in vars(linear).items() if name not in known})
     if "_hf_hook" in vars(linear):

@@ -225,7 +225,7 @@ def _find_plan(device: int, n: int, k: int) -> Plan:
             plan = plans(n, k)
             is_first = all(other.candidates for other in _found.values())
             _found[device, n, k] = plan
-            if not plan.candidates and is_first:
+            if alias and not plan.candidates and is_first:
                 warnings.warn(
                     f"no entry of {alias} is near a weight [{n}, {k}], so default configurations serve it: run "
                     f"`int8kit tune --shape 4096x{n}x{k}`, with the rows of your input for 4096",
@@ -240,7 +240,9 @@ def _source_of(device: int) -> tuple[str, Callable[[int, int], Plan]]:
 
     require_supported()
     with torch.cuda.device(device):
-        gpu = gpus.resolve(None)
+        gpu = gpus.present()
+    if gpu is None:  # tensors without memory, as `FakeTensorMode` has them
+        return "", lambda n, k: Plan()
     try:
         database = merged_view(gpu, present_toolchain()[0])[0]
     except FileError as error:  # it costs speed and changes no bit: no reason to stop a model
@@ -264,7 +266,8 @@ def described(plan: Plan, n: int, k: int) -> str:
         return "default"
     names = ", ".join(map(str, (own or shapes)[:3]))
     more = len(own or shapes) - 3
-    return f"{'' if own else 'near '}{names}{f' and {more} more' if more > 0 else ''}"
+    gpu = next((f" of {_sources[key[0]][0]}" for key, found in _found.items() if found is plan), "")
+    return f"{'' if own else 'near '}{names}{f' and {more} more' if more > 0 else ''}{gpu}"
 
 
 def update(path: Path, gpu: Gpu, entries: Iterable[Entry], *, force: bool = False) -> Database:
