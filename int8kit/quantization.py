@@ -248,11 +248,14 @@ def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
 
 def _default_reasons(root: torch.nn.Module, policy: Policy) -> Callable[[str, torch.nn.Linear], str]:
     """The rules of `Policy` for the linears below `root`."""
-    blocks, families = [], []
+    blocks, families, has_blocks = [], [], False
     for name, child in root.named_modules():
         below = f"{name}." if name else ""
-        if isinstance(child, torch.nn.ModuleList | torch.nn.Sequential) and _is_repeated(child):
-            blocks.append(below)
+        if isinstance(child, torch.nn.ModuleList | torch.nn.Sequential):
+            of_a_kind = _blocks_of_a_kind(child)
+            has_blocks |= of_a_kind > 1
+            if of_a_kind > 1 or (of_a_kind and isinstance(child, torch.nn.ModuleList)):  # a level with one block
+                blocks.append(below)
         if type(child).__name__ in _FAMILIES:
             families.append((below, models.MODELS[_FAMILIES[type(child).__name__]]))
 
@@ -272,21 +275,21 @@ def _default_reasons(root: torch.nn.Module, policy: Policy) -> Callable[[str, to
         part = next((p for p in name.split(".") if policy.few_rows is not None and policy.few_rows.search(p)), None)
         if part is not None:
             return f"few rows: {part!r} names an embedder or a modulation"
-        if policy.inner_only and blocks and not any(map(name.startswith, blocks)):
+        if policy.inner_only and has_blocks and not any(map(name.startswith, blocks)):
             return "outside the repeated blocks: a first or last projection"
         return ""
 
     return reason
 
 
-def _is_repeated(container: torch.nn.Module) -> bool:
-    """True for a list of blocks: two children of one class, each with linears inside."""
+def _blocks_of_a_kind(container: torch.nn.Module) -> int:
+    """The largest number of children that are of one class and have linears inside."""
     kinds = Counter(
         type(child)
         for child in container.children()
         if not isinstance(child, torch.nn.Linear) and any(isinstance(m, torch.nn.Linear) for m in child.modules())
     )
-    return max(kinds.values(), default=0) > 1
+    return max(kinds.values(), default=0)
 
 
 def _exchange(

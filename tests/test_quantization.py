@@ -84,6 +84,15 @@ def test_without_repeated_blocks_every_large_linear_is_taken():
     assert list(quantize_(model).replaced) == ["0", "2"]
 
 
+def test_a_list_of_one_block_counts_where_others_have_more():
+    model = nn.ModuleDict({"mid": nn.ModuleList([Block()]), "in": nn.Linear(256, 256)})
+    assert list(quantize_(model, Policy(skip=["*.gate_proj"])).replaced) == ["mid.0.to_q", "in"]
+    model = nn.ModuleDict({"mid": nn.ModuleList([Block()]), "down": nn.ModuleList([Block(), Block()])})
+    model["in"] = nn.Linear(256, 256)
+    report = quantize_(model, Policy(skip=["*.gate_proj"]))
+    assert list(report.replaced) == ["mid.0.to_q", "down.0.to_q", "down.1.to_q"]
+
+
 def test_a_known_family_has_its_own_policy():
     model = models.get("tiny")
     by_policy, by_model = model.build(), model.build()
