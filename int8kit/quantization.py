@@ -364,6 +364,7 @@ def _carry(linear: torch.nn.Linear, layer: Int8Linear) -> None:
     layer.training = linear.training
     if type(linear).forward is torch.nn.Linear.forward:  # others have attributes of their format
         known = {*vars(layer), *foreign_weights.BESIDE, "forward", "_old_forward", "_hf_hook"}
+        known.add("_compiled_call_impl")  # of linear.compile(): it calls the former forward
         vars(layer).update({name: value for name, value in vars(linear).items() if name not in known})
     if "_hf_hook" in vars(linear):
         from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped]

@@ -236,6 +236,15 @@ def test_hooks_mode_and_attributes_stay():
     assert [layer.training for layer in model] == [False, True]
 
 
+def test_a_compiled_linear_runs_the_new_forward():
+    model = nn.Sequential(nn.Linear(64, 64))
+    model[0].compile(backend="eager")
+    expected = Int8Linear.from_linear(model[0])
+    everything(model)
+    x = torch.randn(2, 64)
+    assert torch.equal(model(x), expected(x))
+
+
 def test_the_hook_of_accelerate_stays():
     hooks = pytest.importorskip("accelerate.hooks")
 

@@ -189,8 +189,9 @@ def load_database(gpu: str | None = None) -> Database:
 def load_plans(gpu: str | None = None) -> Callable[[int, int], Plan]:
     """The function (n, k) -> `Plan` of a weight [n, k], from `load_database(gpu)` and for the installed Triton.
 
-    `replace_linears` takes it as its argument `plan`. A weight without a near entry gets an empty plan, which chooses
-    the default configuration. Raises InputError for a Triton that is not supported.
+    `replace_linears` takes it as its argument `plan`; without it a layer calls `found_plan`. A weight without a near
+    entry gets an empty plan, which chooses the default configuration. Raises InputError for a Triton that is not
+    supported.
     """
     require_supported()
     database, toolchain = load_database(gpu), present_toolchain()[0]
