@@ -93,6 +93,15 @@ def linear(
     _rows_of_bytes("w", wq)
 
 
+def int8_weight(weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """The tensors of a layer."""
+    one_device(("weight", "weight_scale", "bias"), (weight, weight_scale, bias))
+    if weight.dim() != 2 or weight.dtype is not torch.int8:
+        raise ShapeError(f"weight {weight.dtype} {tuple(weight.shape)}: expected torch.int8 [N, K]; quantize it first")
+    _product(1, torch.int8, weight, None, weight_scale, bias, swiglu=False)
+    _rows_of_bytes("weight", weight)
+
+
 def rms_norm_quantize(
     x: torch.Tensor, weight: torch.Tensor | None = None, modulation: torch.Tensor | None = None, eps: float = 1e-5
 ) -> None:

@@ -25,8 +25,8 @@ TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 LAYERS = [
     {"errors"}, {"files", "spec"},
     {
-        "canonical", "damage", "gradient", "interrupt", "lookup", "models", "operand_checks", "peers", "progress",
-        "reference", "toolchain",
+        "canonical", "damage", "gradient", "interrupt", "layer_state", "lookup", "models", "operand_checks", "peers",
+        "progress", "reference", "toolchain",
     },
     {"fingerprint", "gpus", "shapes_schema"}, {"kernels", "shapes_file"}, {"database"}, {"cost_model", "ops"},
     {"layers", "timing"}, {"trace", "tune", "verify", "runtime"}, {"bench"}, {"doctor"}, {"cli"}, {"__main__"},
