@@ -92,4 +92,5 @@ def upgrade(state: dict[str, Any]) -> dict[str, Any]:
     parameters["weight"] = Int8Weight(weight)
     parameters["bias"] = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
     buffers["weight_scale"] = buffers.pop("sw")
-    return {**state, "_buffers": buffers, "_parameters": parameters}
+    plan = state["plan"] if state["plan"].candidates else None  # the default was an empty plan
+    return {**state, "_buffers": buffers, "_parameters": parameters, "plan": plan}

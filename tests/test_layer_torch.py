@@ -148,6 +148,7 @@ def test_old_pickles_load(either, bias):
     assert torch.equal(made(X), either(X))
     assert set(made.state_dict()) == set(either.state_dict())
     assert isinstance(made.weight, Int8Weight)
+    assert made.plan is None
 
 
 COPIES = {
