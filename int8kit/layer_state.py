@@ -1,8 +1,7 @@
 """The tensors that an INT8 layer holds and loads: its weight's parameter, state dicts and pickles of other versions.
 
-Int8Weight                           the parameter of an int8 weight
-prepare(state_dict, prefix)          a layer's part of a state dict, checked and brought to the present form
-upgrade(state)                       the same for the state of a pickled layer
+`prepare` checks a layer's part of a state dict and brings it to the present form. `upgrade` does so for the state of a
+pickled layer.
 """
 
 from __future__ import annotations
