@@ -6,7 +6,6 @@ pickled layer.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any, Self
 
@@ -21,8 +20,8 @@ _FROZEN = "an int8 weight has no gradient and stays frozen: train adapters, such
 class Int8Weight(torch.nn.Parameter):
     """The parameter of an int8 weight. It never requires a gradient.
 
-    `requires_grad_(True)` raises InputError. `Module.requires_grad_(True)` asks each parameter of a model in turn. It
-    gets a warning instead, so that no model is left with half of its parameters changed.
+    `requires_grad_(True)` warns and changes nothing. `Module.requires_grad_` asks each parameter of a model in turn, so
+    an exception would leave the model with half of its parameters changed.
     """
 
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> Self:
@@ -30,11 +29,9 @@ class Int8Weight(torch.nn.Parameter):
         return super().__new__(cls, data, requires_grad)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Refuse a gradient: see the class."""
+        """Warn of a gradient that is asked for: see the class."""
         if requires_grad:
-            if sys._getframe(1).f_code is not torch.nn.Module.requires_grad_.__code__:
-                raise InputError(_FROZEN)
-            warnings.warn(_FROZEN, stacklevel=3)
+            warnings.warn(_FROZEN, stacklevel=2)
         return self
 
 
