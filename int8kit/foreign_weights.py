@@ -98,6 +98,14 @@ def quantized(linear: torch.nn.Linear, device: torch.device | str | None = None)
     return wq, scale
 
 
+def bias_of(linear: torch.nn.Linear, device: torch.device) -> torch.Tensor | None:
+    """The bias [N] of `linear` on `device`, float32 if it is float64, or None."""
+    if linear.bias is None:
+        return None
+    bias = linear.bias.detach().to(device)
+    return bias.float() if bias.dtype is torch.float64 else bias
+
+
 def _check_shape(linear: torch.nn.Linear, weight: torch.Tensor) -> None:
     expected = (linear.out_features, linear.in_features)
     if tuple(weight.shape) != expected:

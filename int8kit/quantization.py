@@ -346,7 +346,7 @@ def _layer_of(
     """The layer of one linear. first: the layer of a linear with the same Parameter; its int8 weight is shared."""
     linear, found = one.linear, None if plan is None else plan(one.linear.out_features, one.linear.in_features)
     if first is not None:
-        bias = None if linear.bias is None else linear.bias.detach().to(first.weight.device)
+        bias = foreign_weights.bias_of(linear, first.weight.device)
         layer = Int8Linear.from_int8(first.weight, first.weight_scale, bias, found)
         layer.weight = first.weight
         return layer

@@ -45,6 +45,8 @@ def test_plain_floats(dtype):
     weight = weight_of().to(dtype)
     assert_equals(linear(weight), weight.float())
     assert_equals(linear(weight.t().contiguous().t()), weight.float())
+    layer = Int8Linear.from_linear(torch.nn.Linear(64, 32, dtype=dtype))
+    assert layer.bias.dtype is (torch.float32 if dtype is torch.float64 else dtype)
 
 
 @pytest.mark.parametrize("name", ["weight_scale", "scale_weight", "weight_scale_inv"])

@@ -24,7 +24,10 @@ TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 # A module imports modules of earlier layers, and of its own package.
 LAYERS = [
     {"errors"}, {"files", "spec"},
-    {"canonical", "damage", "interrupt", "lookup", "models", "peers", "progress", "reference", "toolchain"},
+    {
+        "canonical", "damage", "gradient", "interrupt", "layer_state", "lookup", "models", "operand_checks", "peers",
+        "progress", "reference", "toolchain",
+    },
     {"fingerprint", "gpus", "shapes_schema"}, {"kernels", "shapes_file"}, {"database"}, {"cost_model", "ops"},
     {"foreign_weights"}, {"layers", "timing"}, {"quantization"},
     {"trace", "tune", "verify", "runtime"}, {"bench"}, {"doctor"}, {"cli"}, {"__main__"},
