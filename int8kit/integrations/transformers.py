@@ -1,0 +1,117 @@
+"""INT8 text encoders by transformers' own `from_pretrained` and `save_pretrained`.
+
+`int8kit.integrations.diffusers` registers the class. Files are safetensors of floats, or of `save_pretrained`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+
+from int8kit import ops
+from int8kit.errors import FileError, InputError
+from int8kit.integrations.config import Int8KitConfig, as_patterns, linears, select
+from int8kit.integrations.loader import OF_QUANTIZATION, SCALE, dequantize_layers, names_of, replace
+from int8kit.layers import Int8Linear
+
+FLOATS = ("BF16", "F16", "F32", "F64")  # as safetensors writes them
+
+
+class Quantize(ConversionOps):  # type: ignore[misc]
+    """Turns a float weight into an int8 weight and its scales, when the weight arrives."""
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, full_layer_name: str = "", **kwargs: Any) -> Any:
+        """{name: weight} -> {name: int8 weight, name of the scales: scales}."""
+        [value] = input_dict.values()
+        weight = value[0] if isinstance(value, list) else value
+        q, scale = ops.quantize(weight.contiguous())
+        return {full_layer_name: q, f"{full_layer_name.removesuffix('weight')}{SCALE}": scale}
+
+
+class Int8KitHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads a transformers model with INT8 layers, from float files or from files of `save_pretrained`."""
+
+    quantization_config: Int8KitConfig
+
+    def __init__(self, quantization_config: Int8KitConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config.copy(), **kwargs)
+
+    def is_serializable(self) -> bool:
+        """True: `save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: adapters train, since gradients pass the layers. The int8 weights get none."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """True: the layers call torch operators with fake kernels."""
+        return True
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raise InputError for a device map with the disk, which would get float weights."""
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise InputError("device_map places layers on 'disk'; expected devices and 'cpu'; raise max_memory")
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        self._check_files(checkpoint_files or [])
+        every, config = linears(model), self.quantization_config
+        if not self.pre_quantized and config.policy is None:  # a head may share the weight of the embedding
+            tied = get_keys_to_not_convert(model)
+            names = [name for name in select(model, config, model._keep_in_fp32_modules or []) if name not in tied]
+        else:
+            names = select(model, config, model._keep_in_fp32_modules or [])
+        config.policy = as_patterns(names, every)
+        replace(model, names)
+        for name in names:  # transformers would draw random numbers for what is missing: `finish` raises instead
+            model.get_submodule(name)._is_hf_initialized = True
+
+    def _check_files(self, paths: list[str]) -> None:
+        """Raise FileError for weights of another layout. Only headers are read."""
+        dtypes: dict[str, str] = {}
+        for path in paths:
+            if not str(path).endswith(".safetensors"):
+                raise FileError(f"cannot quantize {str(path)!r} on loading; expected safetensors files")
+            with safe_open(path, framework="pt") as file:
+                dtypes.update({key: file.get_slice(key).get_dtype() for key in file.keys()})  # noqa: SIM118
+        scaled = {key.removesuffix(f".{SCALE}") for key in dtypes if key.endswith(f".{SCALE}")}
+        scales = {f"{name}.{SCALE}" for name in scaled}
+        if self.pre_quantized:
+            wrong = [f"{name}.weight" for name in scaled if dtypes.get(f"{name}.weight", "I8") != "I8"]
+            wrong += [key for key in scales if dtypes[key] != "F32"]
+            expected = "int8 weights and float32 scales; save the model again"
+        else:
+            wrong = [key for key, dtype in dtypes.items() if OF_QUANTIZATION.search(key) or dtype not in FLOATS]
+            expected = "float weights without scales"
+        if wrong:
+            raise FileError(f"{len(wrong)} tensors are of another layout: {names_of(wrong)}; expected {expected}")
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a tensor is the weight of an INT8 layer."""
+        module, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and isinstance(model.get_submodule(module), Int8Linear)
+
+    def get_quantize_ops(self) -> Quantize:
+        """The operation on each weight that `param_needs_quantization`."""
+        return Quantize()
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        tensors = model.state_dict(keep_vars=True)
+        ignored = model._keys_to_ignore_on_load_missing or []
+        missing = [name for name, t in tensors.items() if not getattr(t, "_is_hf_initialized", False)]
+        missing = [name for name in missing if not any(pattern in name for pattern in ignored)]
+        if missing:
+            raise FileError(f"the files lack {len(missing)} tensors: {names_of(missing)}; expected the whole model")
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        dequantize_layers(model, dtype)
+        return model
