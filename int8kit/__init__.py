@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from int8kit.database.database import Database
     from int8kit.database.store import load_database, load_plans
     from int8kit.errors import CheckFailed, ConfigError, FileError, InputError, Int8kitError, ShapeError, UnknownName
+    from int8kit.integrations import pipeline_config
     from int8kit.layers import Int8Linear, Int8SwiGLU, replace_linears
     from int8kit.lookup import Plan
     from int8kit.ops import (
@@ -46,6 +47,7 @@ __all__ = [
     "int8_linear_swiglu",
     "load_database",
     "load_plans",
+    "pipeline_config",
     "qk_norm_rope",
     "quantize",
     "replace_linears",
@@ -60,6 +62,7 @@ _MODULES = {
     "database.database": ("Database",),
     "database.store": ("load_database", "load_plans"),
     "errors": ("CheckFailed", "ConfigError", "FileError", "InputError", "Int8kitError", "ShapeError", "UnknownName"),
+    "integrations": ("pipeline_config",),
     "layers": ("Int8Linear", "Int8SwiGLU", "replace_linears"),
     "lookup": ("Plan",),
     "ops": (

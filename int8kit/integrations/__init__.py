@@ -1,7 +1,7 @@
 """Doors through which other libraries load int8kit's layers. Each is a module that its users import.
 
-    import int8kit.integrations.diffusers       "int8kit" becomes a quantizer of diffusers and of transformers
-    int8kit.pipeline_config()                   the configuration of a whole pipeline; imports that module
+import int8kit.integrations.diffusers       "int8kit" becomes a quantizer of diffusers and of transformers
+int8kit.pipeline_config()                   the configuration of a whole pipeline; imports that module
 """
 
 from __future__ import annotations
@@ -31,10 +31,7 @@ def pipeline_config(
 
     if isinstance(components, str) or not components:
         raise InputError(f"components = {components!r}; expected a list of names, such as ['transformer']")
-    settings = {
-        "policy": policy if policy is None or isinstance(policy, str) else list(policy),
-        "modules_to_not_convert": modules_to_not_convert
-        if isinstance(modules_to_not_convert, str)
-        else list(modules_to_not_convert),
+    configs: Any = {
+        name: Int8KitConfig(policy=policy, modules_to_not_convert=modules_to_not_convert) for name in components
     }
-    return PipelineQuantizationConfig(quant_mapping={name: Int8KitConfig(**settings) for name in components})
+    return PipelineQuantizationConfig(quant_mapping=configs)

@@ -6,9 +6,9 @@ A configuration holds texts only, because both libraries write it to config.json
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any, Self
 
@@ -23,7 +23,7 @@ METHOD = "int8kit"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-class Method(str, Enum):
+class Method(StrEnum):
     """The name of the quantizer. Both libraries read `.value`."""
 
     INT8KIT = METHOD
@@ -39,17 +39,15 @@ class Int8KitConfig(QuantizationConfigMixin, TransformersConfigMixin):  # type: 
     A saved model has all three in its config.json. Raises InputError for a value of another type.
     """
 
-    policy: list[str] | None = None
-    modules_to_not_convert: list[str] = field(default_factory=list)
+    policy: Sequence[str] | None = None
+    modules_to_not_convert: Sequence[str] = ()
     dtype: str | None = None
     quant_method: Method = Method.INT8KIT
 
     def __post_init__(self) -> None:
         self.quant_method = Method.INT8KIT  # config.json gives a text
-        self.modules_to_not_convert = self.modules_to_not_convert or []
-        for name, value in (("policy", self.policy), ("modules_to_not_convert", self.modules_to_not_convert)):
-            if value is not None and not (isinstance(value, list) and all(type(one) is str for one in value)):
-                raise InputError(f"{name} = {value!r}; expected a list of texts, such as ['layers.*.attention.*']")
+        self.policy = None if self.policy is None else _texts("policy", self.policy)
+        self.modules_to_not_convert = _texts("modules_to_not_convert", self.modules_to_not_convert or ())
         if self.dtype is not None and (type(self.dtype) is not str or self.dtype not in DTYPES):
             raise InputError(f"dtype = {self.dtype!r}; expected one of {', '.join(DTYPES)}, as a text")
 
@@ -66,7 +64,10 @@ class Int8KitConfig(QuantizationConfigMixin, TransformersConfigMixin):  # type: 
 
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json: texts and lists of texts."""
-        lists = {"policy": self.policy and list(self.policy), "modules_to_not_convert": [*self.modules_to_not_convert]}
+        lists = {
+            "policy": self.policy if self.policy is None else [*self.policy],
+            "modules_to_not_convert": [*self.modules_to_not_convert],
+        }
         return {**lists, "dtype": self.dtype, "quant_method": METHOD}
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -79,6 +80,12 @@ class Int8KitConfig(QuantizationConfigMixin, TransformersConfigMixin):  # type: 
         return made
 
 
+def _texts(name: str, value: Any) -> list[str]:
+    if not isinstance(value, (list, tuple)) or not all(type(one) is str for one in value):
+        raise InputError(f"{name} = {value!r}; expected a list of texts, such as ['layers.*.attention.*']")
+    return list(value)
+
+
 def linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """The linears of a model by dotted name. Subclasses are left out: their `forward` or weight may differ."""
     found = model.named_modules(remove_duplicate=False)
@@ -86,16 +93,22 @@ def linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 
 def default_policy(model: torch.nn.Module) -> list[str]:
-    """Names of the linears that become INT8 without a policy.
+    """Names of the linears of a diffusers model that become INT8 without a policy.
 
-    In other models than Ideogram 4, a linear is selected if both widths are multiples of 16 and at least 64. The
-    first and the last linear are left out: they project the input and the output.
+    In other models than Ideogram 4 these are the `large_linears` but the first and the last linear, which project
+    the input and the output.
     """
     found = linears(model)
     if type(model).__name__ == "Ideogram4Transformer2DModel":
         return [name for name in found if models.MODELS["ideogram4"].quantizes(name)]
-    inner = list(found)[1:-1]
-    return [n for n in inner if all(w >= 64 and w % 16 == 0 for w in (found[n].in_features, found[n].out_features))]
+    edges = [*found][:1] + [*found][-1:]
+    return [name for name in large_linears(model) if name not in edges]
+
+
+def large_linears(model: torch.nn.Module) -> list[str]:
+    """Names of the linears whose both widths are multiples of 16 and at least 64."""
+    found = linears(model).items()
+    return [n for n, one in found if all(w >= 64 and w % 16 == 0 for w in (one.in_features, one.out_features))]
 
 
 def excludes(name: str, patterns: Iterable[str]) -> bool:
@@ -103,22 +116,32 @@ def excludes(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(f".{name}.", f"*.{pattern}.*") for pattern in patterns)
 
 
-def select(model: torch.nn.Module, config: Int8KitConfig, kept: Iterable[str] = ()) -> list[str]:
+def select(
+    model: torch.nn.Module,
+    config: Int8KitConfig,
+    kept: Iterable[str] = (),
+    default: Callable[[torch.nn.Module], list[str]] = default_policy,
+    prefix: str = "",
+) -> list[str]:
     """Names of the linears of `model` that become INT8. kept: further names that stay float.
 
+    default: the names without a policy. prefix: a first part of names that a pattern may have or lack.
     Raises InputError if the policy selects none.
     """
-    found = linears(model)
-    if config.policy is None:
-        names = default_policy(model)
-    else:
-        names = [name for name in found if any(fnmatchcase(name, pattern) for pattern in config.policy)]
-        if config.policy and not names:
+    names = default(model) if config.policy is None else []
+    if config.policy:
+        found = linears(model)
+        names = [name for name in found if any(fnmatchcase(n, p) for n in _forms(name, prefix) for p in config.policy)]
+        if not names:
             raise InputError(
                 f"policy {config.policy} selects no linear of {type(model).__name__}; expected patterns of dotted "
                 f"names, such as {next(iter(found), 'layers.*')!r}"
             )
     return [name for name in names if not excludes(name, [*config.modules_to_not_convert, *kept])]
+
+
+def _forms(name: str, prefix: str) -> set[str]:
+    return {name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")} if prefix else {name}
 
 
 def as_patterns(names: Collection[str], every: Collection[str]) -> list[str]:

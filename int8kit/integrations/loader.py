@@ -33,7 +33,8 @@ OF_QUANTIZATION = re.compile(r"scale|absmax|quant|zero_point|smooth|\.w[qs]$", r
 
 def replace(model: torch.nn.Module, names: Iterable[str]) -> None:
     """Put an Int8Linear on the meta device in the place of each named linear, everywhere it is used."""
-    found, made = linears(model), {}
+    found = linears(model)
+    made: dict[int, Int8Linear] = {}
     wanted = {id(found[name]): found[name] for name in names}
     for name, linear in found.items():
         if id(linear) in wanted:
@@ -62,7 +63,8 @@ def dequantize_layers(model: torch.nn.Module, dtype: torch.dtype | None = None) 
             with torch.device("meta"):
                 linear = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=dtype)
             linear.weight = torch.nn.Parameter(_expanded(layer.weight, layer.weight_scale).to(dtype))
-            linear.bias = None if layer.bias is None else torch.nn.Parameter(layer.bias.detach().to(dtype))
+            if layer.bias is not None:
+                linear.bias = torch.nn.Parameter(layer.bias.detach().to(dtype))
             made[id(layer)] = linear.train(layer.training)
         model.set_submodule(name, made[id(layer)])
 
@@ -103,7 +105,8 @@ class Loader:
             return [(key, None)]
         if len(names) == 1:
             return [(f"{names[0]}.{leaf}", None)]
-        found, start = [], 0
+        found: list[tuple[str, slice | None]] = []
+        start = 0
         for name in names:
             found.append((f"{name}.{leaf}", slice(start, start + self.rows[name])))
             start += self.rows[name]

@@ -14,11 +14,17 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 
 from int8kit import ops
 from int8kit.errors import FileError, InputError
-from int8kit.integrations.config import Int8KitConfig, as_patterns, linears, select
+from int8kit.integrations.config import Int8KitConfig, as_patterns, large_linears, linears, select
 from int8kit.integrations.loader import OF_QUANTIZATION, SCALE, dequantize_layers, names_of, replace
 from int8kit.layers import Int8Linear
 
 FLOATS = ("BF16", "F16", "F32", "F64")  # as safetensors writes them
+
+
+def inner_linears(model: Any) -> list[str]:
+    """The large linears but the head, whose weight may be that of the embedding."""
+    kept = get_keys_to_not_convert(model)
+    return [name for name in large_linears(model) if name not in kept]
 
 
 class Quantize(ConversionOps):  # type: ignore[misc]
@@ -63,15 +69,12 @@ class Int8KitHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         self._check_files(checkpoint_files or [])
-        every, config = linears(model), self.quantization_config
-        if not self.pre_quantized and config.policy is None:  # a head may share the weight of the embedding
-            tied = get_keys_to_not_convert(model)
-            names = [name for name in select(model, config, model._keep_in_fp32_modules or []) if name not in tied]
-        else:
-            names = select(model, config, model._keep_in_fp32_modules or [])
-        config.policy = as_patterns(names, every)
+        config = self.quantization_config
+        kept = model._keep_in_fp32_modules or []
+        names = select(model, config, kept, inner_linears, model.base_model_prefix)
+        config.policy = as_patterns(names, linears(model))
         replace(model, names)
-        for name in names:  # transformers would draw random numbers for what is missing: `finish` raises instead
+        for name in names:  # transformers would draw random numbers for a missing tensor
             model.get_submodule(name)._is_hf_initialized = True
 
     def _check_files(self, paths: list[str]) -> None:

@@ -1,0 +1,500 @@
+"""integrations/: INT8 models by from_pretrained and save_pretrained of diffusers and transformers."""
+
+import copy
+import json
+import pickle
+import re
+import shutil
+import weakref
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers import DiffusionPipeline, Ideogram4Pipeline, Ideogram4Transformer2DModel, PipelineQuantizationConfig
+from diffusers.quantizers import auto
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.quantizers import auto as transformers_auto
+
+import int8kit
+from int8kit import Int8Linear, models, ops, reference
+from int8kit.errors import FileError, InputError
+from int8kit.integrations import config as configuration
+from int8kit.integrations import loader
+from int8kit.integrations.diffusers import Int8KitConfig, Int8KitQuantizer, register
+
+pytestmark = pytest.mark.xdist_group("diffusers")
+LAYER = "layers.1.attention.to_q"
+WEIGHT, SCALE = f"{LAYER}.weight", f"{LAYER}.weight_scale"
+PAGE = Path(__file__).parent.parent / "docs" / "diffusers.md"
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory):
+    """A saved tiny pipeline in bf16."""
+    folder = tmp_path_factory.mktemp("float")
+    models.tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def floats(pipeline_folder):
+    """The folder of its transformer."""
+    return pipeline_folder / "transformer"
+
+
+@pytest.fixture(scope="module")
+def loaded(floats):
+    """The transformer with INT8 layers, for tests that do not change it."""
+    return load(floats, quantization_config=Int8KitConfig())
+
+
+@pytest.fixture(scope="module")
+def saved(loaded, tmp_path_factory):
+    """The folder in which it is saved."""
+    folder = tmp_path_factory.mktemp("int8")
+    loaded.save_pretrained(folder)
+    return folder
+
+
+def load(folder, **settings):
+    return Ideogram4Transformer2DModel.from_pretrained(folder, **settings)
+
+
+def tensors_of(folder):
+    [path] = folder.glob("*.safetensors")
+    return load_file(path)
+
+
+def changed(folder, target, change, name="diffusion_pytorch_model"):
+    """A copy of a model's folder whose tensors `change` has edited in place, or replaced."""
+    shutil.copytree(folder, target)
+    [path] = target.glob("*.safetensors")
+    tensors = load_file(path)
+    tensors = change(tensors) or tensors
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    return target
+
+
+def sharded(folder, target, parts):
+    """A copy of a model's folder whose tensors are in several files."""
+    shutil.copytree(folder, target, ignore=lambda *_: ["diffusion_pytorch_model.safetensors"])
+    names = [f"diffusion_pytorch_model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+    for name, tensors in zip(names, parts, strict=True):
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target / name, {"format": "pt"})
+    weight_map = {key: name for name, tensors in zip(names, parts, strict=True) for key in tensors}
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (target / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    return target
+
+
+def assert_equal_states(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    assert [name for name in a if a[name].dtype is not b[name].dtype or not torch.equal(a[name], b[name])] == []
+
+
+def output(transformer):
+    torch.manual_seed(0)
+    inputs = models.get("tiny").inputs(transformer, models.Case(64, 64, text_tokens=9))
+    with torch.no_grad():
+        return transformer(**inputs).sample
+
+
+def image(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 1, "guidance_schedule": [3.0], "max_sequence_length": 32, "output_type": "pt"}
+    return pipe("a cat", height=32, width=32, generator=torch.Generator().manual_seed(0), **settings).images
+
+
+def int8_names(model):
+    return {name for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+
+
+def assert_one_line(caught):
+    assert "\n" not in str(caught.value)
+
+
+# ---- from float, and the round trip
+
+
+def test_float_weights_are_quantized_on_loading(floats, loaded):
+    source = load(floats, dtype=torch.bfloat16)
+    wanted = {name for name in configuration.linears(source) if models.get("ideogram4").quantizes(name)}
+    assert int8_names(loaded) == wanted
+    assert len(wanted) == 15
+    for name in wanted:
+        wq, sw = reference.quantize(source.get_submodule(name).weight.detach())
+        assert torch.equal(loaded.get_submodule(name).weight, wq)
+        assert torch.equal(loaded.get_submodule(name).weight_scale, sw)
+    left = {name: p for name, p in source.named_parameters() if name.removesuffix(".weight") not in wanted}
+    assert all(torch.equal(p, loaded.get_parameter(name)) for name, p in left.items())
+    noise = (output(loaded) - output(source)).norm() / output(source).norm()
+    assert 0 < noise < 0.1
+
+
+@pytest.mark.parametrize("size", ["10GB", "200KB"])
+def test_a_saved_model_has_the_same_bits(loaded, tmp_path, size):
+    loaded.save_pretrained(tmp_path, max_shard_size=size)
+    assert len(list(tmp_path.glob("*.safetensors"))) == (1 if size == "10GB" else 21)
+    again = load(tmp_path)
+    assert_equal_states(loaded, again)
+    assert torch.equal(output(loaded), output(again))
+    assert load(tmp_path).config.quantization_config == loaded.config.quantization_config
+    assert_equal_states(loaded, diffusers.AutoModel.from_pretrained(str(tmp_path)))
+
+
+def test_bin_files_work_too(loaded, tmp_path):
+    loaded.save_pretrained(tmp_path, safe_serialization=False)
+    assert_equal_states(loaded, load(tmp_path, use_safetensors=False))
+
+
+def test_a_pipeline_round_trip_gives_the_same_image(pipeline_folder, tmp_path):
+    pipe = Ideogram4Pipeline.from_pretrained(
+        pipeline_folder, dtype=torch.bfloat16, quantization_config=int8kit.pipeline_config()
+    )
+    assert int8_names(pipe.transformer) == int8_names(pipe.unconditional_transformer) != set()
+    expected = image(pipe)
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(image(again), expected)
+    assert int8_names(again.unconditional_transformer) == int8_names(pipe.transformer)
+
+
+def test_a_sharded_float_model_loads(floats, loaded, tmp_path):
+    load(floats, dtype=torch.bfloat16).save_pretrained(tmp_path, max_shard_size="300KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 10
+    assert_equal_states(load(tmp_path, quantization_config=Int8KitConfig()), loaded)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto"])
+def test_device_maps(floats, saved, loaded, device_map):
+    for folder, settings in ((floats, {"quantization_config": Int8KitConfig()}), (saved, {})):
+        model = load(folder, device_map=device_map, **settings)
+        assert_equal_states(model, loaded)
+        assert torch.equal(output(model), output(loaded))
+
+
+def test_float32_weights_are_quantized_before_they_are_cast(floats, tmp_path):
+    """The dtype of the other parameters has no influence on the int8 weights."""
+    torch.manual_seed(0)
+    weight = torch.randn(512, 512)
+    folder = changed(floats, tmp_path / "wide", lambda t: t.update({WEIGHT: weight}))
+    wq, sw = reference.quantize(weight)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        layer = load(folder, dtype=dtype, quantization_config=Int8KitConfig()).get_submodule(LAYER)
+        assert torch.equal(layer.weight, wq)
+        assert torch.equal(layer.weight_scale, sw)
+
+
+def test_one_expanded_weight_is_in_memory(floats, tmp_path, monkeypatch):
+    def to_fp8(tensors):
+        for name in [name for name in tensors if tensors[name].dim() == 2]:
+            if not name.startswith("embed"):
+                tensors[f"{name}_scale"] = torch.ones(len(tensors[name]))
+                tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+    alive, most, quantize = [], [], ops.quantize
+
+    def spy(weight):
+        alive.append(weakref.ref(weight))
+        most.append(sum(one() is not None for one in alive))
+        return quantize(weight)
+
+    monkeypatch.setattr(ops, "quantize", spy)
+    load(changed(floats, tmp_path / "fp8", to_fp8), quantization_config=Int8KitConfig())
+    assert most == [1] * 15
+
+
+# ---- configuration
+
+
+def test_registration_is_idempotent():
+    before = dict(auto.AUTO_QUANTIZER_MAPPING)
+    register()
+    assert auto.AUTO_QUANTIZER_MAPPING == before
+    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["int8kit"] is Int8KitConfig
+    assert transformers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING["int8kit"] is Int8KitConfig
+
+
+def test_without_the_import_the_quantizer_is_unknown(saved, monkeypatch):
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "int8kit")
+    with pytest.raises(ValueError, match="Unknown quantization type, got int8kit"):
+        load(saved)
+
+
+def test_the_method_is_an_enum_after_json():
+    made = Int8KitConfig.from_dict(json.loads(json.dumps(Int8KitConfig(policy=["a"]).to_dict())))
+    assert made.quant_method.value == "int8kit"
+    assert made == Int8KitConfig(policy=["a"])
+    assert made != Int8KitConfig(policy=["b"])
+    assert '"policy"' in made.to_json_string()
+    assert Int8KitConfig(quant_method="int8kit").quant_method.value == "int8kit"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": torch.bfloat16}, r"dtype = torch\.bfloat16; expected one of bfloat16, float16, float32, as a text"),
+        ({"dtype": "int8"}, "dtype = 'int8'; expected one of"),
+        ({"modules_to_not_convert": [Path("a")]}, r"modules_to_not_convert = \[.*Path\('a'\)\]; expected a list of"),
+        ({"modules_to_not_convert": "adaln"}, "modules_to_not_convert = 'adaln'; expected a list of texts"),
+        ({"policy": {"a"}}, r"policy = \{'a'\}; expected a list of texts"),
+    ],
+)
+def test_a_config_holds_texts_only(settings, message):
+    with pytest.raises(InputError, match=message) as caught:
+        Int8KitConfig(**settings)
+    assert_one_line(caught)
+
+
+def test_a_config_of_a_later_version_is_one_error():
+    with pytest.raises(FileError, match="unknown keys rotation; expected quant_method, .*; update int8kit"):
+        Int8KitConfig.from_dict({"quant_method": "int8kit", "rotation": 256})
+
+
+def test_names_select_linears(floats):
+    def names(**settings):
+        return int8_names(load(floats, quantization_config=Int8KitConfig(**settings)))
+
+    blocks = ["layers.0", "layers.1"]
+    assert names(policy=["layers.*.attention.to_[qk]"]) == {f"{b}.attention.to_{x}" for b in blocks for x in "qk"}
+    assert names(policy=["*to_q"], modules_to_not_convert=["layers.1"]) == {"layers.0.attention.to_q"}
+    assert names(policy=["*adaln_proj", "*.w1"], modules_to_not_convert=["w1"]) == {"adaln_proj"}
+    assert not any("attention" in name for name in names(modules_to_not_convert=["attention"]))
+    with pytest.raises(InputError, match=r"policy \['blocks\.\*'\] selects no linear of Ideogram4Transformer2DModel"):
+        names(policy=["blocks.*"])
+
+
+def test_a_saved_model_keeps_its_selection(floats, tmp_path, monkeypatch):
+    """A later default changes nothing for a folder."""
+    made = load(floats, quantization_config=Int8KitConfig(modules_to_not_convert=["layers.1.attention", "w2"]))
+    made.save_pretrained(tmp_path)
+    monkeypatch.setattr(configuration, "default_policy", lambda model: [])
+    assert int8_names(load(tmp_path)) == int8_names(made)
+    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert written["modules_to_not_convert"] == ["layers.1.attention", "w2"]
+    assert "layers.*.feed_forward.w1" in written["policy"]
+
+
+def test_patterns_select_the_names_and_no_others():
+    every = ["proj", "a.0.q", "a.1.q", "a.0.k", "a.1.k", "b.proj", "a.10.q"]
+    for names in (every, ["a.0.q", "a.1.q", "a.10.q"], ["a.1.q", "proj"], ["a.1.k", "a.0.q", "a.1.q"], []):
+        patterns = configuration.as_patterns(names, every)
+        config = Int8KitConfig(policy=patterns)
+        model = torch.nn.Module()
+        for name in every:
+            parent = model
+            for part in name.split(".")[:-1]:
+                if not hasattr(parent, part):
+                    parent.add_module(part, torch.nn.Module())
+                parent = getattr(parent, part)
+            parent.add_module(name.split(".")[-1], torch.nn.Linear(2, 2))
+        assert set(configuration.select(model, config)) == set(names)
+    assert configuration.as_patterns(["a.0.q", "a.1.q", "a.10.q"], every) == ["a.*.q"]
+
+
+def test_the_default_of_another_model():
+    layers = [torch.nn.Linear(*widths) for widths in ((64, 64), (64, 128), (128, 72), (72, 64), (32, 64), (64, 64))]
+    assert configuration.default_policy(torch.nn.Sequential(*layers)) == ["1"]
+
+
+def test_a_layer_under_two_names_is_replaced_under_both():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(16, 16)})
+    model["b"] = model["a"]
+    loader.replace(model, ["a"])
+    assert model["a"] is model["b"]
+    assert isinstance(model["a"], Int8Linear)
+
+
+# ---- traps of the loader
+
+
+def test_scales_stay_float32(loaded, saved):
+    for dtype in (torch.bfloat16, torch.float16, None):
+        model = load(saved, dtype=dtype)
+        assert model.get_buffer(SCALE).dtype is torch.float32
+        assert torch.equal(model.get_buffer(SCALE), loaded.get_buffer(SCALE))
+        assert model.get_parameter("adaln_proj.weight").dtype is (dtype or torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_without_a_dtype_a_folder_has_the_dtype_of_its_model(floats, tmp_path, dtype):
+    assert load(floats, quantization_config=Int8KitConfig()).dtype is torch.bfloat16
+    model = load(floats, dtype=dtype, quantization_config=Int8KitConfig())
+    model.save_pretrained(tmp_path)
+    assert_equal_states(model, load(tmp_path))
+
+
+def test_another_dtype_is_one_error(floats):
+    with pytest.raises(InputError, match=r"dtype = torch\.float64; expected one of torch\.bfloat16"):
+        load(floats, dtype=torch.float64, quantization_config=Int8KitConfig())
+
+
+@pytest.mark.parametrize("name", [WEIGHT, SCALE, "layers.0.attention_norm1.weight", "adaln_proj.bias"])
+def test_a_missing_tensor_is_named(saved, tmp_path, name):
+    folder = changed(saved, tmp_path / "broken", lambda t: {k: v for k, v in t.items() if k != name})
+    for settings in ({}, {"device_map": "cpu"}):
+        with pytest.raises(FileError, match=rf"the files lack 1 tensors: {re.escape(name)}; expected") as caught:
+            load(folder, **settings)
+        assert_one_line(caught)
+
+
+def test_a_missing_float_weight_is_named(floats, tmp_path):
+    folder = changed(floats, tmp_path / "broken", lambda t: {k: v for k, v in t.items() if ".w3." not in k})
+    with pytest.raises(FileError, match=r"lack 2 tensors: layers\.0\.feed_forward\.w3\.weight, layers\.1\.feed_for"):
+        load(folder, quantization_config=Int8KitConfig())
+
+
+def test_an_int8_weight_stored_as_float_is_named(saved, tmp_path):
+    folder = changed(saved, tmp_path / "broken", lambda t: t.update({WEIGHT: t[WEIGHT].bfloat16()}))
+    with pytest.raises(FileError, match=rf"1 INT8 weights are stored as torch.bfloat16: {WEIGHT}; expected") as caught:
+        load(folder)
+    assert_one_line(caught)
+
+
+def test_scales_in_another_dtype_are_named(saved, tmp_path):
+    folder = changed(saved, tmp_path / "broken", lambda t: t.update({SCALE: t[SCALE].bfloat16()}))
+    with pytest.raises(FileError, match=rf"{SCALE} is torch.bfloat16; expected torch.float32"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        (f"{LAYER}.input_scale", torch.ones(1), rf"1 tensors of another layout: {LAYER}\.input_scale; expected"),
+        (f"{LAYER}.weight_scale_inv", torch.ones(4, 4), "another layout"),
+        (f"{LAYER}.weight.absmax", torch.ones(4), "another layout"),
+        ("t_embedding.smooth", torch.ones(4), "another layout"),
+        ("layers.0.attention_norm1.weight_scale", torch.ones(512), "another layout"),
+        (f"{LAYER}.weight_scale", torch.ones(512), "1 weights are torch.bfloat16 with a scale"),
+        (f"{LAYER}.weight", torch.ones(512, 512, dtype=torch.int8), "1 weights are torch.int8 without a scale"),
+        ("adaln_proj.weight", torch.ones(32, 512, dtype=torch.uint8), "1 weights are torch.uint8 without a scale"),
+    ],
+)
+def test_a_scale_that_nothing_reads_is_named(floats, tmp_path, name, tensor, message):
+    folder = changed(floats, tmp_path / "foreign", lambda t: t.update({name: tensor}))
+    with pytest.raises(FileError, match=message) as caught:
+        load(folder, quantization_config=Int8KitConfig())
+    assert_one_line(caught)
+
+
+def test_a_config_for_a_saved_model_gives_way_to_the_file(saved, loaded):
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        model = load(saved, quantization_config=Int8KitConfig(policy=["*to_q"]))
+    assert_equal_states(model, loaded)
+
+
+def test_a_dtype_cast_raises_or_keeps_the_scales(saved, loaded):
+    model = load(saved)
+    for cast in (lambda: model.to(torch.float16), model.half, model.float, lambda: model.to("cpu", torch.float16)):
+        with pytest.raises(ValueError, match="quantized"):
+            cast()
+    assert_equal_states(model, loaded)
+    assert_equal_states(model.bfloat16(), loaded)
+    assert torch.equal(model.cpu().get_buffer(SCALE), loaded.get_buffer(SCALE))
+
+
+def test_low_cpu_mem_usage(floats, loaded):
+    assert_equal_states(load(floats, low_cpu_mem_usage=True, quantization_config=Int8KitConfig()), loaded)
+    with pytest.raises(ValueError, match="`low_cpu_mem_usage` cannot be False"):
+        load(floats, low_cpu_mem_usage=False, quantization_config=Int8KitConfig())
+
+
+def test_a_pipeline_refuses_a_cast_and_the_int8_layers_are_intact(pipeline_folder, loaded):
+    pipe = Ideogram4Pipeline.from_pretrained(
+        pipeline_folder, dtype=torch.bfloat16, quantization_config=int8kit.pipeline_config(), text_encoder=None
+    )
+    with pytest.raises(ValueError, match="Casting a quantized model"):
+        pipe.to(torch.float16)
+    assert_equal_states(pipe.transformer, loaded)
+
+
+def test_pipeline_configs(pipeline_folder):
+    def names(config):
+        pipe = Ideogram4Pipeline.from_pretrained(
+            pipeline_folder, dtype=torch.bfloat16, quantization_config=config, text_encoder=None, vae=None
+        )
+        return int8_names(pipe.transformer), int8_names(pipe.unconditional_transformer)
+
+    made = int8kit.pipeline_config(policy=("*to_q", "*to_k"), modules_to_not_convert=("to_k",))
+    assert set(made.quant_mapping) == {"transformer", "unconditional_transformer"}
+    expected = {f"layers.{i}.attention.to_q" for i in (0, 1)}
+    assert names(made) == (expected, expected)
+    by_name = PipelineQuantizationConfig(
+        quant_backend="int8kit", quant_kwargs={"policy": ["*to_q"]}, components_to_quantize=list(made.quant_mapping)
+    )
+    assert names(by_name) == (expected, expected)
+    assert names(int8kit.pipeline_config(["*to_q"], components=["transformer"])) == (expected, set())
+    with pytest.raises(ValueError, match="must be an instance of `PipelineQuantizationConfig`"):
+        names(Int8KitConfig())
+    with pytest.raises(InputError, match="components = 'transformer'; expected a list of names"):
+        int8kit.pipeline_config(components="transformer")
+    with pytest.raises(InputError, match="policy = 'all'; expected a list of texts"):
+        int8kit.pipeline_config("all")
+
+
+def test_a_folder_holds_no_other_files(saved):
+    """A pipeline's download takes config.json and the weights only."""
+    assert {path.name for path in saved.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+
+
+def test_sizes(floats, loaded):
+    source = load(floats, dtype=torch.bfloat16)
+    assert loaded.num_parameters() == source.num_parameters()
+    int8 = sum(loaded.get_submodule(name).weight.numel() for name in int8_names(loaded))
+    rows = sum(loaded.get_submodule(name).out_features for name in int8_names(loaded))
+    assert loaded.get_memory_footprint() == source.get_memory_footprint() - int8 + 4 * rows
+
+
+def test_properties(loaded):
+    quantizer = loaded.hf_quantizer
+    assert isinstance(quantizer, Int8KitQuantizer)
+    assert quantizer.is_serializable
+    assert quantizer.is_trainable
+    assert quantizer.is_compileable
+    assert loaded.is_quantized
+    assert not any(p.requires_grad for p in loaded.parameters() if p.dtype is torch.int8)
+    assert loaded.dtype is torch.bfloat16
+
+
+def test_dequantize(saved, tmp_path):
+    model = load(saved)
+    scale, weight = model.get_buffer(SCALE), model.get_parameter(WEIGHT)
+    plain = model.dequantize()
+    assert int8_names(plain) == set()
+    assert torch.equal(plain.get_parameter(WEIGHT), (weight.float() * scale[:, None]).bfloat16())
+    assert plain.dtype is torch.bfloat16
+    plain.to(torch.float32)
+    plain.save_pretrained(tmp_path)
+    assert_equal_states(load(tmp_path), plain)
+
+
+def test_from_single_file_is_refused_by_diffusers(saved):
+    with pytest.raises(ValueError, match="FromOriginalModelMixin is currently only compatible with"):
+        Ideogram4Transformer2DModel.from_single_file(str(saved / "diffusion_pytorch_model.safetensors"))
+
+
+def test_an_automatic_device_map_counts_int8_bytes(floats, loaded):
+    room = int(loaded.get_memory_footprint() * 1.25)
+    assert room < load(floats, dtype=torch.bfloat16).get_memory_footprint()
+    settings = {"quantization_config": Int8KitConfig(), "device_map": "auto"}
+    assert_equal_states(load(floats, max_memory={"cpu": room}, **settings), loaded)
+    with pytest.raises(InputError, match="device_map places layers on 'disk'; expected devices and 'cpu'") as caught:
+        load(floats, max_memory={"cpu": room // 3}, **settings)
+    assert_one_line(caught)
+
+
+def test_copies_of_a_loaded_model(loaded, tmp_path):
+    for other in (copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+        assert_equal_states(other, loaded)
+        other.save_pretrained(tmp_path, max_shard_size="10GB")
+        assert_equal_states(load(tmp_path), loaded)
+
+
+def test_the_callers_config_is_not_changed(floats):
+    config = Int8KitConfig()
+    first = load(floats, dtype=torch.float16, quantization_config=config)
+    assert config == Int8KitConfig()
+    assert first.config.quantization_config.dtype == "float16"
