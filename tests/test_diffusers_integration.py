@@ -151,15 +151,20 @@ def test_bin_files_work_too(loaded, tmp_path):
 
 
 def test_a_pipeline_round_trip_gives_the_same_image(pipeline_folder, tmp_path):
+    """Both transformers and the text encoder. Without a dtype, diffusers loads the VAE in float32."""
+    configs = dict(int8kit.pipeline_config().quant_mapping)
+    configs["text_encoder"] = Int8KitConfig(policy=["language_model.*.mlp.*"])
     pipe = Ideogram4Pipeline.from_pretrained(
-        pipeline_folder, dtype=torch.bfloat16, quantization_config=int8kit.pipeline_config()
+        pipeline_folder, dtype=torch.bfloat16, quantization_config=PipelineQuantizationConfig(quant_mapping=configs)
     )
-    assert int8_names(pipe.transformer) == int8_names(pipe.unconditional_transformer) != set()
-    expected = image(pipe)
+    assert len(int8_names(pipe.transformer)) == len(int8_names(pipe.unconditional_transformer)) == 15
+    assert len(int8_names(pipe.text_encoder)) == 3 * 36
     pipe.save_pretrained(tmp_path)
-    again = DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert torch.equal(image(again), expected)
-    assert int8_names(again.unconditional_transformer) == int8_names(pipe.transformer)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    for name in configs:
+        assert_equal_states(getattr(again, name), getattr(pipe, name))
+    assert image(again).shape == (1, 3, 32, 32)
+    assert torch.equal(image(DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)), image(pipe))
 
 
 def test_a_sharded_float_model_loads(floats, loaded, tmp_path):
@@ -213,7 +218,7 @@ def test_one_expanded_weight_is_in_memory(floats, tmp_path, monkeypatch):
 def test_registration_is_idempotent():
     before = dict(auto.AUTO_QUANTIZER_MAPPING)
     register()
-    assert auto.AUTO_QUANTIZER_MAPPING == before
+    assert before == auto.AUTO_QUANTIZER_MAPPING
     assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["int8kit"] is Int8KitConfig
     assert transformers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING["int8kit"] is Int8KitConfig
 
@@ -250,7 +255,7 @@ def test_a_config_holds_texts_only(settings, message):
 
 
 def test_a_config_of_a_later_version_is_one_error():
-    with pytest.raises(FileError, match="unknown keys rotation; expected quant_method, .*; update int8kit"):
+    with pytest.raises(FileError, match=r"unknown keys rotation; expected quant_method, .*; update int8kit"):
         Int8KitConfig.from_dict({"quant_method": "int8kit", "rotation": 256})
 
 
@@ -498,3 +503,290 @@ def test_the_callers_config_is_not_changed(floats):
     first = load(floats, dtype=torch.float16, quantization_config=config)
     assert config == Int8KitConfig()
     assert first.config.quantization_config.dtype == "float16"
+
+
+# ---- foreign layouts
+
+
+def fused(tensors):
+    """Tensors under the official names: q, k and v are one linear, and the output projection is `o`."""
+    found = {}
+    for name, tensor in tensors.items():
+        if ".to_q." in name:
+            parts = [tensors[name.replace("to_q", part)] for part in ("to_q", "to_k", "to_v")]
+            found[name.replace("to_q", "qkv")] = torch.cat(parts)
+        elif ".to_k." not in name and ".to_v." not in name:
+            found[name.replace("to_out.0", "o")] = tensor
+    return found
+
+
+def official_fp8(tensors, scale=lambda weight: weight.abs().amax(1) / 448):
+    """The official layout: e4m3 weights and a float32 scale for each row, in all linears."""
+    found = fused(tensors)
+    for name in [name for name in found if found[name].dim() == 2 and not name.startswith("embed")]:
+        weight = found[name].float()
+        scales = scale(weight)
+        found[f"{name}_scale"] = scales
+        found[name] = (weight / scales.reshape(-1, 1)).to(torch.float8_e4m3fn)
+    return found
+
+
+def assert_official(model, tensors):
+    """The model equals weight x scale, taken from the file by hand."""
+    for layer, row in (("layers.0.attention.to_q", 0), ("layers.1.attention.to_k", 1), ("layers.1.attention.to_v", 2)):
+        name = f"{layer.rpartition('.')[0]}.qkv.weight"
+        full = tensors[name].float() * tensors[f"{name}_scale"].reshape(-1, 1)
+        wq, sw = reference.quantize(full[512 * row : 512 * (row + 1)].contiguous())
+        assert torch.equal(model.get_submodule(layer).weight, wq)
+        assert torch.equal(model.get_submodule(layer).weight_scale, sw)
+    for name, layer in (("layers.0.attention.o", "layers.0.attention.to_out.0"), ("llm_cond_proj",) * 2):
+        wq, sw = reference.quantize(tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"].reshape(-1, 1))
+        assert torch.equal(model.get_submodule(layer).weight, wq)
+        assert torch.equal(model.get_submodule(layer).weight_scale, sw)
+    name = "layers.1.adaln_modulation.weight"
+    full = tensors[name].float() * tensors[f"{name}_scale"].reshape(-1, 1)
+    assert torch.equal(model.get_parameter(name), full.bfloat16())
+    assert torch.equal(model.get_parameter("adaln_proj.bias"), tensors["adaln_proj.bias"])
+
+
+@pytest.mark.parametrize("scale", ["row", "column", "tensor"])
+def test_official_fp8_files_load(floats, tmp_path, scale):
+    scales = {
+        "row": lambda weight: weight.abs().amax(1) / 448,
+        "column": lambda weight: weight.abs().amax(1, keepdim=True) / 448,
+        "tensor": lambda weight: weight.abs().amax() / 448,
+    }
+    folder = changed(floats, tmp_path / "fp8", lambda tensors: official_fp8(tensors, scales[scale]))
+    model = load(folder, quantization_config=Int8KitConfig())
+    assert_official(model, tensors_of(folder))
+    source = load(floats, dtype=torch.bfloat16)
+    assert (output(model) - output(source)).norm() < 0.1 * output(source).norm()
+    model.save_pretrained(tmp_path / "int8")
+    assert_equal_states(load(tmp_path / "int8"), model)
+
+
+@pytest.mark.parametrize("scales_first", [True, False])
+def test_weights_and_scales_in_different_files(floats, tmp_path, scales_first):
+    tensors = official_fp8(tensors_of(floats))
+    scales = {name: tensor for name, tensor in tensors.items() if name.endswith("_scale")}
+    weights = {name: tensor for name, tensor in tensors.items() if name not in scales}
+    parts = [scales, weights] if scales_first else [weights, scales]
+    model = load(sharded(floats, tmp_path / "fp8", parts), quantization_config=Int8KitConfig())
+    assert_official(model, tensors)
+
+
+def test_no_warning_about_names_that_are_read(floats, tmp_path, caplog):
+    folder = changed(floats, tmp_path / "fp8", official_fp8)
+    diffusers.utils.logging.enable_propagation()
+    try:
+        load(folder, quantization_config=Int8KitConfig())
+    finally:
+        diffusers.utils.logging.disable_propagation()
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
+
+
+def test_fp8_files_with_a_missing_tensor(floats, tmp_path):
+    tensors = official_fp8(tensors_of(floats))
+    for i, (name, message) in enumerate(
+        [
+            ("layers.0.attention.qkv.weight", r"lack 3 tensors: layers\.0\.attention\.to_k\.weight, .*to_q\.weight"),
+            ("layers.1.attention.o.weight", r"lack 1 tensors: layers\.1\.attention\.to_out\.0\.weight"),
+        ]
+    ):
+        left = {key: tensor for key, tensor in tensors.items() if key != name}
+        with pytest.raises(FileError, match=message) as caught:
+            load(sharded(floats, tmp_path / str(i), [left]), quantization_config=Int8KitConfig())
+        assert_one_line(caught)
+
+
+def test_plain_fp8_weights_are_floats(floats, tmp_path):
+    folder = changed(floats, tmp_path / "fp8", lambda t: t.update({WEIGHT: t[WEIGHT].to(torch.float8_e4m3fn)}))
+    layer = load(folder, quantization_config=Int8KitConfig()).get_submodule(LAYER)
+    wq, sw = reference.quantize(tensors_of(folder)[WEIGHT].float())
+    assert torch.equal(layer.weight, wq)
+    assert torch.equal(layer.weight_scale, sw)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("layers.0.attention.qkv.weight", torch.ones(1024, 512), r"qkv\.weight has shape \[1024, 512\]; expected 1536"),
+        ("adaln_proj.weight_scale", torch.ones(4, 8), r"weight_scale has shape \[4, 8\]; expected one scale, or 32"),
+        ("adaln_proj.weight_scale", torch.ones(16), r"weight_scale has shape \[16\]; expected one scale"),
+        ("adaln_proj.weight_scale", torch.ones(32).int(), r"weight_scale is torch\.int32; expected torch\.float32"),
+        ("adaln_proj.input_scale", torch.ones(1), r"another layout: adaln_proj\.input_scale"),
+        (
+            "layers.0.attention.qkv.scale_input",
+            torch.ones(1),
+            r"3 tensors of another layout: layers\.0\.attention\.to_",
+        ),
+    ],
+)
+def test_fp8_files_of_other_shapes_are_one_error(floats, tmp_path, name, tensor, message):
+    folder = changed(floats, tmp_path / "fp8", lambda tensors: {**official_fp8(tensors), name: tensor})
+    with pytest.raises(FileError, match=message) as caught:
+        load(folder, quantization_config=Int8KitConfig())
+    assert_one_line(caught)
+
+
+def comfy_int8(tensors, **settings):
+    """ComfyUI's INT8 layout: fused names, int8 weights with scales [N, 1], and a note for each linear."""
+    found = fused(tensors)
+    note = json.dumps({"format": "int8_tensorwise", **settings}).encode()
+    for name in [name for name in found if name.startswith("layers.") and found[name].dim() == 2]:
+        found[name], scale = reference.quantize(found[name])
+        found[f"{name}_scale"] = scale[:, None]
+        found[f"{name.removesuffix('.weight')}.comfy_quant"] = torch.tensor(list(note), dtype=torch.uint8)
+    return found
+
+
+def test_int8_files_keep_their_weights_and_scales(floats, loaded, tmp_path):
+    def altered(tensors):
+        found = comfy_int8(tensors)
+        found["layers.1.attention.qkv.weight"][0, 0] = -128
+        return found
+
+    model = load(changed(floats, tmp_path / "int8", altered), quantization_config=Int8KitConfig())
+    assert model.get_parameter(WEIGHT)[0, 0] == -128
+    assert torch.equal(model.get_parameter(WEIGHT)[1:], loaded.get_parameter(WEIGHT)[1:])
+    assert torch.equal(model.get_buffer(SCALE), loaded.get_buffer(SCALE))
+    name = "layers.0.adaln_modulation.weight"  # outside the policy: back to float
+    wq, sw = reference.quantize(tensors_of(floats)[name])
+    assert torch.equal(model.get_parameter(name), (wq.float() * sw[:, None]).bfloat16())
+    model.save_pretrained(tmp_path / "again")
+    assert_equal_states(load(tmp_path / "again"), model)
+
+
+def test_rotated_weights_are_one_error(floats, tmp_path):
+    folder = changed(floats, tmp_path / "rotated", lambda t: comfy_int8(t, convrot=True, convrot_groupsize=256))
+    with pytest.raises(InputError, match=r"comfy_quant describes a rotated weight \(convrot\); expected") as caught:
+        load(folder, quantization_config=Int8KitConfig())
+    assert_one_line(caught)
+
+
+def test_a_damaged_note_is_one_error(floats, tmp_path):
+    note = torch.tensor([91, 93], dtype=torch.uint8)  # []
+    folder = changed(floats, tmp_path / "damaged", lambda t: {**comfy_int8(t), "adaln_proj.comfy_quant": note})
+    with pytest.raises(FileError, match=r"adaln_proj\.comfy_quant holds no JSON object"):
+        load(folder, quantization_config=Int8KitConfig())
+
+
+# ---- text encoders
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    """A tiny random Qwen3 with a head, in bf16."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+    settings = Qwen3Config(hidden_size=64, num_hidden_layers=2, intermediate_size=128, vocab_size=96, **heads)
+    settings.tie_word_embeddings = False
+    folder = tmp_path_factory.mktemp("qwen")
+    Qwen3ForCausalLM(settings).bfloat16().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(encoder_folder):
+    """The same with INT8 layers, for tests that do not change it."""
+    return AutoModelForCausalLM.from_pretrained(encoder_folder, quantization_config=Int8KitConfig())
+
+
+TOKENS = torch.arange(9)[None]
+
+
+def test_a_text_encoder_is_quantized_on_loading(encoder_folder, encoder):
+    source = AutoModelForCausalLM.from_pretrained(encoder_folder)
+    inner = {name for name in configuration.linears(source) if name != "lm_head"}
+    assert int8_names(encoder) == inner
+    assert len(inner) == 14
+    for name in inner:
+        wq, sw = reference.quantize(source.get_submodule(name).weight.detach())
+        assert torch.equal(encoder.get_submodule(name).weight, wq)
+        assert torch.equal(encoder.get_submodule(name).weight_scale, sw)
+    with torch.no_grad():
+        a, b = source(TOKENS).logits, encoder(TOKENS).logits
+    assert 0 < (a - b).norm() < 0.1 * a.norm()
+    assert encoder.num_parameters() == source.num_parameters()
+    assert encoder.get_memory_footprint() < source.get_memory_footprint()
+    assert encoder.hf_quantizer.is_serializable()
+    assert encoder.hf_quantizer.is_trainable
+    assert encoder.hf_quantizer.is_compileable
+
+
+@pytest.mark.parametrize("settings", [{}, {"device_map": "auto"}, {"device_map": {"": "cpu"}}])
+@pytest.mark.parametrize("size", ["10GB", "50KB"])
+def test_a_saved_text_encoder_has_the_same_bits(encoder, tmp_path, size, settings):
+    encoder.save_pretrained(tmp_path, max_shard_size=size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) == 1) is (size == "10GB")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, **settings)
+    assert_equal_states(encoder, again)
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).logits, encoder(TOKENS).logits)
+
+
+def test_a_part_of_a_saved_text_encoder_loads(encoder, tmp_path, caplog):
+    """AutoModel leaves the head out, and its names lack the prefix `model`."""
+    encoder.save_pretrained(tmp_path)
+    assert_equal_states(AutoModel.from_pretrained(tmp_path), encoder.model)
+
+
+def test_casts_of_a_text_encoder(encoder):
+    model = copy.deepcopy(encoder)
+    with pytest.raises(ValueError, match="not supported for quantized"):
+        model.half()
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    for cast in (model.bfloat16(), model.to(torch.float16)):
+        assert cast.get_buffer(name).dtype is torch.float32
+        assert torch.equal(cast.get_buffer(name), encoder.get_buffer(name))
+
+
+def test_dequantize_a_text_encoder(encoder, tmp_path):
+    model = copy.deepcopy(encoder).dequantize()
+    layer = encoder.model.layers[1].mlp.up_proj
+    expected = (layer.weight.float() * layer.weight_scale[:, None]).bfloat16()
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, expected)
+    model.save_pretrained(tmp_path)
+    assert_equal_states(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {k: v for k, v in t.items() if k != UP}, rf"lack 1 tensors: {UP}; expected the whole"),
+        (lambda t: {k: v for k, v in t.items() if k != f"{UP}_scale"}, rf"lack 1 tensors: {UP}_scale; expected"),
+        (lambda t: {k: v for k, v in t.items() if k != "model.norm.weight"}, r"lack 1 tensors: model\.norm\.weight"),
+        (lambda t: t.update({UP: t[UP].bfloat16()}), rf"1 tensors are of another layout: {UP}; expected int8"),
+        (lambda t: t.update({f"{UP}_scale": t[f"{UP}_scale"].half()}), rf"another layout: {UP}_scale; expected int8"),
+        (
+            lambda t: t.update({"model.layers.0.mlp.up_proj.input_scale": torch.ones(1)}),
+            "another layout: .*input_scale",
+        ),
+    ],
+)
+def test_a_damaged_text_encoder_is_one_error(encoder, tmp_path, change, message):
+    encoder.save_pretrained(tmp_path / "int8")
+    with pytest.raises(FileError, match=message) as caught:
+        AutoModelForCausalLM.from_pretrained(changed(tmp_path / "int8", tmp_path / "broken", change))
+    assert_one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {k: v for k, v in t.items() if k != UP}, rf"lack 2 tensors: {UP}, {UP}_scale; expected the whole"),
+        (
+            lambda t: t.update({UP: t[UP].to(torch.float8_e4m3fn), f"{UP}_scale": torch.ones(128)}),
+            rf"2 tensors are of another layout: {UP}, {UP}_scale; expected float weights without scales",
+        ),
+        (lambda t: t.update({UP: t[UP].to(torch.int8)}), rf"another layout: {UP}; expected float weights"),
+    ],
+)
+def test_a_foreign_text_encoder_is_one_error(encoder_folder, tmp_path, change, message):
+    folder = changed(encoder_folder, tmp_path / "foreign", change)
+    with pytest.raises(FileError, match=message) as caught:
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=Int8KitConfig())
+    assert_one_line(caught)

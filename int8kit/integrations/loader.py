@@ -27,8 +27,12 @@ FUSED = {"qkv": ("to_q", "to_k", "to_v"), "o": ("to_out.0",)}
 """Last part of a linear's name in the official layout, and the names in diffusers, in the order of the rows."""
 SCALE = "weight_scale"
 NOTE = "comfy_quant"  # ComfyUI's description of a linear, JSON as bytes
-OF_QUANTIZATION = re.compile(r"scale|absmax|quant|zero_point|smooth|\.w[qs]$", re.IGNORECASE)
-"""Names of tensors that a weight cannot be read without."""
+_OF_QUANTIZATION = re.compile(r"scale|absmax|quant|zero_point|smooth|^w[qs]$", re.IGNORECASE)
+
+
+def describes_weight(key: str) -> bool:
+    """Whether the last part of a tensor's name is one of a scale, or of other data that a weight is read with."""
+    return bool(_OF_QUANTIZATION.search(key.rpartition(".")[2]))
 
 
 def replace(model: torch.nn.Module, names: Iterable[str]) -> None:
@@ -127,7 +131,7 @@ class Loader:
         missing = self.expected - set(self.keys) - made
         if missing:
             raise FileError(f"the files lack {len(missing)} tensors: {names_of(missing)}; expected the whole model")
-        strange = [key for key in self.unread() if OF_QUANTIZATION.search(key) or self._owner(key) in self.rows]
+        strange = [key for key in self.unread() if describes_weight(key) or self._owner(key) in self.rows]
         if strange:
             raise FileError(
                 f"the files hold {len(strange)} tensors of another layout: {names_of(strange)}; expected weight, "

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 
 from int8kit import ops
 from int8kit.errors import FileError, InputError
-from int8kit.integrations.config import Int8KitConfig, as_patterns, large_linears, linears, select
-from int8kit.integrations.loader import OF_QUANTIZATION, SCALE, dequantize_layers, names_of, replace
+from int8kit.integrations.config import DTYPES, Int8KitConfig, as_patterns, large_linears, linears, select
+from int8kit.integrations.loader import SCALE, dequantize_layers, describes_weight, names_of, replace
 from int8kit.layers import Int8Linear
 
 FLOATS = ("BF16", "F16", "F32", "F64")  # as safetensors writes them
@@ -85,17 +86,24 @@ class Int8KitHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise FileError(f"cannot quantize {str(path)!r} on loading; expected safetensors files")
             with safe_open(path, framework="pt") as file:
                 dtypes.update({key: file.get_slice(key).get_dtype() for key in file.keys()})  # noqa: SIM118
-        scaled = {key.removesuffix(f".{SCALE}") for key in dtypes if key.endswith(f".{SCALE}")}
-        scales = {f"{name}.{SCALE}" for name in scaled}
-        if self.pre_quantized:
-            wrong = [f"{name}.weight" for name in scaled if dtypes.get(f"{name}.weight", "I8") != "I8"]
-            wrong += [key for key in scales if dtypes[key] != "F32"]
-            expected = "int8 weights and float32 scales; save the model again"
-        else:
-            wrong = [key for key, dtype in dtypes.items() if OF_QUANTIZATION.search(key) or dtype not in FLOATS]
+        wrong = [key for key, dtype in dtypes.items() if not self._can_read(key, dtype, dtypes)]
+        expected = "int8 weights and float32 scales; save the model again"
+        if not self.pre_quantized:
             expected = "float weights without scales"
         if wrong:
             raise FileError(f"{len(wrong)} tensors are of another layout: {names_of(wrong)}; expected {expected}")
+
+    def _can_read(self, key: str, dtype: str, dtypes: dict[str, str]) -> bool:
+        """Whether a tensor is a float weight or, in files of ours, an int8 weight or its scale."""
+        module, _, leaf = key.rpartition(".")
+        if leaf in ("weight", "bias"):
+            if self.pre_quantized and leaf == "weight" and f"{module}.{SCALE}" in dtypes:
+                return dtype == "I8"
+            return dtype in FLOATS or (self.pre_quantized and dtype == "I8")  # a missing scale is named after loading
+        if f"{module}.weight" not in dtypes and module not in dtypes:
+            return True
+        ours = self.pre_quantized and leaf == SCALE and dtype == "F32"
+        return ours or not describes_weight(key)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a tensor is the weight of an INT8 layer."""
@@ -110,11 +118,11 @@ class Int8KitHfQuantizer(HfQuantizer):  # type: ignore[misc]
         tensors = model.state_dict(keep_vars=True)
         ignored = model._keys_to_ignore_on_load_missing or []
         missing = [name for name, t in tensors.items() if not getattr(t, "_is_hf_initialized", False)]
-        missing = [name for name in missing if not any(pattern in name for pattern in ignored)]
+        missing = [name for name in missing if not any(re.search(pattern, name) for pattern in ignored)]
         if missing:
             raise FileError(f"the files lack {len(missing)} tensors: {names_of(missing)}; expected the whole model")
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        dequantize_layers(model, dtype)
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        dequantize_layers(model, DTYPES[dtype] if isinstance(dtype, str) else dtype)
         return model
