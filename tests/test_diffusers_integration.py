@@ -671,6 +671,21 @@ def test_a_damaged_note_is_one_error(floats, tmp_path):
         load(folder, quantization_config=Int8KitConfig())
 
 
+def test_another_model_of_diffusers(tmp_path):
+    """Wan has modules that stay float32, and the default policy of other models."""
+    torch.manual_seed(0)
+    settings = {"num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
+    widths = {"text_dim": 64, "freq_dim": 64, "ffn_dim": 128, "num_layers": 1}
+    diffusers.WanTransformer3DModel(**settings, **widths).save_pretrained(tmp_path / "source")
+    config = Int8KitConfig()
+    model = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "source", quantization_config=config)
+    assert {"blocks.0.attn1.to_q", "blocks.0.ffn.net.2"} < int8_names(model)
+    assert not {name for name in int8_names(model) if "time_embedder" in name or name == "proj_out"}
+    assert model.condition_embedder.time_embedder.linear_1.weight.dtype is torch.float32
+    model.save_pretrained(tmp_path / "int8")
+    assert_equal_states(diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "int8"), model)
+
+
 # ---- text encoders
 
 
@@ -790,3 +805,16 @@ def test_a_foreign_text_encoder_is_one_error(encoder_folder, tmp_path, change, m
     with pytest.raises(FileError, match=message) as caught:
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=Int8KitConfig())
     assert_one_line(caught)
+
+
+# ---- the page
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(found) >= 6
+    names = {}
+    for block in found:
+        exec(block, names)
+    assert len(int8_names(names["pipe"].text_encoder)) == 3 * 36

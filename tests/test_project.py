@@ -26,7 +26,8 @@ LAYERS = [
     {"errors"}, {"files", "spec"},
     {"canonical", "damage", "interrupt", "lookup", "models", "peers", "progress", "reference", "toolchain"},
     {"fingerprint", "gpus", "shapes_schema"}, {"kernels", "shapes_file"}, {"database"}, {"cost_model", "ops"},
-    {"layers", "timing"}, {"trace", "tune", "verify", "runtime"}, {"bench"}, {"doctor"}, {"integrations"}, {"cli"}, {"__main__"},
+    {"layers", "timing"}, {"trace", "tune", "verify", "runtime"}, {"bench"}, {"doctor"}, {"integrations"},
+    {"cli"}, {"__main__"},
 ]  # fmt: skip
 
 
@@ -105,7 +106,8 @@ EXPORTED = [
     "CheckFailed", "ConfigError", "Database", "FileError", "GemmShape", "InputError", "Int8Linear", "Int8SwiGLU",
     "Int8kitError", "Kernel", "Operation", "Plan", "ShapeError", "Source", "TileConfig", "UnknownName", "__version__",
     "int8_linear", "int8_linear_swiglu", "load_database", "load_plans", "pipeline_config", "qk_norm_rope", "quantize",
-    "replace_linears", "residual_norm_quantize", "rms_norm_quantize", "scaled_mm", "scaled_mm_swiglu", "swiglu_quantize",
+    "replace_linears", "residual_norm_quantize", "rms_norm_quantize", "scaled_mm", "scaled_mm_swiglu",
+    "swiglu_quantize",
 ]  # fmt: skip
 
 

@@ -174,7 +174,7 @@ class Loader:
             )
         if not scale.is_floating_point() or (self.ours and scale.dtype is not torch.float32):
             raise FileError(f"{module}.{SCALE} is {scale.dtype}; expected torch.float32; save the model again")
-        return scale.float().reshape(-1).expand(rows).contiguous()
+        return scale.float().reshape(-1).expand(rows).clone()  # not a view of the file, which may be written again
 
     def _waits(self, name: str) -> bool:
         module, _, leaf = name.rpartition(".")
