@@ -212,6 +212,11 @@ def test_one_expanded_weight_is_in_memory(floats, tmp_path, monkeypatch):
     assert most == [1] * 15
 
 
+def test_rows_are_quantized_in_parts(floats, loaded, monkeypatch):
+    monkeypatch.setattr(loader, "AT_A_TIME", 100_000)
+    assert_equal_states(load(floats, quantization_config=Int8KitConfig()), loaded)
+
+
 # ---- configuration
 
 
@@ -341,20 +346,20 @@ def test_another_dtype_is_one_error(floats):
 def test_a_missing_tensor_is_named(saved, tmp_path, name):
     folder = changed(saved, tmp_path / "broken", lambda t: {k: v for k, v in t.items() if k != name})
     for settings in ({}, {"device_map": "cpu"}):
-        with pytest.raises(FileError, match=rf"the files lack 1 tensors: {re.escape(name)}; expected") as caught:
+        with pytest.raises(FileError, match=rf"the files lack {re.escape(name)}; expected") as caught:
             load(folder, **settings)
         assert_one_line(caught)
 
 
 def test_a_missing_float_weight_is_named(floats, tmp_path):
     folder = changed(floats, tmp_path / "broken", lambda t: {k: v for k, v in t.items() if ".w3." not in k})
-    with pytest.raises(FileError, match=r"lack 2 tensors: layers\.0\.feed_forward\.w3\.weight, layers\.1\.feed_for"):
+    with pytest.raises(FileError, match=r"the files lack layers\.0\.feed_forward\.w3\.weight, layers\.1\.feed_for"):
         load(folder, quantization_config=Int8KitConfig())
 
 
 def test_an_int8_weight_stored_as_float_is_named(saved, tmp_path):
     folder = changed(saved, tmp_path / "broken", lambda t: t.update({WEIGHT: t[WEIGHT].bfloat16()}))
-    with pytest.raises(FileError, match=rf"1 INT8 weights are stored as torch.bfloat16: {WEIGHT}; expected") as caught:
+    with pytest.raises(FileError, match=rf"INT8 weights are stored as torch.bfloat16: {WEIGHT}; expected") as caught:
         load(folder)
     assert_one_line(caught)
 
@@ -368,14 +373,14 @@ def test_scales_in_another_dtype_are_named(saved, tmp_path):
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        (f"{LAYER}.input_scale", torch.ones(1), rf"1 tensors of another layout: {LAYER}\.input_scale; expected"),
+        (f"{LAYER}.input_scale", torch.ones(1), rf"tensors of another layout: {LAYER}\.input_scale; expected"),
         (f"{LAYER}.weight_scale_inv", torch.ones(4, 4), "another layout"),
         (f"{LAYER}.weight.absmax", torch.ones(4), "another layout"),
         ("t_embedding.smooth", torch.ones(4), "another layout"),
         ("layers.0.attention_norm1.weight_scale", torch.ones(512), "another layout"),
-        (f"{LAYER}.weight_scale", torch.ones(512), "1 weights are torch.bfloat16 with a scale"),
-        (f"{LAYER}.weight", torch.ones(512, 512, dtype=torch.int8), "1 weights are torch.int8 without a scale"),
-        ("adaln_proj.weight", torch.ones(32, 512, dtype=torch.uint8), "1 weights are torch.uint8 without a scale"),
+        (f"{LAYER}.weight_scale", torch.ones(512), "weights are torch.bfloat16 with a scale"),
+        (f"{LAYER}.weight", torch.ones(512, 512, dtype=torch.int8), "weights are torch.int8 without a scale"),
+        ("adaln_proj.weight", torch.ones(32, 512, dtype=torch.uint8), "weights are torch.uint8 without a scale"),
     ],
 )
 def test_a_scale_that_nothing_reads_is_named(floats, tmp_path, name, tensor, message):
@@ -589,14 +594,34 @@ def test_fp8_files_with_a_missing_tensor(floats, tmp_path):
     tensors = official_fp8(tensors_of(floats))
     for i, (name, message) in enumerate(
         [
-            ("layers.0.attention.qkv.weight", r"lack 3 tensors: layers\.0\.attention\.to_k\.weight, .*to_q\.weight"),
-            ("layers.1.attention.o.weight", r"lack 1 tensors: layers\.1\.attention\.to_out\.0\.weight"),
+            ("layers.0.attention.qkv.weight", r"the files lack layers\.0\.attention\.to_k\.weight, .*to_q\.weight"),
+            ("layers.1.attention.o.weight", r"the files lack layers\.1\.attention\.to_out\.0\.weight"),
         ]
     ):
         left = {key: tensor for key, tensor in tensors.items() if key != name}
         with pytest.raises(FileError, match=message) as caught:
             load(sharded(floats, tmp_path / str(i), [left]), quantization_config=Int8KitConfig())
         assert_one_line(caught)
+
+
+def test_an_index_that_names_more_than_its_files_hold(floats, tmp_path):
+    """The index promises a scale and a bias that no file has."""
+    tensors = official_fp8(tensors_of(floats))
+    lost = ["llm_cond_proj.weight_scale", "adaln_proj.bias"]
+    folder = sharded(floats, tmp_path / "fp8", [tensors])
+    [path] = folder.glob("*.safetensors")
+    save_file({key: t.contiguous() for key, t in tensors.items() if key not in lost}, path, {"format": "pt"})
+    with pytest.raises(
+        FileError, match=r"not set: adaln_proj\.bias, llm_cond_proj\.weight, .*; expected files"
+    ) as caught:
+        load(folder, quantization_config=Int8KitConfig())
+    assert_one_line(caught)
+
+
+def test_weights_that_the_loader_puts_aside_are_named(floats):
+    """diffusers writes them to a folder that it does not read again."""
+    with pytest.raises(FileError, match=r"tensors were not set: .* and .* more; expected .* no offload_state_dict"):
+        load(floats, quantization_config=Int8KitConfig(), offload_state_dict=True)
 
 
 def test_plain_fp8_weights_are_floats(floats, tmp_path):
@@ -618,7 +643,7 @@ def test_plain_fp8_weights_are_floats(floats, tmp_path):
         (
             "layers.0.attention.qkv.scale_input",
             torch.ones(1),
-            r"3 tensors of another layout: layers\.0\.attention\.to_",
+            r"tensors of another layout: layers\.0\.attention\.to_",
         ),
     ],
 )
@@ -771,10 +796,10 @@ UP = "model.layers.0.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: {k: v for k, v in t.items() if k != UP}, rf"lack 1 tensors: {UP}; expected the whole"),
-        (lambda t: {k: v for k, v in t.items() if k != f"{UP}_scale"}, rf"lack 1 tensors: {UP}_scale; expected"),
-        (lambda t: {k: v for k, v in t.items() if k != "model.norm.weight"}, r"lack 1 tensors: model\.norm\.weight"),
-        (lambda t: t.update({UP: t[UP].bfloat16()}), rf"1 tensors are of another layout: {UP}; expected int8"),
+        (lambda t: {k: v for k, v in t.items() if k != UP}, rf"the files lack {UP}; expected all"),
+        (lambda t: {k: v for k, v in t.items() if k != f"{UP}_scale"}, rf"the files lack {UP}_scale; expected"),
+        (lambda t: {k: v for k, v in t.items() if k != "model.norm.weight"}, r"the files lack model\.norm\.weight"),
+        (lambda t: t.update({UP: t[UP].bfloat16()}), rf"tensors of another layout: {UP}; expected int8"),
         (lambda t: t.update({f"{UP}_scale": t[f"{UP}_scale"].half()}), rf"another layout: {UP}_scale; expected int8"),
         (
             lambda t: t.update({"model.layers.0.mlp.up_proj.input_scale": torch.ones(1)}),
@@ -792,10 +817,10 @@ def test_a_damaged_text_encoder_is_one_error(encoder, tmp_path, change, message)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: {k: v for k, v in t.items() if k != UP}, rf"lack 2 tensors: {UP}, {UP}_scale; expected the whole"),
+        (lambda t: {k: v for k, v in t.items() if k != UP}, rf"the files lack {UP}, {UP}_scale; expected all"),
         (
             lambda t: t.update({UP: t[UP].to(torch.float8_e4m3fn), f"{UP}_scale": torch.ones(128)}),
-            rf"2 tensors are of another layout: {UP}, {UP}_scale; expected float weights without scales",
+            rf"tensors of another layout: {UP}, {UP}_scale; expected float weights without scales",
         ),
         (lambda t: t.update({UP: t[UP].to(torch.int8)}), rf"another layout: {UP}; expected float weights"),
     ],

@@ -26,6 +26,7 @@ from int8kit.layers import Int8Linear
 FUSED = {"qkv": ("to_q", "to_k", "to_v"), "o": ("to_out.0",)}
 """Last part of a linear's name in the official layout, and the names in diffusers, in the order of the rows."""
 SCALE = "weight_scale"
+AT_A_TIME = 1 << 22  # elements of a weight: a CPU needs some 20 bytes for each while it quantizes
 NOTE = "comfy_quant"  # ComfyUI's description of a linear, JSON as bytes
 _OF_QUANTIZATION = re.compile(r"scale|absmax|quant|zero_point|smooth|^w[qs]$", re.IGNORECASE)
 
@@ -73,7 +74,7 @@ def dequantize_layers(model: torch.nn.Module, dtype: torch.dtype | None = None) 
         model.set_submodule(name, made[id(layer)])
 
 
-def names_of(names: Iterable[str], most: int = 8) -> str:
+def names_of(names: Iterable[str], most: int = 20) -> str:
     """Names for a message: the first ones, and how many follow."""
     listed = sorted(names)
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
@@ -130,11 +131,11 @@ class Loader:
         made = set() if self.ours else {f"{name}.{SCALE}" for name in self.int8 - self.scaled}
         missing = self.expected - set(self.keys) - made
         if missing:
-            raise FileError(f"the files lack {len(missing)} tensors: {names_of(missing)}; expected the whole model")
+            raise FileError(f"the files lack {names_of(missing)}; expected all tensors of the model")
         strange = [key for key in self.unread() if describes_weight(key) or self._owner(key) in self.rows]
         if strange:
             raise FileError(
-                f"the files hold {len(strange)} tensors of another layout: {names_of(strange)}; expected weight, "
+                f"the files hold tensors of another layout: {names_of(strange)}; expected weight, "
                 f"{SCALE} and bias for each linear"
             )
 
@@ -187,7 +188,7 @@ class Loader:
             wrong = [name for name, t in tensors.items() if name in of_int8 and t.dtype is not torch.int8]
             if wrong:
                 raise FileError(
-                    f"{len(wrong)} INT8 weights are stored as {tensors[wrong[0]].dtype}: {names_of(wrong)}; expected "
+                    f"INT8 weights are stored as {tensors[wrong[0]].dtype}: {names_of(wrong)}; expected "
                     "torch.int8; save the model again"
                 )
         scaled = {f"{name}.weight" for name in self.scaled}
@@ -195,13 +196,13 @@ class Loader:
         wrong = [name for name, t in tensors.items() if name in plain and not t.is_floating_point()]
         if wrong:
             raise FileError(
-                f"{len(wrong)} weights are {tensors[wrong[0]].dtype} without a scale: {names_of(wrong)}; expected "
+                f"weights are {tensors[wrong[0]].dtype} without a scale: {names_of(wrong)}; expected "
                 f"floats, or torch.int8 with {SCALE}"
             )
         wrong = [n for n, t in tensors.items() if n in scaled and t.dtype is not torch.int8 and t.element_size() != 1]
         if wrong:
             raise FileError(
-                f"{len(wrong)} weights are {tensors[wrong[0]].dtype} with a scale: {names_of(wrong)}; expected "
+                f"weights are {tensors[wrong[0]].dtype} with a scale: {names_of(wrong)}; expected "
                 "torch.int8 or 8-bit floats"
             )
 
@@ -218,7 +219,7 @@ class Loader:
             if value.dtype is torch.int8 and scale is not None:
                 weight, scale = value.to(device, copy=True), scale.to(device)
             else:
-                weight, scale = ops.quantize(_expanded(value.to(device), scale))
+                weight, scale = quantized(value, scale, device)
             layer.weight_scale = scale
         else:
             weight = _expanded(value.to(device), scale).to(dtype)
@@ -228,8 +229,29 @@ class Loader:
         """Raise FileError if a tensor of the model was not set."""
         unset = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         if self.held or unset:
-            raise FileError(f"{len({*self.held, *unset})} tensors were not set: {names_of({*self.held, *unset})}")
+            raise FileError(
+                f"tensors were not set: {names_of({*self.held, *unset})}; expected files with them, and no "
+                "offload_state_dict"
+            )
         self.scales.clear()
+
+
+def quantized(
+    weight: torch.Tensor, scale: torch.Tensor | None = None, device: Any = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`int8kit.quantize` of weight x scale on `device`: int8 [N, K] and scales [N]. Few rows are floats at a time.
+
+    weight: floats or fp8 [N, K]. scale: float32 [N] or None. The rows do not depend on each other.
+    """
+    device = weight.device if device is None else device
+    rows = max(1, AT_A_TIME // max(1, weight.shape[1]))
+    made = torch.empty(weight.shape, dtype=torch.int8, device=device)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=device)
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        floats = _expanded(weight[part].to(device), None if scale is None else scale[part])
+        made[part], scales[part] = ops.quantize(floats)
+    return made, scales
 
 
 def _expanded(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:

@@ -13,10 +13,9 @@ from safetensors import safe_open
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 
-from int8kit import ops
 from int8kit.errors import FileError, InputError
 from int8kit.integrations.config import DTYPES, Int8KitConfig, as_patterns, large_linears, linears, select
-from int8kit.integrations.loader import SCALE, dequantize_layers, describes_weight, names_of, replace
+from int8kit.integrations.loader import SCALE, dequantize_layers, describes_weight, names_of, quantized, replace
 from int8kit.layers import Int8Linear
 
 FLOATS = ("BF16", "F16", "F32", "F64")  # as safetensors writes them
@@ -35,7 +34,7 @@ class Quantize(ConversionOps):  # type: ignore[misc]
         """{name: weight} -> {name: int8 weight, name of the scales: scales}."""
         [value] = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
-        q, scale = ops.quantize(weight.contiguous())
+        q, scale = quantized(weight)
         return {full_layer_name: q, f"{full_layer_name.removesuffix('weight')}{SCALE}": scale}
 
 
@@ -91,7 +90,7 @@ class Int8KitHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             expected = "float weights without scales"
         if wrong:
-            raise FileError(f"{len(wrong)} tensors are of another layout: {names_of(wrong)}; expected {expected}")
+            raise FileError(f"the files hold tensors of another layout: {names_of(wrong)}; expected {expected}")
 
     def _can_read(self, key: str, dtype: str, dtypes: dict[str, str]) -> bool:
         """Whether a tensor is a float weight or, in files of ours, an int8 weight or its scale."""
@@ -120,7 +119,7 @@ class Int8KitHfQuantizer(HfQuantizer):  # type: ignore[misc]
         missing = [name for name, t in tensors.items() if not getattr(t, "_is_hf_initialized", False)]
         missing = [name for name in missing if not any(re.search(pattern, name) for pattern in ignored)]
         if missing:
-            raise FileError(f"the files lack {len(missing)} tensors: {names_of(missing)}; expected the whole model")
+            raise FileError(f"the files lack {names_of(missing)}; expected all tensors of the model")
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
