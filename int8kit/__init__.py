@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from int8kit.database.database import Database
     from int8kit.database.store import NotTuned, load_database, load_plans
     from int8kit.errors import CheckFailed, ConfigError, FileError, InputError, Int8kitError, ShapeError, UnknownName
+    from int8kit.integrations import pipeline_config
     from int8kit.layers import Int8Linear, Int8SwiGLU
     from int8kit.lookup import Plan
     from int8kit.ops import (
@@ -50,6 +51,7 @@ __all__ = [
     "int8_linear_swiglu",
     "load_database",
     "load_plans",
+    "pipeline_config",
     "qk_norm_rope",
     "quantize",
     "quantize_",
@@ -65,6 +67,7 @@ _MODULES = {
     "database.database": ("Database",),
     "database.store": ("NotTuned", "load_database", "load_plans"),
     "errors": ("CheckFailed", "ConfigError", "FileError", "InputError", "Int8kitError", "ShapeError", "UnknownName"),
+    "integrations": ("pipeline_config",),
     "layers": ("Int8Linear", "Int8SwiGLU"),
     "lookup": ("Plan",),
     "ops": (

@@ -30,7 +30,7 @@ LAYERS = [
     },
     {"fingerprint", "gpus", "shapes_schema"}, {"kernels", "shapes_file"}, {"database"}, {"cost_model", "ops"},
     {"foreign_weights"}, {"layers", "timing"}, {"quantization"},
-    {"trace", "tune", "verify", "runtime"}, {"bench"}, {"doctor"}, {"cli"}, {"__main__"},
+    {"trace", "tune", "verify", "runtime"}, {"bench"}, {"doctor"}, {"integrations"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 
 
@@ -73,6 +73,13 @@ def test_stages_do_not_import_each_other():
             assert not (set(imported(path)) & stages) - {stem(path)}, path
 
 
+def test_nothing_imports_the_integrations():
+    """They are doors for other libraries. `int8kit/__init__.py` names one function of theirs, lazily."""
+    outside = [path for path in MODULES if stem(path) not in ("integrations", "__init__")]
+    assert "integrations" in map(stem, MODULES)
+    assert not [path for path in outside if "integrations" in imported(path)]
+
+
 def test_reference_imports_no_kernel():
     assert set(imported(PACKAGE / "reference.py")) == {"errors", "spec"}
     assert set(imported(PACKAGE / "spec.py")) == {"errors"}
@@ -102,7 +109,7 @@ EXPORTED = [
     "CheckFailed", "ConfigError", "Database", "FileError", "GemmShape", "InputError", "Int8Linear", "Int8SwiGLU",
     "Int8kitError", "Kernel", "NotTuned", "Operation", "Plan", "Policy", "QuantizationReport", "ShapeError", "Source",
     "TileConfig", "UnknownName", "__version__", "int8_linear", "int8_linear_swiglu",
-    "load_database", "load_plans", "qk_norm_rope", "quantize", "quantize_", "replace_linears",
+    "load_database", "load_plans", "pipeline_config", "qk_norm_rope", "quantize", "quantize_", "replace_linears",
     "residual_norm_quantize", "rms_norm_quantize", "scaled_mm", "scaled_mm_swiglu", "swiglu_quantize",
 ]  # fmt: skip
 
