@@ -148,7 +148,8 @@ class Int8Linear(torch.nn.Linear):
         if name == "weight" and param is not None and not isinstance(param, layer_state.Int8Weight):
             if param.dtype is not torch.int8:
                 raise InputError(f"weight {param.dtype}: expected torch.int8; call Int8Linear.from_linear")
-            param = layer_state.Int8Weight(param.detach())
+            given, param = param, layer_state.Int8Weight(param.detach())
+            vars(param).update(vars(given))  # loaders mark a parameter by an attribute
         super().register_parameter(name, param)
 
     def reset_parameters(self) -> None:

@@ -123,6 +123,13 @@ def quantize_(
     return QuantizationReport(_exchange([one for one in found if not one.reason], plan, device), left)
 
 
+def chosen(module: torch.nn.Module, policy: Policy | None = None) -> list[str]:
+    """Names of the linears that `quantize_` would replace, of a module whose weights may be on meta."""
+    found = _find(module)
+    reason = _reasons(module, found, policy)
+    return [name for one in found if not (one.reason or reason(one.names[0], one.linear)) for name in one.names]
+
+
 def replace_linears(
     module: torch.nn.Module,
     wanted: Callable[[str], bool],

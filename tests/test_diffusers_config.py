@@ -9,7 +9,7 @@ from diffusers.quantizers import auto
 from diffusers_helpers import assert_one_line, int8_names, load, save_tiny
 from transformers.quantizers import auto as transformers_auto
 
-from int8kit import Int8Linear
+from int8kit import Int8Linear, quantization
 from int8kit.errors import FileError, InputError
 from int8kit.integrations import config as configuration
 from int8kit.integrations import loader
@@ -99,7 +99,7 @@ def test_a_saved_model_keeps_its_selection(floats, tmp_path, monkeypatch):
     """A later default changes nothing for a folder."""
     made = load(floats, quantization_config=Int8KitConfig(modules_to_not_convert=["layers.1.attention", "w2"]))
     made.save_pretrained(tmp_path)
-    monkeypatch.setattr(configuration, "default_policy", lambda model: [])
+    monkeypatch.setattr(quantization, "chosen", lambda model: [])
     assert int8_names(load(tmp_path)) == int8_names(made)
     written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert written["modules_to_not_convert"] == ["layers.1.attention", "w2"]
@@ -122,10 +122,6 @@ def test_patterns_select_the_names_and_no_others():
         assert set(configuration.select(model, config)) == set(names)
     assert configuration.as_patterns(["a.0.q", "a.1.q", "a.10.q"], every) == ["a.*.q"]
 
-
-def test_the_default_of_another_model():
-    layers = [torch.nn.Linear(*widths) for widths in ((64, 64), (64, 128), (128, 72), (72, 64), (32, 64), (64, 64))]
-    assert configuration.default_policy(torch.nn.Sequential(*layers)) == ["1"]
 
 
 def test_a_layer_under_two_names_is_replaced_under_both():

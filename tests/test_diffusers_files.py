@@ -283,8 +283,8 @@ def test_a_damaged_note_is_one_error(floats, tmp_path):
 def test_another_model_of_diffusers(tmp_path):
     """Wan has modules that stay float32, and the default policy of other models."""
     torch.manual_seed(0)
-    settings = {"num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4}
-    widths = {"text_dim": 64, "freq_dim": 64, "ffn_dim": 128, "num_layers": 1}
+    settings = {"num_attention_heads": 4, "attention_head_dim": 64, "in_channels": 4, "out_channels": 4}
+    widths = {"text_dim": 64, "freq_dim": 64, "ffn_dim": 512, "num_layers": 1}
     diffusers.WanTransformer3DModel(**settings, **widths).save_pretrained(tmp_path / "source")
     config = Int8KitConfig()
     model = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "source", quantization_config=config)

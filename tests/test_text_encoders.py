@@ -24,8 +24,8 @@ pytestmark = pytest.mark.xdist_group("diffusers")
 def encoder_folder(tmp_path_factory):
     """A tiny random Qwen3 with a head, in bf16."""
     torch.manual_seed(0)
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
-    settings = Qwen3Config(hidden_size=64, num_hidden_layers=2, intermediate_size=128, vocab_size=96, **heads)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128}
+    settings = Qwen3Config(hidden_size=256, num_hidden_layers=2, intermediate_size=512, vocab_size=96, **heads)
     settings.tie_word_embeddings = False
     folder = tmp_path_factory.mktemp("qwen")
     Qwen3ForCausalLM(settings).bfloat16().save_pretrained(folder)

@@ -6,7 +6,7 @@ A configuration holds texts only, because both libraries write it to config.json
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -16,7 +16,7 @@ import torch
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
-from int8kit import models
+from int8kit import quantization
 from int8kit.errors import FileError, InputError
 
 METHOD = "int8kit"
@@ -92,25 +92,6 @@ def linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     return {name: module for name, module in found if type(module) is torch.nn.Linear}
 
 
-def default_policy(model: torch.nn.Module) -> list[str]:
-    """Names of the linears of a diffusers model that become INT8 without a policy.
-
-    In other models than Ideogram 4 these are the `large_linears` but the first and the last linear, which project
-    the input and the output.
-    """
-    found = linears(model)
-    if type(model).__name__ == "Ideogram4Transformer2DModel":
-        return [name for name in found if models.MODELS["ideogram4"].quantizes(name)]
-    edges = [*found][:1] + [*found][-1:]
-    return [name for name in large_linears(model) if name not in edges]
-
-
-def large_linears(model: torch.nn.Module) -> list[str]:
-    """Names of the linears whose both widths are multiples of 16 and at least 64."""
-    found = linears(model).items()
-    return [n for n, one in found if all(w >= 64 and w % 16 == 0 for w in (one.in_features, one.out_features))]
-
-
 def excludes(name: str, patterns: Iterable[str]) -> bool:
     """Whether a pattern equals the name or some of its consecutive parts: `to_q` excludes `layers.0.to_q`."""
     return any(fnmatchcase(f".{name}.", f"*.{pattern}.*") for pattern in patterns)
@@ -120,15 +101,14 @@ def select(
     model: torch.nn.Module,
     config: Int8KitConfig,
     kept: Iterable[str] = (),
-    default: Callable[[torch.nn.Module], list[str]] = default_policy,
     prefix: str = "",
 ) -> list[str]:
     """Names of the linears of `model` that become INT8. kept: further names that stay float.
 
-    default: the names without a policy. prefix: a first part of names that a pattern may have or lack.
+    Without a policy, `int8kit.quantization.Policy` decides. prefix: a first part of names that a pattern may lack.
     Raises InputError if the policy selects none.
     """
-    names = default(model) if config.policy is None else []
+    names = quantization.chosen(model) if config.policy is None else []
     if config.policy:
         found = linears(model)
         names = [name for name in found if any(fnmatchcase(n, p) for n in _forms(name, prefix) for p in config.policy)]

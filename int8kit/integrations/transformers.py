@@ -11,20 +11,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+from transformers.quantizers.base import HfQuantizer
 
 from int8kit.errors import FileError, InputError
-from int8kit.integrations.config import DTYPES, Int8KitConfig, as_patterns, large_linears, linears, select
+from int8kit.integrations.config import DTYPES, Int8KitConfig, as_patterns, linears, select
 from int8kit.integrations.loader import SCALE, dequantize_layers, describes_weight, names_of, quantized, replace
 from int8kit.layers import Int8Linear
 
 FLOATS = ("BF16", "F16", "F32", "F64")  # as safetensors writes them
-
-
-def inner_linears(model: Any) -> list[str]:
-    """The large linears but the head, whose weight may be that of the embedding."""
-    kept = get_keys_to_not_convert(model)
-    return [name for name in large_linears(model) if name not in kept]
 
 
 class Quantize(ConversionOps):  # type: ignore[misc]
@@ -71,7 +65,7 @@ class Int8KitHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._check_files(checkpoint_files or [])
         config = self.quantization_config
         kept = model._keep_in_fp32_modules or []
-        names = select(model, config, kept, inner_linears, model.base_model_prefix)
+        names = select(model, config, kept, prefix=model.base_model_prefix)
         config.policy = as_patterns(names, linears(model))
         replace(model, names)
         for name in names:  # transformers would draw random numbers for a missing tensor
