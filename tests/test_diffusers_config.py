@@ -123,7 +123,6 @@ def test_patterns_select_the_names_and_no_others():
     assert configuration.as_patterns(["a.0.q", "a.1.q", "a.10.q"], every) == ["a.*.q"]
 
 
-
 def test_a_layer_under_two_names_is_replaced_under_both():
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(16, 16)})
     model["b"] = model["a"]
