@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from int8kit.database.database import Database
-    from int8kit.database.store import load_database, load_plans
+    from int8kit.database.store import NotTuned, load_database, load_plans
     from int8kit.errors import CheckFailed, ConfigError, FileError, InputError, Int8kitError, ShapeError, UnknownName
-    from int8kit.layers import Int8Linear, Int8SwiGLU, replace_linears
+    from int8kit.integrations import pipeline_config
+    from int8kit.layers import Int8Linear, Int8SwiGLU
     from int8kit.lookup import Plan
     from int8kit.ops import (
         int8_linear,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         swiglu_quantize,
     )
     from int8kit.pipelines import optimize, restore
+    from int8kit.quantization import Policy, QuantizationReport, quantize_, replace_linears
     from int8kit.spec import GemmShape, Kernel, Operation, Source, TileConfig
 
 __version__ = "0.2.0"
@@ -36,8 +38,11 @@ __all__ = [
     "Int8SwiGLU",
     "Int8kitError",
     "Kernel",
+    "NotTuned",
     "Operation",
     "Plan",
+    "Policy",
+    "QuantizationReport",
     "ShapeError",
     "Source",
     "TileConfig",
@@ -48,8 +53,10 @@ __all__ = [
     "load_database",
     "load_plans",
     "optimize",
+    "pipeline_config",
     "qk_norm_rope",
     "quantize",
+    "quantize_",
     "replace_linears",
     "residual_norm_quantize",
     "restore",
@@ -61,9 +68,10 @@ __all__ = [
 
 _MODULES = {
     "database.database": ("Database",),
-    "database.store": ("load_database", "load_plans"),
+    "database.store": ("NotTuned", "load_database", "load_plans"),
     "errors": ("CheckFailed", "ConfigError", "FileError", "InputError", "Int8kitError", "ShapeError", "UnknownName"),
-    "layers": ("Int8Linear", "Int8SwiGLU", "replace_linears"),
+    "integrations": ("pipeline_config",),
+    "layers": ("Int8Linear", "Int8SwiGLU"),
     "lookup": ("Plan",),
     "ops": (
         "int8_linear",
@@ -77,6 +85,7 @@ _MODULES = {
         "swiglu_quantize",
     ),
     "pipelines": ("optimize", "restore"),
+    "quantization": ("Policy", "QuantizationReport", "quantize_", "replace_linears"),
     "spec": ("GemmShape", "Kernel", "Operation", "Source", "TileConfig"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

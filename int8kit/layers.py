@@ -15,9 +15,11 @@ from typing import Any, Self
 
 import torch
 
-from int8kit import adapters, ops
-from int8kit.errors import ShapeError
+from int8kit import adapters, foreign_weights, layer_state, operand_checks, ops
+from int8kit.database import store
+from int8kit.errors import InputError, ShapeError
 from int8kit.lookup import Plan
+from int8kit.operand_checks import FLOATS
 from int8kit.spec import GemmShape
 
 
@@ -26,11 +28,16 @@ class Int8Linear(torch.nn.Linear):
 
     x: [..., K] bf16, fp16 or fp32 -> [..., N] of x's dtype. Runs on CUDA and CPU. Raises ShapeError if K > 131071.
     A new layer has memory that is not initialized, as `load_state_dict` expects; `from_linear` quantizes.
+
+    The gradient of x is grad_y @ (weight * weight_scale[:, None]); the bias may have one, the weight has none. A cast
+    such as `.half()` changes the bias alone. `torch.nn.MultiheadAttention` reads the weight of its `out_proj` without a
+    call of the layer: torch then raises RuntimeError, so leave that one a float linear.
     """
 
     weight: torch.nn.Parameter  # [N, K] int8, without a gradient
     weight_scale: torch.Tensor  # [N] fp32
     bias: torch.nn.Parameter | None  # type: ignore[assignment]
+    paired = False  # whether the rows of the weight come in pairs
 
     def __init__(
         self,
@@ -42,12 +49,21 @@ class Int8Linear(torch.nn.Linear):
         *,
         plan: Plan | None = None,
     ) -> None:
+        for name, extent in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(extent, bool) or not isinstance(extent, int):
+                raise ShapeError(
+                    f"{name} is of type {type(extent).__name__}: expected an int; for tensors call from_int8"
+                )
         GemmShape(1, out_features, in_features)
         adapters.watch(Int8Linear)
+        if self.paired and out_features % 2:
+            raise ShapeError(f"out_features = {out_features}: expected an even number, a gate and an up row in turn")
+        if dtype is not None and dtype not in FLOATS:
+            raise ShapeError(f"dtype of the bias {dtype}: expected {' or '.join(map(str, FLOATS))}")
         torch.nn.Module.__init__(self)  # that of nn.Linear makes a float weight
         self.in_features, self.out_features = in_features, out_features
         weight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
-        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.weight = layer_state.Int8Weight(weight)
         self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.float32, device=device))
         filled = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if filled is None else torch.nn.Parameter(filled, requires_grad=False)
@@ -61,11 +77,15 @@ class Int8Linear(torch.nn.Linear):
         bias: torch.Tensor | None = None,
         plan: Plan | None = None,
     ) -> Self:
-        """The layer of an int8 weight [N, K] and its scales [N] fp32, as `int8kit.quantize` returns them."""
+        """The layer of an int8 weight [N, K] and its scales [N] fp32, as `int8kit.quantize` returns them.
+
+        The layer keeps the tensors. Raises ShapeError if they do not fit together.
+        """
+        operand_checks.int8_weight(weight, weight_scale, bias)
         with torch.device("meta"):
             layer = cls(weight.shape[1], weight.shape[0], bias is not None, plan=plan)
-        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-        layer.weight_scale = weight_scale
+        layer.weight = layer_state.Int8Weight(weight.detach())
+        layer.weight_scale = weight_scale.detach()
         if bias is not None:
             layer.bias = torch.nn.Parameter(bias.detach(), requires_grad=False)
         return layer
@@ -74,11 +94,12 @@ class Int8Linear(torch.nn.Linear):
     def from_linear(
         cls, linear: torch.nn.Linear, plan: Plan | None = None, device: torch.device | None = None
     ) -> Int8Linear:
-        """Quantize `linear`'s weight, on `device` if given; a bitsandbytes 4-bit weight is dequantized first."""
-        weight = _weight(linear)
-        wq, sw = ops.quantize((weight if device is None else weight.to(device)).contiguous())
-        bias = None if linear.bias is None else linear.bias.detach().to(wq.device)
-        return cls.from_int8(wq, sw, bias, plan)
+        """Quantize `linear`'s weight, on `device` if given; `foreign_weights` lists the formats.
+
+        Raises InputError for a weight that cannot be read or is not finite, and for a linear with an own forward.
+        """
+        wq, sw = foreign_weights.quantized(linear, device)
+        return cls.from_int8(wq, sw, foreign_weights.bias_of(linear, wq.device), plan)
 
     @classmethod
     def joined(
@@ -108,27 +129,57 @@ class Int8Linear(torch.nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N] of x's dtype."""
-        return ops.int8_linear(x, self.weight, self.weight_scale, self.bias, plan=self.plan or Plan())
+        return ops.int8_linear(x, self.weight, self.weight_scale, self.bias, plan=_plan_of(self, x))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        # scales stay float32 when a model is cast: they move as integers, which a cast of floats leaves alone
-        self.weight_scale = self.weight_scale.view(torch.int32)
-        try:
-            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        finally:
-            self.weight_scale = self.weight_scale.view(torch.float32)
+        kept = self.weight, self.weight_scale
+
+        def without_cast(tensor: torch.Tensor) -> torch.Tensor:
+            """`fn`, but the weight and its scales keep dtype and values when a model is cast, and follow its device."""
+            made = fn(tensor)
+            cast = made.dtype is not tensor.dtype and any(tensor is one for one in kept)
+            return tensor.to(made.device) if cast else made
+
+        super()._apply(without_cast, recurse)  # type: ignore[no-untyped-call]
+        self.weight = self.weight  # torch makes a plain Parameter for another kind of device
+        return self
+
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        """As of torch, but an int8 `weight` becomes an `Int8Weight`, also one that a state dict assigns."""
+        if name == "weight" and param is not None and not isinstance(param, layer_state.Int8Weight):
+            if param.dtype is not torch.int8:
+                raise InputError(f"weight {param.dtype}: expected torch.int8; call Int8Linear.from_linear")
+            given, param = param, layer_state.Int8Weight(param.detach())
+            vars(param).update(vars(given))  # loaders mark a parameter by an attribute
+        super().register_parameter(name, param)
+
+    def reset_parameters(self) -> None:
+        """Raise InputError: torch would fill the weight with floats."""
+        raise InputError("an INT8 layer has no initial values: load a state dict, or call Int8Linear.from_linear")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        layer_state.prepare(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(layer_state.upgrade(state))  # type: ignore[no-untyped-call]
+        self.weight = self.weight  # a pickle holds a plain Parameter
 
     def extra_repr(self) -> str:
-        """Text for print(model)."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        """Text for print(model), with the entries that serve the layer."""
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        plan = None if self.plan is None and not self.weight.is_cuda else _plan_of(self, self.weight)
+        return text if plan is None else f"{text}, plan={store.described(plan, *self.weight.shape)}"
 
 
 class Int8SwiGLU(Int8Linear):
     """silu(x W1^T) * (x W3^T) in one GEMM. `int8kit.reference.linear_swiglu` defines the result to the bit.
 
     weight [2 F, K]: row 2 j is row j of W1 (the gate), row 2 j + 1 is row j of W3 (the up). The epilogue multiplies
-    each pair. x: [..., K] -> [..., F] of x's dtype, which is half of the output of two layers.
+    each pair. x: [..., K] -> [..., F] of x's dtype, which is half of the output of two layers. out_features is 2 F.
     """
+
+    paired = True
 
     @classmethod
     def from_linears(
@@ -151,41 +202,20 @@ class Int8SwiGLU(Int8Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., F] of x's dtype."""
-        return ops.int8_linear_swiglu(x, self.weight, self.weight_scale, self.bias, plan=self.plan or Plan())
+        return ops.int8_linear_swiglu(x, self.weight, self.weight_scale, self.bias, plan=_plan_of(self, x))
 
 
-def _weight(linear: torch.nn.Linear) -> torch.Tensor:
-    weight = linear.weight.detach()
-    state = getattr(linear.weight, "quant_state", None)
-    if state is None:
-        return weight
-    import bitsandbytes
+def _plan_of(layer: Int8Linear, x: torch.Tensor) -> Plan:
+    """The plan of `layer` for an input x: its own, or the one of x's GPU. On a CPU there is nothing to choose."""
+    if layer.plan is not None:
+        return layer.plan
+    if not x.is_cuda:
+        return Plan()
+    plan: Plan = _found_plan(x.device.index, layer.out_features, layer.in_features)
+    return plan
 
-    full: torch.Tensor = bitsandbytes.functional.dequantize_4bit(weight, state)
-    return full
 
-
-def replace_linears(
-    module: torch.nn.Module,
-    wanted: Callable[[str], bool],
-    plan: Callable[[int, int], Plan],
-    device: torch.device | None = None,
-) -> dict[str, Int8Linear]:
-    """Replace each nn.Linear of `module` whose dotted name is `wanted` with an Int8Linear -> the new layers by name.
-
-    plan(n, k): the configurations of a weight [n, k]. One weight at a time moves to `device`, so memory there grows by
-    the int8 weights and one bf16 weight.
-    """
-    found = [
-        (name, child)
-        for name, child in module.named_modules()
-        if isinstance(child, torch.nn.Linear) and not isinstance(child, Int8Linear)
-    ]
-    done = {}
-    for name, linear in found:
-        if wanted(name):
-            layer = Int8Linear.from_linear(linear, plan(linear.out_features, linear.in_features), device)
-            parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, layer)
-            done[name] = layer
-    return done
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _found_plan(device: int, n: int, k: int) -> Plan:
+    # a constant for torch.compile, which cannot trace the reading of a database
+    return store.found_plan(device, n, k)

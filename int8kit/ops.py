@@ -13,14 +13,18 @@
                                     -> (q [M, H D], k [M, H D])
 
 `plan` is `Plan.text`: the configurations that may serve the weight, gathered when the model was loaded. On CUDA an
-operator runs its Triton kernel, on the CPU the function of `int8kit.reference`. Both give the same bits. The import of
-this module registers the operators of `OPERATORS`, once. Triton is imported when a kernel first runs.
+operator runs its Triton kernel, on the CPU the function of `int8kit.reference`. Both give the same bits, and both
+refuse the same operands in the same words, as do the fake kernels: see `int8kit.operand_checks`. `linear` and
+`linear_swiglu` have a gradient for x and for the bias: see `int8kit.gradient`. Under autocast they take x in the
+autocast dtype. The import of this module registers the operators of `OPERATORS`, once. Triton is imported when a kernel
+first runs.
 
 The module uses `torch.library.Library` and not `custom_op`: the same schemas and fake kernels cost less per call.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib import import_module
@@ -28,7 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from int8kit import reference
+from int8kit import gradient, operand_checks, reference
 from int8kit.lookup import Plan
 from int8kit.spec import GemmShape, Operation, TileConfig
 
@@ -40,12 +44,15 @@ class Operator(NamedTuple):
     cuda: Callable[..., Any]
     cpu: Callable[..., Any]
     fake: Callable[..., Any]  # shapes and dtypes of the results, for torch.compile and export
+    check: Callable[..., None]  # raises ShapeError before `cpu` and `fake`, as the kernels do themselves
 
 
 def _kernel(name: str) -> Callable[..., Any]:
     """The wrapper `name` of the kernel module `name`, which is imported at the first call."""
+    names = tuple(inspect.signature(getattr(reference, name)).parameters)
 
     def call(*args: Any) -> Any:
+        operand_checks.one_device(names, args)
         return getattr(import_module(f"int8kit.kernels.{name}"), name)(*args)
 
     return call
@@ -69,6 +76,7 @@ def _scaled_mm_cuda(
 ) -> torch.Tensor:
     from int8kit.kernels import gemm
 
+    operand_checks.axes_of_scaled_mm(xq, wq, sx, sw, bias)
     product = gemm.scaled_mm_swiglu if swiglu else gemm.scaled_mm
     operation = Operation.SWIGLU if swiglu else Operation.GEMM
     config = _choose(plan, operation, max(xq.shape[0], 1), wq.shape[0], xq.shape[1])
@@ -86,6 +94,7 @@ def _linear_cuda(
 ) -> torch.Tensor:
     from int8kit.kernels.quantize import quantize
 
+    operand_checks.axes_of_linear(x, wq, sw, bias)
     rows = x.reshape(-1, x.shape[-1])
     xq, sx = quantize(rows if rows.stride(1) == 1 else rows.contiguous())
     y = _scaled_mm_cuda(xq, wq, sx, sw, bias, x.dtype, plan, swiglu=swiglu)
@@ -135,24 +144,29 @@ def _qk_norm_rope_fake(qkv: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
     return qkv.new_empty(shape), qkv.new_empty(shape)
 
 
-def _product(schema: str, cuda: Any, cpu: Any, fake: Any, *, swiglu: bool) -> Operator:
+def _product(schema: str, cuda: Any, cpu: Any, fake: Any, check: Any, *, swiglu: bool) -> Operator:
     """One of a pair of operators that share code: the plain product and its SwiGLU."""
-    return Operator(schema, *(partial(function, swiglu=swiglu) for function in (cuda, cpu, fake)))
+    return Operator(schema, *(partial(function, swiglu=swiglu) for function in (cuda, cpu, fake, check)))
 
 
 _SCALED_MM = "(Tensor xq, Tensor wq, Tensor sx, Tensor sw, Tensor? bias, ScalarType out_dtype, str plan) -> Tensor"
 _LINEAR = "(Tensor x, Tensor wq, Tensor sw, Tensor? bias, str plan) -> Tensor"
+_SCALED = _scaled_mm_cuda, _scaled_mm_cpu, _scaled_mm_fake, operand_checks.scaled_mm
+_OF_X = _linear_cuda, _linear_cpu, _linear_fake, operand_checks.linear
 OPERATORS: dict[str, Operator] = {
-    "quantize": Operator("(Tensor x) -> (Tensor, Tensor)", _kernel("quantize"), reference.quantize, _norm_fake),
-    "scaled_mm": _product(_SCALED_MM, _scaled_mm_cuda, _scaled_mm_cpu, _scaled_mm_fake, swiglu=False),
-    "scaled_mm_swiglu": _product(_SCALED_MM, _scaled_mm_cuda, _scaled_mm_cpu, _scaled_mm_fake, swiglu=True),
-    "linear": _product(_LINEAR, _linear_cuda, _linear_cpu, _linear_fake, swiglu=False),
-    "linear_swiglu": _product(_LINEAR, _linear_cuda, _linear_cpu, _linear_fake, swiglu=True),
+    "quantize": Operator(
+        "(Tensor x) -> (Tensor, Tensor)", _kernel("quantize"), reference.quantize, _norm_fake, operand_checks.quantize
+    ),
+    "scaled_mm": _product(_SCALED_MM, *_SCALED, swiglu=False),
+    "scaled_mm_swiglu": _product(_SCALED_MM, *_SCALED, swiglu=True),
+    "linear": _product(_LINEAR, *_OF_X, swiglu=False),
+    "linear_swiglu": _product(_LINEAR, *_OF_X, swiglu=True),
     "rms_norm_quantize": Operator(
         "(Tensor x, Tensor? weight, Tensor? modulation, float eps) -> (Tensor, Tensor)",
         _kernel("rms_norm_quantize"),
         reference.rms_norm_quantize,
         _norm_fake,
+        operand_checks.rms_norm_quantize,
     ),
     "residual_norm_quantize": Operator(
         "(Tensor residual, Tensor branch, Tensor branch_weight, Tensor gate, Tensor weight, Tensor modulation, "
@@ -160,9 +174,14 @@ OPERATORS: dict[str, Operator] = {
         _kernel("residual_norm_quantize"),
         reference.residual_norm_quantize,
         _residual_norm_fake,
+        operand_checks.residual_norm_quantize,
     ),
     "swiglu_quantize": Operator(
-        "(Tensor gu) -> (Tensor, Tensor)", _kernel("swiglu_quantize"), reference.swiglu_quantize, _swiglu_fake
+        "(Tensor gu) -> (Tensor, Tensor)",
+        _kernel("swiglu_quantize"),
+        reference.swiglu_quantize,
+        _swiglu_fake,
+        operand_checks.swiglu_quantize,
     ),
     "qk_norm_rope": Operator(
         "(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int heads, float eps)"
@@ -170,15 +189,48 @@ OPERATORS: dict[str, Operator] = {
         _kernel("qk_norm_rope"),
         reference.qk_norm_rope,
         _qk_norm_rope_fake,
+        operand_checks.qk_norm_rope,
     ),
 }
+
+
+def _checked(check: Callable[..., None], half: Callable[..., Any]) -> Callable[..., Any]:
+    """`half` after `check`, without autograd: the operations of the reference would record a wrong gradient."""
+
+    def call(*args: Any) -> Any:
+        check(*args)
+        with torch.no_grad():
+            return half(*args)
+
+    return call
+
+
+def _autocast(name: str, device: str) -> Callable[..., Any]:
+    """The operator under autocast on `device`: x in the autocast dtype, the scales as they are."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def call(x: torch.Tensor, *args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            wanted = torch.get_autocast_dtype(device)
+            x = x.to(wanted) if x.dtype in operand_checks.FLOATS else x
+            return getattr(torch.ops.int8kit, name).default(x, *args)
+
+    return call
+
 
 _LIBRARY = torch.library.Library("int8kit", "FRAGMENT")
 for _name, _operator in OPERATORS.items():
     _LIBRARY.define(_name + _operator.schema)
     _LIBRARY.impl(_name, _operator.cuda, "CUDA")
-    _LIBRARY.impl(_name, _operator.cpu, "CPU")
-    torch.library.register_fake(f"int8kit::{_name}", _operator.fake, lib=_LIBRARY)
+    _LIBRARY.impl(_name, _checked(_operator.check, _operator.cpu), "CPU")
+    torch.library.register_fake(f"int8kit::{_name}", _checked(_operator.check, _operator.fake), lib=_LIBRARY)
+for _name, _backward, _save in (
+    ("linear", gradient.linear, gradient.save_without_input),
+    ("linear_swiglu", gradient.linear_swiglu, gradient.save),
+):
+    torch.library.register_autograd(f"int8kit::{_name}", _backward, setup_context=_save, lib=_LIBRARY)
+    _LIBRARY.impl(_name, _autocast(_name, "cpu"), "AutocastCPU")
+    _LIBRARY.impl(_name, _autocast(_name, "cuda"), "AutocastCUDA")
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

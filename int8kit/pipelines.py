@@ -10,24 +10,22 @@ ControlNet adds to the denoiser's residuals, where errors are not averaged over 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from int8kit import models
 from int8kit.errors import InputError
 from int8kit.integrations import lora
-from int8kit.layers import Int8Linear, replace_linears
-from int8kit.lookup import Plan
+from int8kit.layers import Int8Linear
+from int8kit.quantization import Chooser, Policy, quantize_
 from int8kit.runtime import fuse
 
 DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
 """Names of the components that `optimize` quantizes."""
 
-Policy = Callable[[str, torch.nn.Linear], bool | str | None]
-"""(name, linear) -> True: INT8; False or a reason: float; None: as the default decides."""
+Choice = Policy | Chooser | Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -78,11 +76,11 @@ _RECORDS: weakref.WeakKeyDictionary[torch.nn.Module, _Record] = weakref.WeakKeyD
 
 
 def optimize(
-    pipe: Any, policy: Policy | None = None, gpu: str | None = None, *, keep_float: Literal["cpu", False] = False
+    pipe: Any, policy: Choice = None, gpu: str | None = None, *, keep_float: Literal["cpu", False] = False
 ) -> OptimizeReport:
     """Replace the linears of each denoiser of a diffusers pipeline with INT8 linears, and return a report.
 
-    policy: chooses the linears, see `Policy`; default: all but embeddings, modulation and heads. gpu: alias of the GPU
+    policy: chooses the linears, as in `int8kit.quantize_`. gpu: alias of the GPU
     whose tuning database serves. keep_float="cpu" keeps the float linears on the CPU for `restore`.
 
     All or nothing: an error leaves the pipeline as it was. A second call changes nothing. LoRAs are loaded before or
@@ -144,28 +142,17 @@ def restore(pipe: Any) -> None:
                 if isinstance(place.linear, Int8Linear) and (linear := kept.get(place.linear)) is not None
             ]
         )
+        if lora.has_adapters(model):
+            lora.make_plain(model)
     if not any(model in _RECORDS for model in _denoisers(pipe).values()):
         lora.release(pipe)
 
 
-def _quantize(
-    model: torch.nn.Module, policy: Policy | None, gpu: str | None
-) -> tuple[dict[str, Int8Linear], dict[str, str]]:
-    """INT8 layers in place of linears of `model` -> the new layers, and the reason of each linear that stays."""
-    default = models.get("ideogram4").quantizes
-    left, plans = {}, None
-    if gpu is not None:
-        from int8kit.database import store
-
-        plans = store.load_plans(gpu)
-
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and not isinstance(module, Int8Linear):
-            answer = "a factor of a LoRA" if ".lora_" in name else policy(name, module) if policy else None
-            answer = default(name) if answer is None else answer
-            if answer is not True:
-                left[name] = answer or "left out by the policy"
-    return replace_linears(model, lambda name: name not in left, plans or (lambda n, k: Plan())), left
+def _quantize(model: torch.nn.Module, policy: Choice, gpu: str | None) -> tuple[dict[str, Int8Linear], dict[str, str]]:
+    """INT8 layers in place of linears of `model` -> the new layers, and the reason of each linear that stays float."""
+    report = quantize_(model, policy, gpu=gpu)
+    left = {name: why for name, why in report.left.items() if not isinstance(model.get_submodule(name), Int8Linear)}
+    return report.replaced, left
 
 
 def _recorded(

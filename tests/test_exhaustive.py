@@ -23,9 +23,11 @@ from int8kit.spec import Kernel, TileConfig
 from int8kit.verify import verify_kernels
 from int8kit.verify.executors import Executor
 from int8kit.verify.mutation import campaign
+from int8kit.verify.mutation.catalogue import CATALOGUE
 from int8kit.verify.mutation.mutant import Mutant
 from int8kit.verify.properties.exhaustive import (
     PROOFS,
+    barriers,
     bits,
     device_kernels,
     device_python,
@@ -88,7 +90,7 @@ def plant(monkeypatch):
 def test_the_table():
     """Each executor has the proofs that it can run; the interpreter's are cheap enough for `verify mutate`."""
     here = [proof for proof in PROOFS if proof.why_not(HERE) is None]
-    assert [proof.name for proof in here] == ["tile scheduler", "row scale", "silu", "bias"]
+    assert [proof.name for proof in here] == ["tile scheduler", "barriers", "row scale", "silu", "bias"]
     assert all(proof.mutants_of for proof in here)
     assert all(proof.why_not(GPU) is None for proof in PROOFS)
     emulated = {proof.name for proof in PROOFS if proof.why_not(EMULATED) is None}
@@ -385,3 +387,52 @@ def test_memory_of_a_launch_refuses_addresses_outside_it():
     gl = launches.Gluon()
     with pytest.raises(launches.Fault, match="offset 4"):
         gl.store(launches.Pointer(launches.Memory(4, zero=False)) + np.arange(5), 1)
+
+
+def test_barriers_of_the_wgmma_kernel():
+    assert barriers.prove(HERE, (), ignore) == quantization.Outcome(1800)
+
+
+FULL, EMPTY, ORDER = (0, 0), (1, 0), (2, 0)
+COUNTS = {FULL: 1, EMPTY: 1, ORDER: 1}
+
+
+def fills(number):
+    """Turns of a producer that fills one slot again and again."""
+    return [barriers.Turn(EMPTY, step & 1 ^ 1, filled=[FULL]) for step in range(number)]
+
+
+def multiplies(number, **more):
+    """Turns of a consumer that multiplies each step and then releases the slot."""
+    return [barriers.Turn(FULL, step & 1, step, [EMPTY], read=[step], **more) for step in range(number)]
+
+
+def test_sound_groups_end():
+    assert barriers.explore([multiplies(4), [], fills(4)], COUNTS) == 9  # one slot leaves one order
+
+
+@pytest.mark.parametrize(
+    ("traces", "counts", "why"),
+    [
+        ([multiplies(3), [], fills(2)], COUNTS, "nothing can go on: consumer 0 behind 2 waits"),
+        ([multiplies(2), [barriers.Turn(EMPTY, 1)], [barriers.Turn(EMPTY, 0, filled=[FULL])]], COUNTS, "the producer"),
+        # a slot that one of two consumers releases
+        ([multiplies(2), multiplies(2), fills(2)], COUNTS, "finds step 1 in a slot, expected step 0|may read step 0"),
+        # two phases that a slow group does not see
+        ([[barriers.Turn(FULL, 0, 0, [ORDER, ORDER], read=[0])], [barriers.Turn(ORDER, 0)], fills(1)], COUNTS,
+         "nothing can go on: consumer 1 behind 0 waits"),
+        ([[barriers.Turn(FULL, 1, 0, read=[0])], [], fills(1)], COUNTS, "finds step -1 in a slot, expected step 0"),
+    ],
+)  # fmt: skip
+def test_unsound_groups_are_found(traces, counts, why):
+    with pytest.raises(launches.Fault, match=why):
+        barriers.explore(traces, counts)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", ["wgmma-two-tiles-ahead", "wgmma-deadlock"])
+def test_faults_of_barriers_are_caught_without_a_gpu(name):
+    mutant = next(mutant for mutant in CATALOGUE if mutant.name == name)
+    found = exhaustive_faults.verdict(mutant, "barriers", Kernel.WGMMA, HERE)
+    assert (found.ending, found.how) == ("killed", "differs")
+    assert "nothing can go on" in found.evidence

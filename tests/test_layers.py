@@ -9,8 +9,8 @@ import torch
 
 from int8kit import Int8Linear, Int8SwiGLU, models, reference
 from int8kit.errors import ShapeError
-from int8kit.layers import replace_linears
 from int8kit.lookup import Plan
+from int8kit.quantization import replace_linears
 
 
 def test_linear_equals_the_reference():

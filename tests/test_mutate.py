@@ -64,7 +64,7 @@ def test_faults_that_a_proof_finds_need_no_gpu():
         assert by_name[name].needs_gpu
         assert campaign._not_runnable(by_name[name], here) is None
         assert campaign._trial(by_name[name], here).properties == (proof,)
-    assert campaign._not_runnable(by_name["wgmma-deadlock"], here).ending == "needs a GPU"
+    assert campaign._not_runnable(by_name["wgmma-racy-store"], here).ending == "needs a GPU"
 
 
 @pytest.mark.parametrize("mutant", CATALOGUE, ids=lambda mutant: mutant.name)
@@ -148,7 +148,7 @@ def test_faults_that_this_machine_cannot_run(monkeypatch):
     """They count neither as killed nor as survived."""
     interpreter = [executors.Executor("interpreter", "cpu", "CPU")]
     monkeypatch.setattr(executors, "available", lambda gpu: interpreter)
-    todo = find(["wgmma-deadlock", "fma-contraction"])
+    todo = find(["wgmma-racy-store", "fma-contraction"])
     verdicts = campaign.run(todo, GPU)
     assert [v.ending for v in verdicts] == ["needs a GPU"] * 2
     assert "interpreter" in verdicts[0].evidence
@@ -157,7 +157,7 @@ def test_faults_that_this_machine_cannot_run(monkeypatch):
     gpu = [executors.Executor("cross_arch", "cuda", "a GPU", "sm86"), executors.Executor("native", "cuda", "a GPU")]
     monkeypatch.setattr(executors, "available", lambda _: gpu)
     monkeypatch.setattr(campaign, "present", lambda: gpus.get("rtx4090"))
-    [verdict] = campaign.run(find(["wgmma-deadlock"]), GPU, processes=1)
+    [verdict] = campaign.run(find(["wgmma-racy-store"]), GPU, processes=1)
     assert verdict.ending == "not applicable"
     assert "sm_90 only" in verdict.evidence
     for name, executor in (("naive-owner", gpu[0]), ("fma-contraction", gpu[1])):
@@ -168,7 +168,7 @@ def test_faults_that_this_machine_cannot_run(monkeypatch):
         request = job.request(None, 0)
         assert {tile["kernel"] for tile in request["tiles"]} <= {Kernel.MMA_SYNC}
     monkeypatch.setattr(campaign, "present", lambda: gpus.get("h200"))
-    assert campaign._not_runnable(find(["wgmma-deadlock"])[0], gpu) is None
+    assert campaign._not_runnable(find(["wgmma-racy-store"])[0], gpu) is None
 
 
 @pytest.mark.slow

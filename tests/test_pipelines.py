@@ -81,7 +81,7 @@ def test_the_report_names_every_linear(pipe):
     text = str(optimize(pipe)).splitlines()
     assert text[0] == "transformer: 15 linears in INT8, 8 in float"
     assert "  layers.0.feed_forward.w2: INT8, 1024 -> 512" in text
-    assert "  final_layer.linear: float, left out by the policy" in text
+    assert any(line.startswith("  final_layer.linear: float, ") for line in text)
     assert len(text) == 2 * (1 + 15 + 8)
 
 

@@ -24,10 +24,14 @@ TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 # A module imports modules of earlier layers, and of its own package.
 LAYERS = [
     {"errors"}, {"files", "spec"},
-    {"canonical", "damage", "interrupt", "lookup", "models", "peers", "progress", "reference", "toolchain"},
+    {
+        "canonical", "damage", "gradient", "interrupt", "layer_state", "lookup", "models", "operand_checks", "peers",
+        "progress", "reference", "toolchain",
+    },
     {"fingerprint", "gpus", "shapes_schema"}, {"kernels", "shapes_file"}, {"database"}, {"cost_model", "ops"},
-    {"adapters"}, {"layers", "timing"}, {"trace", "tune", "verify", "runtime"}, {"integrations"}, {"pipelines"},
-    {"bench"}, {"doctor"}, {"cli"}, {"__main__"},
+    {"adapters", "foreign_weights"}, {"layers", "timing"}, {"quantization"},
+    {"trace", "tune", "verify", "runtime"}, {"bench"}, {"doctor"}, {"integrations"}, {"pipelines"},
+    {"cli"}, {"__main__"},
 ]  # fmt: skip
 
 
@@ -70,6 +74,17 @@ def test_stages_do_not_import_each_other():
             assert not (set(imported(path)) & stages) - {stem(path)}, path
 
 
+def test_nothing_imports_the_integrations():
+    """They are doors for other libraries. `int8kit/__init__.py` names one function of theirs, lazily.
+
+    `pipelines` imports the module of LoRA files, which registers nothing.
+    """
+    outside = [path for path in MODULES if stem(path) not in ("integrations", "__init__", "pipelines")]
+    assert "integrations.diffusers" not in (PACKAGE / "pipelines.py").read_text()
+    assert "integrations" in map(stem, MODULES)
+    assert not [path for path in outside if "integrations" in imported(path)]
+
+
 def test_reference_imports_no_kernel():
     assert set(imported(PACKAGE / "reference.py")) == {"errors", "spec"}
     assert set(imported(PACKAGE / "spec.py")) == {"errors"}
@@ -97,8 +112,9 @@ def test_kernels_need_neither_the_database_nor_pydantic():
 
 EXPORTED = [
     "CheckFailed", "ConfigError", "Database", "FileError", "GemmShape", "InputError", "Int8Linear", "Int8SwiGLU",
-    "Int8kitError", "Kernel", "Operation", "Plan", "ShapeError", "Source", "TileConfig", "UnknownName", "__version__",
-    "int8_linear", "int8_linear_swiglu", "load_database", "load_plans", "optimize", "qk_norm_rope", "quantize",
+    "Int8kitError", "Kernel", "NotTuned", "Operation", "Plan", "Policy", "QuantizationReport", "ShapeError", "Source",
+    "TileConfig", "UnknownName", "__version__", "int8_linear", "int8_linear_swiglu",
+    "load_database", "load_plans", "optimize", "pipeline_config", "qk_norm_rope", "quantize", "quantize_",
     "replace_linears", "residual_norm_quantize", "restore", "rms_norm_quantize", "scaled_mm", "scaled_mm_swiglu",
     "swiglu_quantize",
 ]  # fmt: skip

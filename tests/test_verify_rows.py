@@ -368,3 +368,16 @@ def test_an_operand_that_is_not_refused_is_found(monkeypatch):
     assert row_kernels.check(e, EXECUTOR) is None
     monkeypatch.setitem(row_kernels.KERNELS, "qk_norm_rope", lambda *args: args)
     assert row_kernels.check(e, EXECUTOR) == "no error, expected InputError"
+
+
+def test_a_stored_kernel_is_launched_once_for_each_program(compiled):
+    seen = []
+    compiled["_quantize", 1, "key", ()] = SimpleNamespace(run=lambda *args: seen.append(args), function="f")
+    with stored_kernels() as launched:
+        kernel = compiled["_quantize", 1, "key", ()]
+        kernel.run(4, 1, 2, kernel.function)
+    assert seen == [(4, 1, 2, "f")]
+    assert "(4, 1, 2)" in launched.differs(aligned=True, again=True)
+    assert type(compiled["_quantize", 1, "key", ()]) is SimpleNamespace
+    assert row_launches._programs(row_launches.base("qk_norm_rope")) == 1
+    assert row_launches._programs(replace(row_launches.base("qk_norm_rope"), heads=5)) == 2

@@ -160,6 +160,13 @@ def make_exact(model: torch.nn.Module) -> None:
             module.__class__ = ExactLoraLinear
 
 
+def make_plain(model: torch.nn.Module) -> None:
+    """Give the LoRA layers on floating linears of `model` peft's own class again."""
+    for module in model.modules():
+        if isinstance(module, ExactLoraLinear) and not module.merged and not hasattr(module.base_layer, "weight_scale"):
+            module.__class__ = Linear  # type: ignore[assignment]
+
+
 def _refuse_offloaded(base: torch.nn.Module) -> None:
     if any(tensor.is_meta for tensor in (*base.parameters(), *base.buffers())):
         raise InputError("the weight is offloaded; call pipe.remove_all_hooks() before merging or unmerging a LoRA")

@@ -26,7 +26,7 @@ from int8kit import __version__, gpus, models
 from int8kit.database import store
 from int8kit.errors import InputError
 from int8kit.kernels import gemm
-from int8kit.layers import replace_linears
+from int8kit.quantization import replace_linears
 from int8kit.runtime import ideogram4
 
 FORMAT = "int8kit.bench-model/1"

@@ -13,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -187,12 +189,86 @@ def load_database(gpu: str | None = None) -> Database:
 def load_plans(gpu: str | None = None) -> Callable[[int, int], Plan]:
     """The function (n, k) -> `Plan` of a weight [n, k], from `load_database(gpu)` and for the installed Triton.
 
-    `replace_linears` takes it as its argument `plan`. A weight without a near entry gets an empty plan, which chooses
-    the default configuration. Raises InputError for a Triton that is not supported.
+    `replace_linears` takes it as its argument `plan`; without it a layer calls `found_plan`. A weight without a near
+    entry gets an empty plan, which chooses the default configuration. Raises InputError for a Triton that is not
+    supported.
     """
     require_supported()
     database, toolchain = load_database(gpu), present_toolchain()[0]
     return lambda n, k: database.plan(n, k, toolchain)
+
+
+class NotTuned(UserWarning):
+    """A layer runs without a tuned configuration: the same bits, at lower speed."""
+
+
+_found: dict[tuple[int, int, int], Plan] = {}  # device, n, k
+_sources: dict[int, tuple[str, Callable[[int, int], Plan]]] = {}  # device -> alias of its GPU, its plans
+_finding = threading.RLock()
+
+
+def found_plan(device: int, n: int, k: int) -> Plan:
+    """The plan of a weight [n, k] for the CUDA device with this index, from its GPU's database. Found once per process.
+
+    The first weight without a near entry warns with `NotTuned`; so does a database that cannot be read. Raises
+    InputError for a Triton that is not supported.
+    """
+    plan = _found.get((device, n, k))
+    return _find_plan(device, n, k) if plan is None else plan
+
+
+def _find_plan(device: int, n: int, k: int) -> Plan:
+    with _finding:
+        if (device, n, k) not in _found:
+            if device not in _sources:
+                _sources[device] = _source_of(device)
+            alias, plans = _sources[device]
+            plan = plans(n, k)
+            is_first = all(other.candidates for other in _found.values())
+            _found[device, n, k] = plan
+            if alias and not plan.candidates and is_first:
+                warnings.warn(
+                    f"no entry of {alias} is near a weight [{n}, {k}], so default configurations serve it: run "
+                    f"`int8kit tune --shape 4096x{n}x{k}`, with the rows of your input for 4096",
+                    NotTuned,
+                    stacklevel=2,
+                )
+        return _found[device, n, k]
+
+
+def _source_of(device: int) -> tuple[str, Callable[[int, int], Plan]]:
+    import torch
+
+    require_supported()
+    with torch.cuda.device(device):
+        gpu = gpus.present()
+    if gpu is None:  # tensors without memory, as `FakeTensorMode` has them
+        return "", lambda n, k: Plan()
+    try:
+        database = merged_view(gpu, present_toolchain()[0])[0]
+    except FileError as error:  # it costs speed and changes no bit: no reason to stop a model
+        warnings.warn(f"{error}; until then default configurations serve", NotTuned, stacklevel=2)
+        return "", lambda n, k: Plan()
+    return gpu.alias, lambda n, k: database.plan(n, k, present_toolchain()[0])
+
+
+def forget_plans() -> None:
+    """Make `found_plan` read the databases again, for layers that are already built. Call it after tuning."""
+    with _finding:
+        _found.clear()
+        _sources.clear()
+
+
+def described(plan: Plan, n: int, k: int) -> str:
+    """One line that names the entries which serve a weight [n, k]: those of its n and k, else the near ones."""
+    shapes = sorted({candidate.shape for candidate in plan.candidates})
+    own = [shape for shape in shapes if (shape.n, shape.k) == (n, k)]
+    if not shapes:
+        return "default"
+    names = ", ".join(map(str, (own or shapes)[:3]))
+    more = len(own or shapes) - 3
+    gpu = next((f" of {_sources[key[0]][0]}" for key, found in _found.items() if found is plan), "")
+    return f"{'' if own else 'near '}{names}{f' and {more} more' if more > 0 else ''}{gpu}"
 
 
 def update(path: Path, gpu: Gpu, entries: Iterable[Entry], *, force: bool = False) -> Database:

@@ -20,7 +20,7 @@ from int8kit.database.schema import FORMAT
 
 OLD_FORMAT = "int8kit.tuning/1"
 _KERNELS = {"pointer": "triton", "ampere": "mma_sync", "hopper": "wgmma"}
-_TRITON, _MMA_SYNC, _WGMMA = "c65688858ada", "a3c48e6b0b14", "fd4d3cd28e09"
+_TRITON, _MMA_SYNC, _WGMMA = "c65688858ada", "a3c48e6b0b14", "e0bec4d11928"
 _WORD = ("card", "GPU")  # of earlier policy texts, and the word since
 _SAME_SPEED = {
     # hashes of the device code, in format /1
@@ -33,6 +33,8 @@ _SAME_SPEED = {
     "4427f21d0bd3": _WGMMA,
     # a wait that only SwiGLU in tiles of 64 columns needs; the code of every tuned configuration is the same
     "0530694a40e9": _WGMMA,
+    # one more wait and arrival for each cooperative tile, of 36 steps or more in every tuned shape
+    "fd4d3cd28e09": _WGMMA,
 }
 """Earlier hashes of kernels, and the hash since. Times hold for both; proofs do not, and no stamp is translated."""
 

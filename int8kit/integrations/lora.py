@@ -252,6 +252,13 @@ def _make_exact(model: torch.nn.Module) -> None:
     peft_layers.make_exact(model)
 
 
+def make_plain(model: torch.nn.Module) -> None:
+    """Give the adapter layers over float linears peft's own class again."""
+    from int8kit.adapters import peft_layers
+
+    peft_layers.make_plain(model)
+
+
 def _dtype(model: torch.nn.Module) -> torch.dtype | None:
     """The dtype that the model computes in: that of its first floating parameter that is no adapter's."""
     kept = getattr(model, "_keep_in_fp32_modules", None) or ()

@@ -30,7 +30,9 @@ Each mbarrier completes once per phase. A wait for parity 1 passes at once in a 
                  in flight. The producer waits for it before it loads.
   order[c]       Consumer c waits for it before the steps of a tile. Ping-pong: the other consumer arrives when it has
                  issued its last wgmma, so that tiles pass through the ring in order. Each consumer counts the steps for
-                 itself. Cooperative: consumer 0 arrives at order[1] CONSUMER_LAG steps into the tile.
+                 itself. Cooperative: consumer 0 arrives at order[1] CONSUMER_LAG steps into the tile. Consumer 1
+                 arrives at order[0] when it begins the tile. Consumer 0 is never two tiles ahead. Else order[1] could
+                 complete two phases, which look like none, and consumer 1 would wait for ever.
 
 The kernel is launched as a programmatic dependent of the kernel before it in the stream. It starts as the last
 programs of that kernel end and sets up its barriers. It waits (`gdc_wait`) for their writes before it touches global
@@ -179,8 +181,9 @@ def _multiply(
     BLOCK_N: gl.constexpr = w_ring.shape[1]
     lag: gl.constexpr = CONSUMER_LAG if CONSUMER_LAG < STAGES else STAGES
     acc = gl.zeros([ROWS, BLOCK_N], gl.int32, layout)
-    if CONSUMER == 1 or not COOPERATIVE:
-        mbarrier.wait(order.index(CONSUMER), parity)
+    mbarrier.wait(order.index(CONSUMER), parity)
+    if COOPERATIVE and CONSUMER == 1:
+        mbarrier.arrive(order.index(0))
     for step in range(first, last):
         slot = step % STAGES
         mbarrier.wait(full.index(slot), step // STAGES & 1)

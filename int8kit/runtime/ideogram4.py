@@ -25,9 +25,9 @@ from diffusers.models.transformers.transformer_ideogram4 import Ideogram4Attenti
 from int8kit import models
 from int8kit.database.database import Choice, Database
 from int8kit.errors import FileError, InputError
-from int8kit.layers import replace_linears
 from int8kit.lookup import Plan
 from int8kit.models import PATCH
+from int8kit.quantization import replace_linears
 from int8kit.spec import GemmShape
 from int8kit.toolchain import Toolchain
 

@@ -1,8 +1,10 @@
 """The operators and the pipeline on a GPU."""
 
+import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 
-from int8kit import Int8Linear, int8_linear, ops, reference
+from int8kit import Int8Linear, Int8SwiGLU, ShapeError, int8_linear, ops, reference
 from int8kit.kernels import gemm_triton
 from int8kit.lookup import Plan
 from int8kit.runtime import generate
@@ -88,6 +90,76 @@ def test_operators_pass_opcheck():
         int8_linear(x, layer.weight, layer.weight_scale, layer.bias),
         ops.scaled_mm(q, layer.weight, s, layer.weight_scale, layer.bias),
     )
+
+
+def test_operands_on_several_devices_are_named():
+    layer = _layer(64, 64)
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    with pytest.raises(ShapeError, match="x on cpu, wq on cuda:0, sw on cuda:0, bias on cuda:0: expected one device"):
+        layer(x)
+    with pytest.raises(ShapeError, match="x on meta, wq on cuda:0"):
+        layer(x.to("meta"))
+    q, s = ops.quantize(x.cuda())
+    with pytest.raises(ShapeError, match="xq on cuda:0, wq on cuda:0, sx on cpu, sw on cuda:0"):
+        ops.scaled_mm(q, layer.weight, s.cpu(), layer.weight_scale)
+    with pytest.raises(ShapeError, match="x on cuda:0, weight on cpu"):
+        ops.rms_norm_quantize(x.cuda(), torch.ones(64))
+    with pytest.raises(ShapeError, match="wq on meta"):
+        layer.to("meta")(x.cuda())
+
+
+@pytest.mark.parametrize("shape", [(0, 416), (2, 0, 416), (0, 3, 416)])
+def test_empty_batches(shape):
+    layer = _layer()
+    y = layer(torch.zeros(shape, device="cuda", dtype=torch.bfloat16))
+    assert y.shape == (*shape[:-1], 512)
+    assert y.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradient_is_the_product_with_the_dequantized_weight(compiled):
+    layer = _layer()
+    layer.bias.requires_grad_(True)
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    x = torch.randn(2, 33, 416, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(2, 33, 512, device="cuda", dtype=torch.bfloat16)
+    call(x).backward(grad)
+    assert torch.equal(x.grad, grad @ (layer.weight * layer.weight_scale[:, None]).bfloat16())
+    assert torch.equal(layer.bias.grad, grad.reshape(-1, 512).sum(0))
+
+
+def test_gradient_of_swiglu_is_near_the_cpu():
+    gate, up = (torch.nn.Linear(416, 256) for _ in range(2))
+    grads = []
+    for device in ("cpu", "cuda"):
+        layer = Int8SwiGLU.from_linears(gate, up).to(device)
+        torch.manual_seed(1)
+        x, grad = torch.randn(33, 416).to(device).requires_grad_(), torch.randn(33, 256).to(device)
+        layer(x).backward(grad)
+        grads.append(x.grad.cpu())
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=1e-4 * grads[0].abs().max().item())
+
+
+def test_autocast_gives_its_dtype():
+    layer = _layer()
+    x = torch.randn(5, 416, device="cuda")
+    with torch.autocast("cuda", dtype=torch.float16):
+        got = layer(x)
+    assert torch.equal(got, layer(x.half()))
+
+
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_group_offload_moves_the_int8_weights(kind):
+    model = torch.nn.Sequential(_layer(416, 416), _layer(416, 416))
+    x = torch.randn(5, 416, device="cuda", dtype=torch.bfloat16)
+    want = model(x)
+    blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    apply_group_offloading(
+        model, onload_device=torch.device("cuda"), offload_device=torch.device("cpu"), offload_type=kind, **blocks
+    )
+    for _ in range(2):
+        assert torch.equal(model(x), want)
+        assert model[0].weight.device.type == "cpu"
 
 
 def test_tiny_image(tmp_path):

@@ -19,7 +19,7 @@ INT8_KINDS = ("ones", "normal", "uniform", "extremes", "all minus 128", "opposed
 SCALE_KINDS = ("ordinary", "ordinary", "signed", "tiny", "huge", "nan", "table")
 FLOAT_KINDS = (
     "normal", "zero rows", "exact ties", "tiny", "huge", "subnormal", "nan", "inf", "one hot", "extreme last column",
-    "near half quotient", "wide",
+    "extreme first column", "near half quotient", "wide",
 )  # fmt: skip
 HugeStride = Literal["", "x", "w", "out"]
 Variant = Literal["output", "int32", "swiglu"]
@@ -225,4 +225,6 @@ def float_matrix(m: int, k: int, kind: str, seed: int, dtype: torch.dtype, devic
         x *= 40.0
     elif kind == "extreme last column":  # a dropped tail changes the scale
         x[:, -1] = -9.0
+    elif kind == "extreme first column":
+        x[:, 0] = 9.0
     return x.to(dtype).to(device)

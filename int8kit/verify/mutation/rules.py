@@ -142,7 +142,9 @@ def exchange(p: Parsed, node: ast.AST) -> Iterator[Edit]:
         if name not in _COMMUTATIVE:
             yield from _swapped(p, node.args[1:] if name == "fma" else node.args)
     elif isinstance(node, ast.Tuple) and isinstance(node.ctx, ast.Load):
-        if p.function_node(node) is not None and not p.is_subscript_index(node):
+        # the exceptions that an `except` names have no order
+        names = isinstance(next(p.up(node), None), ast.ExceptHandler)
+        if p.function_node(node) is not None and not p.is_subscript_index(node) and not names:
             yield from _swapped(p, node.elts)
     elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
         bound = p.bound_before(node)

@@ -191,8 +191,8 @@ def check(pair: Pair, gemm: Implementation) -> str | None:
             if why := launched.differs(aligned=one == base, again=False):
                 return f"{name}: {why}"
         with stored_kernels() as launched:
-            _launch(base, pair.first, gemm)
-        if why := launched.differs(aligned=True, again=True):
+            why = _launch(base, pair.first, gemm)
+        if why := why or launched.differs(aligned=True, again=True):
             return f"the first again: {why}"
     return None
 

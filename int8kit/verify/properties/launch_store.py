@@ -24,6 +24,7 @@ class Launched:
     before: frozenset[tuple[Any, ...]]
     added: set[tuple[Any, ...]] = field(default_factory=set)  # keys under which kernels were stored
     looked_up: int = 0  # functions whose kernel Triton looked up
+    grids: list[tuple[int, ...]] = field(default_factory=list)  # of the launches of stored kernels
 
     def differs(self, *, aligned: bool, again: bool) -> str | None:
         """How the launches differ from the ones expected, or None.
@@ -37,6 +38,8 @@ class Launched:
             return "its kernel is not stored, so each launch waits for Triton's look-up"
         if aligned and again and self.looked_up:
             return "the stored kernel is not found, so the launch waits for Triton's look-up"
+        if wrong_grid := [grid for grid in self.grids if grid[2] != 1]:
+            return f"a grid of {wrong_grid[0]} programs, expected 1 of the third axis"
         device = torch.cuda.current_device()
         if wrong := [key[1] for key in self.added if key[1] != device]:
             return f"its kernel is stored for the device {wrong[0]}, expected {device}"
@@ -53,6 +56,27 @@ def stored_kernels() -> Iterator[Launched]:
         found.looked_up += 1
         finalize(function)
 
-    with mock.patch.object(launch, "finalize_cache_keys", counted):
-        yield found
-    found.added = set(launch._COMPILED) - found.before
+    for key, kernel in launch._COMPILED.items():
+        launch._COMPILED[key] = _Observed(kernel, found.grids)
+    try:
+        with mock.patch.object(launch, "finalize_cache_keys", counted):
+            yield found
+    finally:
+        found.added = set(launch._COMPILED) - found.before
+        for key, kernel in launch._COMPILED.items():
+            launch._COMPILED[key] = kernel.kernel if isinstance(kernel, _Observed) else kernel
+
+
+class _Observed:
+    """A compiled kernel whose grids are recorded."""
+
+    def __init__(self, kernel: Any, grids: list[tuple[int, ...]]) -> None:
+        self.kernel, self.grids = kernel, grids
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kernel, name)
+
+    def run(self, *args: Any) -> Any:
+        """Launch it."""
+        self.grids.append(args[:3])
+        return self.kernel.run(*args)

@@ -239,6 +239,7 @@ _FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "taller": lambda t: torch.cat((t, t[:1])),
     "empty": lambda t: t[:0],
     "axes": lambda t: t[None],
+    "flat": lambda t: t[0],
     "stride": lambda t: t.repeat_interleave(2, -1)[..., ::2],
     "device": lambda t: t.to("meta"),
 }

@@ -16,7 +16,7 @@ import torch
 from hypothesis import strategies as st
 
 from int8kit.kernels import launch
-from int8kit.kernels.qk_norm_rope import HeadTile
+from int8kit.kernels.qk_norm_rope import HeadTile, default_tile
 from int8kit.kernels.row_primitives import K_MAX_HELD, RowTile
 from int8kit.verify.executors import Executor
 from int8kit.verify.implementations import Implementation
@@ -132,9 +132,20 @@ def check(pair: LaunchPair, on: Executor | Implementation) -> str | None:
                     return f"launch {number + 1}, {one}: {why}"
             if why := launched.differs(aligned=one == base(one.kernel), again=number == 2):
                 return f"launch {number + 1}, {one}: {why}"
+            if wrong := [grid for grid in launched.grids if grid[:2] != (one.m, _programs(one))]:
+                return f"launch {number + 1}, {one}: a grid of {wrong[0]}, expected {one.m}, {_programs(one)}"
             if other := {key[0].__name__ for key in launched.added} - {_function(one)}:
                 return f"launch {number + 1}, {one}: {min(other)} was launched, expected {_function(one)}"
     return None
+
+
+def _programs(e: RowExample) -> int:
+    """Programs that share a row of `e`."""
+    if e.kernel != "qk_norm_rope":
+        return 1
+    tile = e.tile or default_tile(e.heads, e.k)
+    assert isinstance(tile, HeadTile)
+    return -(-e.heads // (tile.heads * tile.tiles))
 
 
 def _function(e: RowExample) -> str:

@@ -173,6 +173,8 @@ def _refused(small: RowExample) -> Iterator[RowExample]:
     """Examples outside the kernel's domain: sizes of rows, chunks and heads, and each tensor wrong in each way."""
     for names, faults in wrong_tensors(small.kernel):
         yield from (replace(small, refused=f"{names} {fault}") for fault in faults)
+    if small.kernel != "qk_norm_rope":  # two elements in a row are the fewest that a stride parts
+        yield replace(small, k=2, refused=f"{OPERANDS[small.kernel][0]} stride")
     if small.kernel == "quantize":
         for output in ("q", "s"):
             for fault in ("dtype", "shorter", "stride"):
@@ -191,7 +193,7 @@ def wrong_tensors(kernel: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     A longer or taller operand alone is right if nothing says how long or tall it must be.
     """
     names = OPERANDS[kernel]
-    always = ("dtype", "axes", "stride")
+    always = ("dtype", "axes", "flat", "stride")
     if len(names) == 1:
         yield names[0], (*always, *(("longer", "shorter") if kernel == "swiglu_quantize" else ()))
         return

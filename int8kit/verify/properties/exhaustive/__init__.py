@@ -1,6 +1,7 @@
 """Proofs that try every input of a finite domain, on the code that is compiled for an architecture.
 
     scheduler       integer arithmetic: tiles, stream-K, and the launches of the Gluon kernels
+    barriers        the waits of the wgmma kernel, in every order of its groups of warps
     quantization    scales and quotients of `quantize`
     epilogues       conversions and silu of the GEMM kernels
     bits            every bit pattern of a number format
@@ -17,7 +18,7 @@ from collections.abc import Callable
 
 from int8kit.spec import Kernel, TileConfig
 from int8kit.verify.executors import Executor
-from int8kit.verify.properties.exhaustive import epilogues, quantization, scheduler
+from int8kit.verify.properties.exhaustive import barriers, epilogues, quantization, scheduler
 from int8kit.verify.properties.proof import Outcome, Proof, Report
 
 Run = Callable[[Executor, tuple[TileConfig, ...], Report], Outcome]
@@ -55,6 +56,10 @@ PROOFS: tuple[Proof, ...] = (
     Proof(
         "tile scheduler", "every tile of a launch is stored once, with each of its steps", "every input",
         scheduler.prove, mutants_of=tuple(Kernel),
+    ),
+    Proof(
+        "barriers", "no order of the wgmma kernel's groups of warps ends in a deadlock or reads a wrong slot",
+        "every input", barriers.prove, mutants_of=(Kernel.WGMMA,),
     ),
     Proof(
         "row scale", "s is right for every bf16 and fp16 amax", "every input", _without_tiles(quantization.row_scale),

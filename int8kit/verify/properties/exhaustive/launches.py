@@ -186,6 +186,18 @@ class Launch:
     def run(self) -> str | None:
         """How the launch is wrong, or None."""
         self.stores: dict[tuple[int, int], int] = {}
+        try:
+            self._launch()
+        except (Fault, ArithmeticError, LookupError) as fault:
+            return f"{self}: {fault}"
+        return self._not_stored_once()
+
+    def _not_stored_once(self) -> str | None:
+        corners = product(range(0, self.m, consumer_rows(self.config)), range(0, self.n, self.config.block_n))
+        wrong = next((corner for corner in corners if self.stores.get(corner) != 1), None)
+        return wrong and f"{self}: the tile at {wrong} is stored {self.stores.get(wrong, 0)} times, expected once"
+
+    def _launch(self) -> None:
         x, w = (torch.empty(rows, self.k, dtype=torch.int8) for rows in (self.m, self.n))
         sums = self.kind == "accumulators"
         swiglu = self.kind == "swiglu"
@@ -197,17 +209,15 @@ class Launch:
             "TensorDescriptor": SimpleNamespace(from_tensor=_descriptor),
         }
         launch = _host(gemm.module(self.config.kernel).launch, replaced)
-        try:
-            launch(Operands(x, w, sx, sw, sw, self.out, swiglu), self.config, {})
-        except (Fault, ArithmeticError, LookupError) as fault:
-            return f"{self}: {fault}"
-        corners = product(range(0, self.m, consumer_rows(self.config)), range(0, self.n, self.config.block_n))
-        wrong = next((corner for corner in corners if self.stores.get(corner) != 1), None)
-        return wrong and f"{self}: the tile at {wrong} is stored {self.stores.get(wrong, 0)} times, expected once"
+        launch(Operands(x, w, sx, sw, sw, self.out, swiglu), self.config, {})
+
+    def language(self) -> Gluon:
+        """The stand-in of `gl` for this launch."""
+        return Gluon()
 
     def _launched(self, function: Any, grid: Any, args: Any, values: Any, options: Any, key: Any) -> None:
         """The stand-in of `launch_cached`: run the programs."""
-        gl = Gluon()
+        gl = self.language()
         memories = [self._memory(arg) for arg in args]
         gl.workspaces = [m.memory for m in memories if isinstance(m, Pointer)]
         bottom = self._mma_sync() if self.config.kernel is Kernel.MMA_SYNC else self._wgmma(gl)

@@ -1,0 +1,63 @@
+"""Gradients of the operators `linear` and `linear_swiglu`, for adapters around a frozen INT8 layer.
+
+The weight counts as W = wq * sw[:, None], in fp32 and rounded once to the gradient's dtype. The rounding of x counts as
+the identity. The int8 weight and its scales have no gradient.
+
+    linear         h = x W^T + bias        grad_x = grad_y @ W     grad_bias = sum of the rows of grad_y
+    linear_swiglu  y = silu(g) * u         g = h[..., 0::2], u = h[..., 1::2], computed again from x as in the forward
+                   grad_g = grad_y * u * s * (1 + g * (1 - s))     s = sigmoid(g), in fp32
+                   grad_u = grad_y * g * s                         then grad_h takes the place of grad_y above
+
+`int8kit.ops` registers the functions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from int8kit.errors import InputError
+
+
+def save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    """Save the operands that the backward reads. inputs: x, wq, sw, bias, plan."""
+    x, wq, sw, bias, ctx.plan = inputs
+    if ctx.needs_input_grad[2]:
+        raise InputError("sw requires a gradient, which an INT8 weight's scales do not have; detach them")
+    ctx.save_for_backward(x, wq, sw, bias)
+
+
+def save_without_input(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    """As `save`; the plain linear does not need x, so x is free after the forward."""
+    save(ctx, (None, *inputs[1:]), output)
+
+
+def linear(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None, None]:
+    """grad [..., N] -> the gradients of x, wq, sw, bias and plan."""
+    _, wq, sw, bias = ctx.saved_tensors
+    return _of_product(ctx, grad, wq, sw, bias)
+
+
+def linear_swiglu(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None, None]:
+    """grad [..., N / 2] -> the gradients of x, wq, sw, bias and plan."""
+    x, wq, sw, bias = ctx.saved_tensors
+    with torch.no_grad():
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        xq, sx = torch.ops.int8kit.quantize(rows)
+        h = torch.ops.int8kit.scaled_mm(xq, wq, sx, sw, bias, torch.float32, ctx.plan)
+        g, u = h.reshape(*x.shape[:-1], wq.shape[0] // 2, 2).unbind(-1)
+    wide, s = grad.float(), torch.sigmoid(g)
+    both = torch.stack((wide * u * s * (1 + g * (1 - s)), wide * g * s), -1)
+    return _of_product(ctx, both.flatten(-2).to(grad.dtype), wq, sw, bias)
+
+
+def _of_product(
+    ctx: Any, grad: torch.Tensor, wq: torch.Tensor, sw: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None, None]:
+    needs_x, _, _, needs_bias, _ = ctx.needs_input_grad
+    of_x = grad @ (wq * sw[:, None]).to(grad.dtype) if needs_x else None
+    of_bias = None
+    if needs_bias and bias is not None:
+        of_bias = grad.reshape(-1, wq.shape[0]).sum(0, dtype=bias.dtype)
+    return of_x, None, None, of_bias, None
