@@ -215,7 +215,10 @@ def _plan_of(layer: Int8Linear, x: torch.Tensor) -> Plan:
     return plan
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _found_plan(device: int, n: int, k: int) -> Plan:
-    # a constant for torch.compile, which cannot trace the reading of a database
     return store.found_plan(device, n, k)
+
+
+# A constant for torch.compile, which cannot trace the reading of a database: the mark that
+# `torch.compiler.assume_constant_result` sets. That function imports torch's compiler, and Triton with it.
+_found_plan._dynamo_marked_constant = True  # type: ignore[attr-defined]
