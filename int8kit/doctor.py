@@ -186,7 +186,10 @@ def _driver() -> str | None:
 
 def _extras() -> Iterator[Finding]:
     """Packages of each extra that are missing or too old."""
-    uses = {"run": "trace-shapes, run and compare", "nf4": "NF4 checkpoints", "verify": "verify", "tune": "tune"}
+    uses = {
+        "run": "trace-shapes, run and compare", "nf4": "NF4 checkpoints", "lora": "LoRA", "verify": "verify",
+        "tune": "tune",
+    }  # fmt: skip
     wanted: dict[str, list[Requirement]] = {extra: [] for extra in uses}
     try:
         lines = metadata.requires("int8kit") or []

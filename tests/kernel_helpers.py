@@ -12,7 +12,8 @@ from int8kit.verify.properties.row_kernels import RowExample
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXECUTOR = executors.available(gpus.get("rtx3090"))[-1]
 # `quiet_interpreter` is a fixture of each test, and every example may share it
-MANY = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# `verify` draws more, and tries all fixed examples: tests/test_cli.py runs it
+MANY = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def example(name, m, k, *, kind="normal", dtype=torch.bfloat16, images=1, padding=0, heads=1, seed=0):

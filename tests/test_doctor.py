@@ -91,7 +91,7 @@ def test_missing_and_old_packages_name_their_extra(monkeypatch):
     assert found["extra verify"].found == "no hypothesis"
     assert "pip install 'int8kit[verify]'" in found["extra verify"].remedy
     assert found["extra run"].found.startswith("diffusers 0.1, needed >=")
-    assert found["extra tune"].status == found["extra nf4"].status == "ok"
+    assert found["extra tune"].status == found["extra nf4"].status == found["extra lora"].status == "ok"
 
 
 class Properties:

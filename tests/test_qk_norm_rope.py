@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from kernel_helpers import EXECUTOR, MANY, assert_equals_reference, operands
 
 from int8kit import reference
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("quiet_interpreter")
 
 
 @pytest.mark.slow
-@settings(MANY, max_examples=80)
+@MANY
 @given(row_kernels.examples("qk_norm_rope"))
 def test_equals_the_reference(f):
     assert row_kernels.check(f, EXECUTOR) is None

@@ -41,7 +41,8 @@ app.add_typer(db.app, name="db")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _EXTRAS = {
     "dask": "tune", "distributed": "tune", "diffusers": "run", "transformers": "run", "PIL": "run",
-    "accelerate": "run", "tokenizers": "run", "bitsandbytes": "nf4", "hypothesis": "verify", "numpy": "verify",
+    "accelerate": "run", "tokenizers": "run", "bitsandbytes": "nf4", "peft": "lora",
+    "hypothesis": "verify", "numpy": "verify",
 }  # fmt: skip
 
 
