@@ -145,7 +145,7 @@ class Int8Linear(torch.nn.Linear):
             return tensor.to(made.device) if cast else made
 
         super()._apply(without_cast, recurse)  # type: ignore[no-untyped-call]
-        self.weight = self.weight  # torch makes a plain Parameter for another kind of device
+        self._keep_kind()  # torch makes a plain Parameter for another kind of device
         return self
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
@@ -164,10 +164,16 @@ class Int8Linear(torch.nn.Linear):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         layer_state.prepare(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._keep_kind()  # torch may exchange the parameter for a plain one
+
+    def _keep_kind(self) -> None:
+        """Make the weight an `Int8Weight`, unless a parametrization holds it."""
+        if "weight" in self._parameters:
+            self.register_parameter("weight", self._parameters["weight"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(layer_state.upgrade(state))  # type: ignore[no-untyped-call]
-        self.weight = self.weight  # a pickle holds a plain Parameter
+        self._keep_kind()  # a pickle holds a plain Parameter
 
     def extra_repr(self) -> str:
         """Text for print(model), with the entries that serve the layer."""

@@ -90,23 +90,6 @@ def test_a_layer_without_its_scales_gives_nan(layer):
     assert made(X).isnan().all()
 
 
-@pytest.mark.parametrize("way", ["overwrite", "swap"])
-def test_a_cast_that_makes_new_parameters(either, way):
-    flags, weight = torch.__future__, either.weight.clone()
-    switch = {
-        "overwrite": flags.set_overwrite_module_params_on_conversion,
-        "swap": flags.set_swap_module_params_on_conversion,
-    }
-    switch[way](True)
-    try:
-        either.half()
-    finally:
-        switch[way](False)
-    assert isinstance(either.weight, Int8Weight)
-    assert torch.equal(either.weight, weight)
-    assert (either.weight_scale.dtype, either.bias.dtype) == (torch.float32, torch.float16)
-
-
 def test_float64_scales_that_are_float32_numbers_load_in_silence(layer):
     want = layer.weight_scale.clone()
     state = layer.state_dict()
