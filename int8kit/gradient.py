@@ -8,6 +8,9 @@ the identity. The int8 weight and its scales have no gradient.
                    grad_g = grad_y * u * s * (1 + g * (1 - s))     s = sigmoid(g), in fp32
                    grad_u = grad_y * g * s                         then grad_h takes the place of grad_y above
 
+Both have a second derivative, by the same rules. Neither has a forward mode: `refuse_tangents` says so, since torch
+would take a tangent of zero.
+
 `int8kit.ops` registers the functions.
 """
 
@@ -16,8 +19,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from int8kit.errors import InputError
+
+
+def refuse_tangents(*operands: torch.Tensor | None) -> None:
+    """Raise InputError for an operand with a tangent, as `torch.func.jvp` gives it."""
+    if forward_ad._current_level < 0:
+        return
+    for operand in operands:
+        if isinstance(operand, torch.Tensor) and forward_ad.unpack_dual(operand).tangent is not None:
+            raise InputError(
+                "an operand has a tangent: an INT8 linear has no forward-mode derivative; use torch.autograd.grad"
+            )
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -42,11 +57,14 @@ def linear(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, Non
 def linear_swiglu(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None, None]:
     """grad [..., N / 2] -> the gradients of x, wq, sw, bias and plan."""
     x, wq, sw, bias = ctx.saved_tensors
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     with torch.no_grad():
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
         xq, sx = torch.ops.int8kit.quantize(rows)
         h = torch.ops.int8kit.scaled_mm(xq, wq, sx, sw, bias, torch.float32, ctx.plan)
-        g, u = h.reshape(*x.shape[:-1], wq.shape[0] // 2, 2).unbind(-1)
+    if torch.is_grad_enabled():  # of a backward with create_graph=True: h is a function of x and bias
+        exact = torch.nn.functional.linear(rows.float(), wq * sw[:, None], None if bias is None else bias.float())
+        h = h + (exact - exact.detach())
+    g, u = h.reshape(*x.shape[:-1], wq.shape[0] // 2, 2).unbind(-1)
     wide, s = grad.float(), torch.sigmoid(g)
     both = torch.stack((wide * u * s * (1 + g * (1 - s)), wide * g * s), -1)
     return _of_product(ctx, both.flatten(-2).to(grad.dtype), wq, sw, bias)

@@ -26,6 +26,7 @@ class Int8Weight(torch.nn.Parameter):
 
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> Self:
         """The parameter of int8 `data`. requires_grad: as deepcopy and accelerate pass it."""
+        data = data.data if isinstance(data, Int8Weight) else data  # torch takes no subclass whose detach() is plain
         return super().__new__(cls, data, requires_grad)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:

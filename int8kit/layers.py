@@ -27,7 +27,8 @@ class Int8Linear(torch.nn.Linear):
     """y = x W^T + b with int8 W. `int8kit.reference.linear` defines the result to the bit.
 
     x: [..., K] bf16, fp16 or fp32 -> [..., N] of x's dtype. Runs on CUDA and CPU. Raises ShapeError if K > 131071.
-    A new layer has memory that is not initialized, as `load_state_dict` expects; `from_linear` quantizes.
+    A new layer gives NaN until `load_state_dict`: its scales are NaN, and the rest is not initialized. `from_linear`
+    quantizes.
 
     The gradient of x is grad_y @ (weight * weight_scale[:, None]); the bias may have one, the weight has none. A cast
     such as `.half()` changes the bias alone. `torch.nn.MultiheadAttention` reads the weight of its `out_proj` without a
@@ -64,7 +65,7 @@ class Int8Linear(torch.nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         weight = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
         self.weight = layer_state.Int8Weight(weight)
-        self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.float32, device=device))
+        self.register_buffer("weight_scale", torch.full((out_features,), torch.nan, device=device, dtype=torch.float32))
         filled = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if filled is None else torch.nn.Parameter(filled, requires_grad=False)
         self.plan = plan
@@ -110,6 +111,8 @@ class Int8Linear(torch.nn.Linear):
         The layer has one quantization of the input and one GEMM. It is bit-equal to the separate layers, since scales
         are per output channel. Raises ShapeError if the inputs differ in width.
         """
+        if not linears:
+            raise ShapeError("no linears: expected at least one to join")
         if len({linear.in_features for linear in linears}) > 1:
             widths = ", ".join(str(linear.in_features) for linear in linears)
             raise ShapeError(
@@ -127,9 +130,9 @@ class Int8Linear(torch.nn.Linear):
         weight = torch.cat([part.weight for part in parts])
         return cls.from_int8(weight, torch.cat([part.weight_scale for part in parts]), bias, plan)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] -> [..., N] of x's dtype."""
-        return ops.int8_linear(x, self.weight, self.weight_scale, self.bias, plan=_plan_of(self, x))
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input [..., K] -> [..., N] of its dtype."""
+        return ops.int8_linear(input, self.weight, self.weight_scale, self.bias, plan=_plan_of(self))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         kept = self.weight, self.weight_scale
@@ -137,11 +140,12 @@ class Int8Linear(torch.nn.Linear):
         def without_cast(tensor: torch.Tensor) -> torch.Tensor:
             """`fn`, but the weight and its scales keep dtype and values when a model is cast, and follow its device."""
             made = fn(tensor)
+            made = made.data if isinstance(made, layer_state.Int8Weight) else made  # torch makes a Parameter of it
             cast = made.dtype is not tensor.dtype and any(tensor is one for one in kept)
             return tensor.to(made.device) if cast else made
 
         super()._apply(without_cast, recurse)  # type: ignore[no-untyped-call]
-        self.weight = self.weight  # torch makes a plain Parameter for another kind of device
+        self._keep_kind()  # torch makes a plain Parameter for another kind of device
         return self
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
@@ -160,15 +164,21 @@ class Int8Linear(torch.nn.Linear):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         layer_state.prepare(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._keep_kind()  # torch may exchange the parameter for a plain one
+
+    def _keep_kind(self) -> None:
+        """Make the weight an `Int8Weight`, unless a parametrization holds it."""
+        if "weight" in self._parameters:
+            self.register_parameter("weight", self._parameters["weight"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(layer_state.upgrade(state))  # type: ignore[no-untyped-call]
-        self.weight = self.weight  # a pickle holds a plain Parameter
+        self._keep_kind()  # a pickle holds a plain Parameter
 
     def extra_repr(self) -> str:
         """Text for print(model), with the entries that serve the layer."""
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        plan = None if self.plan is None and not self.weight.is_cuda else _plan_of(self, self.weight)
+        plan = None if self.plan is None and not self.weight.is_cuda else _plan_of(self)
         return text if plan is None else f"{text}, plan={store.described(plan, *self.weight.shape)}"
 
 
@@ -200,18 +210,22 @@ class Int8SwiGLU(Int8Linear):
         bias = None if both.bias is None else both.bias[turn]
         return cls.from_int8(both.weight[turn], both.weight_scale[turn], bias, plan)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] -> [..., F] of x's dtype."""
-        return ops.int8_linear_swiglu(x, self.weight, self.weight_scale, self.bias, plan=_plan_of(self, x))
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input [..., K] -> [..., F] of its dtype."""
+        return ops.int8_linear_swiglu(input, self.weight, self.weight_scale, self.bias, plan=_plan_of(self))
 
 
-def _plan_of(layer: Int8Linear, x: torch.Tensor) -> Plan:
-    """The plan of `layer` for an input x: its own, or the one of x's GPU. On a CPU there is nothing to choose."""
+def _plan_of(layer: Int8Linear) -> Plan:
+    """The plan of `layer`: its own, or the one of its GPU. On a CPU there is nothing to choose.
+
+    The scales name the GPU, since `torch.fx.symbolic_trace` hides the device of an input and of a parameter.
+    """
     if layer.plan is not None:
         return layer.plan
-    if not x.is_cuda:
+    scales = layer.weight_scale
+    if not scales.is_cuda:
         return Plan()
-    plan: Plan = _found_plan(x.device.index, layer.out_features, layer.in_features)
+    plan: Plan = _found_plan(scales.device.index, layer.out_features, layer.in_features)
     return plan
 
 

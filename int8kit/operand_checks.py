@@ -95,7 +95,11 @@ def linear(
 
 def int8_weight(weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None) -> None:
     """The tensors of a layer."""
-    one_device(("weight", "weight_scale", "bias"), (weight, weight_scale, bias))
+    named = {"weight": weight, "weight_scale": weight_scale, "bias": bias}
+    for name, operand in named.items():
+        if not isinstance(operand, torch.Tensor) and (name != "bias" or operand is not None):
+            raise ShapeError(f"{name} is of type {type(operand).__name__}: expected a torch.Tensor")
+    one_device(named, tuple(named.values()))
     if weight.dim() != 2 or weight.dtype is not torch.int8:
         raise ShapeError(f"weight {weight.dtype} {tuple(weight.shape)}: expected torch.int8 [N, K]; quantize it first")
     _product(1, torch.int8, weight, None, weight_scale, bias, swiglu=False)

@@ -277,6 +277,7 @@ def int8_linear(
     wq [N, K] int8 and sw [N] fp32 are `quantize(weight)`; bias [N] bf16, fp16 or fp32. ShapeError if K > 131071 or the
     tensors do not fit together.
     """
+    gradient.refuse_tangents(x, bias)
     out: torch.Tensor = torch.ops.int8kit.linear(x, wq, sw, bias, plan.text)
     return out
 
@@ -285,6 +286,7 @@ def int8_linear_swiglu(
     x: torch.Tensor, wq: torch.Tensor, sw: torch.Tensor, bias: torch.Tensor | None = None, *, plan: Plan = Plan()
 ) -> torch.Tensor:
     """`int8_linear` with silu(gate) * up of its columns in turn: x [..., K], wq [2 F, K] -> [..., F] of x's dtype."""
+    gradient.refuse_tangents(x, bias)
     out: torch.Tensor = torch.ops.int8kit.linear_swiglu(x, wq, sw, bias, plan.text)
     return out
 

@@ -365,7 +365,7 @@ def _layer_of(
 
 
 def _carry(linear: torch.nn.Linear, layer: Int8Linear) -> None:
-    """Give `layer` what was put on `linear`: hooks, mode, attributes, and the hook of accelerate around its forward."""
+    """Give `layer` what was put on `linear`: hooks, mode, attributes, tensors, and accelerate's hook of its forward."""
     for name in _HOOKS:  # the same dictionaries, so that the handles of the hooks can still remove them
         setattr(layer, name, getattr(linear, name))
     layer.training = linear.training
@@ -373,6 +373,12 @@ def _carry(linear: torch.nn.Linear, layer: Int8Linear) -> None:
         known = {*vars(layer), *foreign_weights.BESIDE, "forward", "_old_forward", "_hf_hook"}
         known.add("_compiled_call_impl")  # of linear.compile(): it calls the former forward
         vars(layer).update({name: value for name, value in vars(linear).items() if name not in known})
+        for name, parameter in linear._parameters.items():  # of the hooks, for example
+            if parameter is not None and name not in (*layer._parameters, *foreign_weights.BESIDE):
+                layer.register_parameter(name, parameter)
+        for name, buffer in linear._buffers.items():
+            if name not in (*layer._buffers, *foreign_weights.BESIDE):
+                layer.register_buffer(name, buffer, name not in linear._non_persistent_buffers_set)
     if "_hf_hook" in vars(linear):
         from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped]
 

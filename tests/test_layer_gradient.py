@@ -62,6 +62,39 @@ def test_gradient_of_swiglu_follows_the_chain_rule(dtype, shape):
     torch._dynamo.reset()
 
 
+def test_second_derivative_of_swiglu_follows_the_chain_rule():
+    """Against autograd of silu(g) * u, at the same pre-activations. The rounding of x counts as the identity."""
+    layer, x = _swiglu(torch.float32), torch.randn(3, 16)
+    layer.bias.requires_grad_(True)
+    xq, sx = reference.quantize(x)
+    h = reference.scaled_mm(xq, layer.weight, sx, layer.weight_scale, layer.bias.detach(), out_dtype=torch.float32)
+
+    def floats(x):
+        exact = nn.functional.linear(x, layer.weight * layer.weight_scale[:, None], layer.bias)
+        g, u = (exact + (h - exact).detach()).reshape(3, 8, 2).unbind(-1)
+        return nn.functional.silu(g) * u
+
+    def second(call, of):
+        x_in = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(of(call(x_in)).sum(), x_in, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), (x_in, layer.bias))
+
+    for of in (torch.square, torch.clone):  # the second has a constant gradient of y
+        for got, want in zip(second(layer, of), second(floats, of), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [_plain(torch.float32), _swiglu(torch.float32)])
+def test_a_tangent_is_refused_not_dropped(layer):
+    x = torch.randn(3, 16)
+    with pytest.raises(InputError, match="forward-mode"):
+        torch.func.jvp(layer, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        assert layer(x).shape == (3, 8)
+        with pytest.raises(InputError, match="forward-mode"):
+            layer(torch.autograd.forward_ad.make_dual(x, x))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bias_has_the_gradient_of_a_float_layer(dtype):
     linear = nn.Linear(16, 8, dtype=dtype)

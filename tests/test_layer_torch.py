@@ -82,6 +82,14 @@ def test_scales_of_another_dtype_are_converted_with_a_warning(layer, dtype, assi
     assert layer.bias.dtype is (dtype if assign else torch.float32)
 
 
+def test_a_layer_without_its_scales_gives_nan(layer):
+    state = layer.state_dict()
+    del state["weight_scale"]
+    made = Int8Linear(16, 8)
+    assert made.load_state_dict(state, strict=False).missing_keys == ["weight_scale"]
+    assert made(X).isnan().all()
+
+
 def test_float64_scales_that_are_float32_numbers_load_in_silence(layer):
     want = layer.weight_scale.clone()
     state = layer.state_dict()
@@ -207,6 +215,14 @@ def test_exports_with_a_free_number_of_rows(either):
         assert torch.equal(program.module()(rows), either(rows))
 
 
+def test_fx_traces_a_layer(either):
+    assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(either))(X), either(X))
+
+
+def test_input_has_the_name_that_torch_gives_it(either):
+    assert torch.equal(either(input=X), either(X))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_gives_its_dtype(either, dtype):
     torch._dynamo.reset()
@@ -278,6 +294,14 @@ def test_accelerate_offloads_the_weight(buffers):
         assert torch.equal(model(X), want)
 
 
+def test_quantizing_under_init_empty_weights_of_accelerate():
+    linear = nn.Linear(16, 8)
+    with accelerate.init_empty_weights():
+        made = Int8Linear.from_linear(linear)
+    assert made.weight.is_meta
+    assert isinstance(made.weight, Int8Weight)
+
+
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
 def test_diffusers_group_offload_gives_the_same_bits(kind):
     model = _model()
@@ -329,6 +353,9 @@ def test_transformers_reads_the_dtype_of_a_weight():
             lambda: Int8Linear.from_int8(_int8(2, 4), torch.ones(2, device="meta")),
             "weight on cpu, weight_scale on meta: expected one device",
         ),
+        (lambda: Int8Linear.from_int8(_int8(2, 4), 1.0), "weight_scale is of type float: expected a torch.Tensor"),
+        (lambda: Int8Linear.from_int8(_int8(2, 4), torch.ones(2), [0, 0]), "bias is of type list: expected"),
+        (lambda: Int8Linear.joined([]), "no linears: expected at least one"),
     ],
 )
 def test_constructors_name_a_wrong_argument(make, words):

@@ -236,6 +236,18 @@ def test_hooks_mode_and_attributes_stay():
     assert [layer.training for layer in model] == [False, True]
 
 
+def test_tensors_of_a_hook_stay():
+    model = nn.Sequential(nn.Linear(64, 64))
+    model[0].register_parameter("gain", nn.Parameter(torch.tensor(3.0)))
+    model[0].register_buffer("shift", torch.tensor(2.0), persistent=False)
+    model[0].register_forward_hook(lambda module, _, y: module.gain * y + module.shift)
+    plain = Int8Linear.from_linear(model[0])
+    everything(model)
+    x = torch.randn(2, 64)
+    assert torch.equal(model(x), 3 * plain(x) + 2)
+    assert sorted(model.state_dict()) == ["0.bias", "0.gain", "0.weight", "0.weight_scale"]
+
+
 def test_a_compiled_linear_runs_the_new_forward():
     model = nn.Sequential(nn.Linear(64, 64))
     model[0].compile(backend="eager")
