@@ -25,6 +25,9 @@ from int8kit.runtime import fuse
 DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
 """Names of the components that `optimize` quantizes."""
 
+SAVED_DTYPES = ("bfloat16", "float16", "float32")
+"""Dtypes of float parameters that a saved folder remembers."""
+
 Choice = Policy | Chooser | Sequence[str] | None
 
 
@@ -70,6 +73,7 @@ class _Record:
     replaced: dict[str, Int8Linear] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     former: dict[Int8Linear, torch.nn.Module | None] = field(default_factory=dict)
+    config: Any = None  # the former quantization_config of the model, for `restore`
 
 
 _RECORDS: weakref.WeakKeyDictionary[torch.nn.Module, _Record] = weakref.WeakKeyDictionary()
@@ -134,7 +138,8 @@ def restore(pipe: Any) -> None:
                 raise InputError(f"{name}: the LoRA {', '.join(names)} is fused; call pipe.unfuse_lora() first")
     for model in parts.values():
         fuse.undo(model)
-        kept = _RECORDS.pop(model).former
+        record = _RECORDS.pop(model)
+        kept = record.former
         _put_back(
             [
                 _Place(place.parent, place.leaf, linear)
@@ -142,6 +147,8 @@ def restore(pipe: Any) -> None:
                 if isinstance(place.linear, Int8Linear) and (linear := kept.get(place.linear)) is not None
             ]
         )
+        if record.replaced:
+            _set_config(model, record.config)
         if lora.has_adapters(model):
             lora.make_plain(model)
     if not any(model in _RECORDS for model in _denoisers(pipe).values()):
@@ -162,11 +169,31 @@ def _recorded(
     found = {}
     for name, model in parts.items():
         record = _RECORDS.setdefault(model, _Record())
+        if new[name].replaced:
+            dtype = str(getattr(model, "dtype", None)).removeprefix("torch.")
+            saved = {"quant_method": "int8kit", "dtype": dtype if dtype in SAVED_DTYPES else None}
+            former = _set_config(model, saved)
+            record.config = record.config if record.replaced else former
         record.replaced.update(new[name].replaced)
         record.left = new[name].left
         record.former.update({layer: one if keep_float else None for layer, one in new[name].former.items()})
         found[name] = ComponentReport(dict(record.replaced), dict(record.left), fuse.fused(model))
     return OptimizeReport(found)
+
+
+def _set_config(model: Any, value: Any) -> Any:
+    """Set the quantization_config that `save_pretrained` of diffusers writes; None removes it -> the former one.
+
+    Without it, `from_pretrained` would take the integers for float weights, and lose their scales.
+    """
+    if not hasattr(model, "register_to_config"):
+        return None
+    kept = dict(model.config)
+    former = kept.pop("quantization_config", None)
+    model._internal_dict = type(model.config)(kept)
+    if value is not None:
+        model.register_to_config(quantization_config=value)
+    return former
 
 
 def _denoisers(pipe: Any) -> dict[str, torch.nn.Module]:

@@ -10,6 +10,7 @@ from diffusers.hooks import apply_group_offloading
 from test_documents import blocks
 
 import int8kit
+import int8kit.integrations.diffusers
 from int8kit import Int8Linear, models, optimize, pipelines, reference, restore
 from int8kit.errors import InputError, ShapeError
 from int8kit.runtime import fuse
@@ -104,6 +105,22 @@ def test_a_second_call_changes_nothing(pipe):
     assert second == first
     restore(pipe)  # the float linears of the first call are still there
     assert Int8Linear not in kinds(pipe.transformer).values()
+
+
+def test_an_optimized_model_is_saved_and_loaded_in_int8(pipe, tmp_path):
+    optimize(pipe, ["layers.0.*"], keep_float="cpu")
+    optimize(pipe, ["llm_cond_proj"], keep_float="cpu")
+    pipe.transformer.save_pretrained(tmp_path / "int8")
+    loaded = type(pipe.transformer).from_pretrained(tmp_path / "int8")
+    assert kinds(loaded) == kinds(pipe.transformer)
+    assert loaded.dtype is pipe.transformer.dtype
+    saved = pipe.transformer.state_dict()
+    assert loaded.state_dict().keys() == saved.keys()
+    assert all(torch.equal(one, saved[name]) for name, one in loaded.state_dict().items())
+    restore(pipe)
+    assert "quantization_config" not in pipe.transformer.config
+    pipe.transformer.save_pretrained(tmp_path / "float")
+    assert Int8Linear not in kinds(type(pipe.transformer).from_pretrained(tmp_path / "float")).values()
 
 
 def test_restore_without_the_float_weights(pipe):
