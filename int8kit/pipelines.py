@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from int8kit import saved_models
 from int8kit.errors import InputError
 from int8kit.integrations import lora
 from int8kit.layers import Int8Linear
@@ -24,9 +25,6 @@ from int8kit.runtime import fuse
 
 DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
 """Names of the components that `optimize` quantizes."""
-
-SAVED_DTYPES = ("bfloat16", "float16", "float32")
-"""Dtypes of float parameters that a saved folder remembers."""
 
 Choice = Policy | Chooser | Sequence[str] | None
 
@@ -97,15 +95,18 @@ def optimize(
     for name, model in parts.items():
         _check(name, model)
     held: list[_Place] = []
+    notes: dict[str, Any] = {}
     new: dict[str, _Record] = {}
     fused: list[torch.nn.Module] = []
     try:
         for name, model in parts.items():
             before = _linears(model)
             held += before
+            notes[name] = saved_models.note_of(model)
             replaced, left = _quantize(model, policy, gpu)
             gone = _replaced(before)
-            new[name] = _Record(replaced, left, {getattr(p.parent, p.leaf): p.linear for p in gone})
+            former: dict[Int8Linear, torch.nn.Module | None] = {getattr(p.parent, p.leaf): p.linear for p in gone}
+            new[name] = _Record(replaced, left, former, notes[name])
             _park(gone, model)
             if not fuse.fused(model) and not lora.has_adapters(model) and fuse.fuse(model):
                 fused.append(model)
@@ -114,6 +115,8 @@ def optimize(
         for model in fused:
             fuse.undo(model)
         _put_back(_replaced(held))
+        for name, note in notes.items():
+            saved_models.set_note(parts[name], note)
         raise
     return _recorded(parts, new, keep_float)
 
@@ -148,7 +151,7 @@ def restore(pipe: Any) -> None:
             ]
         )
         if record.replaced:
-            _set_config(model, record.config)
+            saved_models.set_note(model, record.config)
         if lora.has_adapters(model):
             lora.make_plain(model)
     if not any(model in _RECORDS for model in _denoisers(pipe).values()):
@@ -169,11 +172,8 @@ def _recorded(
     found = {}
     for name, model in parts.items():
         record = _RECORDS.setdefault(model, _Record())
-        if new[name].replaced:
-            dtype = str(getattr(model, "dtype", None)).removeprefix("torch.")
-            saved = {"quant_method": "int8kit", "dtype": dtype if dtype in SAVED_DTYPES else None}
-            former = _set_config(model, saved)
-            record.config = record.config if record.replaced else former
+        if not record.replaced:
+            record.config = new[name].config
         record.replaced.update(new[name].replaced)
         record.left = new[name].left
         record.former.update({layer: one if keep_float else None for layer, one in new[name].former.items()})
@@ -181,26 +181,11 @@ def _recorded(
     return OptimizeReport(found)
 
 
-def _set_config(model: Any, value: Any) -> Any:
-    """Set the quantization_config that `save_pretrained` of diffusers writes; None removes it -> the former one.
-
-    Without it, `from_pretrained` would take the integers for float weights, and lose their scales.
-    """
-    if not hasattr(model, "register_to_config"):
-        return None
-    kept = dict(model.config)
-    former = kept.pop("quantization_config", None)
-    model._internal_dict = type(model.config)(kept)
-    if value is not None:
-        model.register_to_config(quantization_config=value)
-    return former
-
-
 def _denoisers(pipe: Any) -> dict[str, torch.nn.Module]:
     """The denoisers by name; a model under two names is there once. Raises InputError if there are none."""
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict):
-        raise InputError(f"{type(pipe).__name__} has no components; expected a diffusers pipeline")
+        raise InputError(f"{type(pipe).__name__}: expected a diffusers pipeline; int8kit.quantize_ takes any module")
     found: dict[str, torch.nn.Module] = {}
     for name in DENOISERS:
         model = components.get(name)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from int8kit import foreign_weights, models
+from int8kit import foreign_weights, models, saved_models
 from int8kit.database.store import load_plans
 from int8kit.errors import InputError, Int8kitError, ShapeError
 from int8kit.foreign_weights import is_of
@@ -120,7 +120,9 @@ def quantize_(
         one.reason = one.reason or reason(one.names[0], one.linear)
     _leave_half_tied(found)
     left = {name: one.reason for one in found if one.reason for name in one.names}
-    return QuantizationReport(_exchange([one for one in found if not one.reason], plan, device), left)
+    replaced = _exchange([one for one in found if not one.reason], plan, device)
+    saved_models.mark(module, set(replaced.values()))
+    return QuantizationReport(replaced, left)
 
 
 def chosen(module: torch.nn.Module, policy: Policy | None = None) -> list[str]:
@@ -146,7 +148,9 @@ def replace_linears(
     for one in found:
         one.reason = one.reason or ("" if wanted(one.names[0]) else "not wanted")
     _leave_half_tied(found)
-    return _exchange([one for one in found if not one.reason], plan, device)
+    replaced = _exchange([one for one in found if not one.reason], plan, device)
+    saved_models.mark(module, set(replaced.values()))
+    return replaced
 
 
 def _find(root: torch.nn.Module) -> list[_Found]:
@@ -230,7 +234,9 @@ def _reasons(
         _check_patterns((*rules.skip, *rules.force), names)
         return default
     if not callable(policy):
-        patterns = (policy,) if isinstance(policy, str) else tuple(policy)
+        patterns = (policy,) if isinstance(policy, str) else tuple(policy) if isinstance(policy, Sequence) else ()
+        if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+            raise InputError(f"policy = {policy!r}: expected a Policy, a function of name and linear, or patterns")
         _check_patterns(patterns, names)
         return lambda name, linear: "" if _matches(name, patterns) else "no pattern of the policy matches"
 

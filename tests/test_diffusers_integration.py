@@ -309,3 +309,13 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
     for block in found:
         exec(block, names)
     assert len(int8_names(names["pipe"].text_encoder)) == 3 * 36
+
+
+@pytest.mark.parametrize("policy", [None, ["layers.*.attention.to_q"]])
+def test_a_model_of_quantize_loads_as_it_was_saved(floats, tmp_path, policy):
+    model = load(floats)
+    int8kit.quantize_(model, policy)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert int8_names(again) == int8_names(model)
+    assert_equal_states(again, model)

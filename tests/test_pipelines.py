@@ -175,7 +175,7 @@ def test_a_pipeline_without_a_denoiser():
 
     with pytest.raises(InputError, match=r"the components vae; expected one of transformer, "):
         optimize(Other())
-    with pytest.raises(InputError, match="int has no components"):
+    with pytest.raises(InputError, match="int: expected a diffusers pipeline"):
         optimize(3)
 
 

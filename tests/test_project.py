@@ -26,7 +26,7 @@ LAYERS = [
     {"errors"}, {"files", "spec"},
     {
         "canonical", "damage", "gradient", "interrupt", "layer_state", "lookup", "models", "operand_checks", "peers",
-        "progress", "reference", "toolchain",
+        "progress", "reference", "saved_models", "toolchain",
     },
     {"fingerprint", "gpus", "shapes_schema"}, {"kernels", "shapes_file"}, {"database"}, {"cost_model", "ops"},
     {"adapters", "foreign_weights"}, {"layers", "timing"}, {"quantization"},

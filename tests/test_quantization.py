@@ -383,3 +383,9 @@ def test_int8_weights_wait_on_the_cpu_if_a_gpu_is_full(monkeypatch):
     everything(model)
     assert moved == ["cpu", "cpu", torch.device("cpu"), torch.device("cpu")]
     assert linears(model) == []
+
+
+@pytest.mark.parametrize("policy", [3, [3], [], {"a": 1}.values()])
+def test_a_policy_of_another_type_is_one_line(policy):
+    with pytest.raises(InputError, match="expected a Policy, a function of name and linear, or patterns"):
+        quantize_(torch.nn.Sequential(torch.nn.Linear(256, 256)), policy)

@@ -10,8 +10,9 @@ from diffusers_helpers import (
     changed,
     int8_names,
 )
-from transformers import AutoModel, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, T5Config, T5EncoderModel
 
+import int8kit
 from int8kit import reference
 from int8kit.errors import FileError
 from int8kit.integrations import config as configuration
@@ -136,3 +137,19 @@ def test_a_foreign_text_encoder_is_one_error(encoder_folder, tmp_path, change, m
     with pytest.raises(FileError, match=message) as caught:
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=Int8KitConfig())
     assert_one_line(caught)
+
+
+def test_a_text_encoder_of_quantize_loads_as_it_was_saved(tmp_path):
+    """T5 keeps one linear of each layer in float32 where a loader quantizes; `quantize_` may take it."""
+    torch.manual_seed(0)
+    settings = T5Config(vocab_size=96, d_model=256, d_kv=64, d_ff=512, num_layers=2, num_heads=4)
+    model = T5EncoderModel(settings).eval()
+    int8kit.quantize_(model)
+    assert any(name.endswith(".wo") for name in int8_names(model))
+    with torch.no_grad():
+        want = model(TOKENS).last_hidden_state
+    model.save_pretrained(tmp_path)
+    again = T5EncoderModel.from_pretrained(tmp_path)
+    assert int8_names(again) == int8_names(model)
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).last_hidden_state, want)

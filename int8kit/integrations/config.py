@@ -111,7 +111,7 @@ def select(
     names = quantization.chosen(model) if config.policy is None else []
     if config.policy:
         found = linears(model)
-        names = [name for name in found if any(fnmatchcase(n, p) for n in _forms(name, prefix) for p in config.policy)]
+        names = [name for name in found if any(fnmatchcase(n, p) for n in forms(name, prefix) for p in config.policy)]
         if not names:
             raise InputError(
                 f"policy {config.policy} selects no linear of {type(model).__name__}; expected patterns of dotted "
@@ -120,7 +120,8 @@ def select(
     return [name for name in names if not excludes(name, [*config.modules_to_not_convert, *kept])]
 
 
-def _forms(name: str, prefix: str) -> set[str]:
+def forms(name: str, prefix: str) -> set[str]:
+    """The name of a linear with and without the first part that a model with a head adds."""
     return {name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")} if prefix else {name}
 
 

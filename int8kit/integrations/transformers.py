@@ -14,7 +14,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 
 from int8kit.errors import FileError, InputError
-from int8kit.integrations.config import DTYPES, Int8KitConfig, as_patterns, linears, select
+from int8kit.integrations.config import DTYPES, Int8KitConfig, as_patterns, forms, linears, select
 from int8kit.integrations.loader import SCALE, dequantize_layers, describes_weight, names_of, quantized, replace
 from int8kit.layers import Int8Linear
 
@@ -62,17 +62,20 @@ class Int8KitHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        self._check_files(checkpoint_files or [])
+        dtypes = self._check_files(checkpoint_files or [])
         config = self.quantization_config
         kept = model._keep_in_fp32_modules or []
-        names = select(model, config, kept, prefix=model.base_model_prefix)
+        prefix = model.base_model_prefix
+        names = select(model, config, kept, prefix=prefix)
+        if self.pre_quantized and config.policy is None:  # as `quantize_` chose
+            names = [n for n in linears(model) if any(f"{one}.{SCALE}" in dtypes for one in forms(n, prefix))]
         config.policy = as_patterns(names, linears(model))
         replace(model, names)
         for name in names:  # transformers would draw random numbers for a missing tensor
             model.get_submodule(name)._is_hf_initialized = True
 
-    def _check_files(self, paths: list[str]) -> None:
-        """Raise FileError for weights of another layout. Only headers are read."""
+    def _check_files(self, paths: list[str]) -> dict[str, str]:
+        """The dtypes of all tensors. Raises FileError for weights of another layout. Only headers are read."""
         dtypes: dict[str, str] = {}
         for path in paths:
             if not str(path).endswith(".safetensors"):
@@ -85,6 +88,7 @@ class Int8KitHfQuantizer(HfQuantizer):  # type: ignore[misc]
             expected = "float weights without scales"
         if wrong:
             raise FileError(f"the files hold tensors of another layout: {names_of(wrong)}; expected {expected}")
+        return dtypes
 
     def _can_read(self, key: str, dtype: str, dtypes: dict[str, str]) -> bool:
         """Whether a tensor is a float weight or, in files of ours, an int8 weight or its scale."""
