@@ -148,3 +148,37 @@ def verb(capfd):
         return out, err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory):
+    """A saved tiny pipeline in bf16."""
+    from int8kit import models
+
+    folder = tmp_path_factory.mktemp("float")
+    models.tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def floats(pipeline_folder):
+    """The folder of its transformer."""
+    return pipeline_folder / "transformer"
+
+
+@pytest.fixture(scope="session")
+def loaded(floats):
+    """The transformer with INT8 layers, for tests that do not change it."""
+    from diffusers import Ideogram4Transformer2DModel
+
+    from int8kit.integrations.diffusers import Int8KitConfig
+
+    return Ideogram4Transformer2DModel.from_pretrained(floats, quantization_config=Int8KitConfig())
+
+
+@pytest.fixture(scope="session")
+def saved(loaded, tmp_path_factory):
+    """The folder in which it is saved."""
+    folder = tmp_path_factory.mktemp("int8")
+    loaded.save_pretrained(folder)
+    return folder

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.quantizers import auto
-from diffusers_helpers import assert_one_line, int8_names, load, save_tiny
+from diffusers_helpers import assert_one_line, int8_names, load
 from transformers.quantizers import auto as transformers_auto
 
 from int8kit import Int8Linear, quantization
@@ -16,26 +16,6 @@ from int8kit.integrations import loader
 from int8kit.integrations.diffusers import Int8KitConfig, register
 
 pytestmark = pytest.mark.xdist_group("diffusers")
-
-
-@pytest.fixture(scope="module")
-def floats(tmp_path_factory):
-    """The folder of a tiny transformer in bf16."""
-    return save_tiny(tmp_path_factory.mktemp("float"))
-
-
-@pytest.fixture(scope="module")
-def loaded(floats):
-    """The transformer with INT8 layers, for tests that do not change it."""
-    return load(floats, quantization_config=Int8KitConfig())
-
-
-@pytest.fixture(scope="module")
-def saved(loaded, tmp_path_factory):
-    """The folder in which it is saved."""
-    folder = tmp_path_factory.mktemp("int8")
-    loaded.save_pretrained(folder)
-    return folder
 
 
 def test_registration_is_idempotent():

@@ -16,7 +16,6 @@ from diffusers_helpers import (
     int8_names,
     load,
     output,
-    save_tiny,
     sharded,
     tensors_of,
 )
@@ -27,26 +26,6 @@ from int8kit.errors import FileError, InputError
 from int8kit.integrations.diffusers import Int8KitConfig
 
 pytestmark = pytest.mark.xdist_group("diffusers")
-
-
-@pytest.fixture(scope="module")
-def floats(tmp_path_factory):
-    """The folder of a tiny transformer in bf16."""
-    return save_tiny(tmp_path_factory.mktemp("float"))
-
-
-@pytest.fixture(scope="module")
-def loaded(floats):
-    """The transformer with INT8 layers, for tests that do not change it."""
-    return load(floats, quantization_config=Int8KitConfig())
-
-
-@pytest.fixture(scope="module")
-def saved(loaded, tmp_path_factory):
-    """The folder in which it is saved."""
-    folder = tmp_path_factory.mktemp("int8")
-    loaded.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("name", [WEIGHT, SCALE, "layers.0.attention_norm1.weight", "adaln_proj.bias"])

@@ -34,34 +34,6 @@ pytestmark = pytest.mark.xdist_group("diffusers")
 PAGE = Path(__file__).parent.parent / "docs" / "diffusers.md"
 
 
-@pytest.fixture(scope="module")
-def pipeline_folder(tmp_path_factory):
-    """A saved tiny pipeline in bf16."""
-    folder = tmp_path_factory.mktemp("float")
-    models.tiny_pipeline().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def floats(pipeline_folder):
-    """The folder of its transformer."""
-    return pipeline_folder / "transformer"
-
-
-@pytest.fixture(scope="module")
-def loaded(floats):
-    """The transformer with INT8 layers, for tests that do not change it."""
-    return load(floats, quantization_config=Int8KitConfig())
-
-
-@pytest.fixture(scope="module")
-def saved(loaded, tmp_path_factory):
-    """The folder in which it is saved."""
-    folder = tmp_path_factory.mktemp("int8")
-    loaded.save_pretrained(folder)
-    return folder
-
-
 def test_float_weights_are_quantized_on_loading(floats, loaded):
     source = load(floats, dtype=torch.bfloat16)
     wanted = {name for name in configuration.linears(source) if models.get("ideogram4").quantizes(name)}

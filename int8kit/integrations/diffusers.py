@@ -19,6 +19,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from transformers.quantizers import auto as transformers_auto
 
 from int8kit.errors import InputError
+from int8kit.integrations.common import ServesInt8
 from int8kit.integrations.config import DTYPES, METHOD, Int8KitConfig, as_patterns, linears, select
 from int8kit.integrations.loader import Loader, dequantize_layers, replace
 from int8kit.integrations.transformers import Int8KitHfQuantizer
@@ -26,7 +27,7 @@ from int8kit.integrations.transformers import Int8KitHfQuantizer
 __all__ = ["Int8KitConfig", "Int8KitHfQuantizer", "Int8KitQuantizer", "register"]
 
 
-class Int8KitQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+class Int8KitQuantizer(ServesInt8, DiffusersQuantizer):  # type: ignore[misc]
     """Loads a diffusers model with INT8 layers, from float files, fp8 files, or files of `save_pretrained`."""
 
     use_keep_in_fp32_modules = True
@@ -43,27 +44,9 @@ class Int8KitQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return True
 
     @property
-    def is_trainable(self) -> bool:
-        """True: adapters train, since gradients pass the layers. The int8 weights get none."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """True: the layers call torch operators with fake kernels."""
-        return True
-
-    @property
     def supports_parallel_loading(self) -> bool:
         """False: one thread, because a weight and its scale may be in different files."""
         return False
-
-    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Raise InputError for a device map with the disk: the loader would write float scales as bf16 there."""
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise InputError(
-                "device_map places layers on 'disk'; expected devices and 'cpu'; raise max_memory or offload after "
-                "loading"
-            )
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         """The dtype of the float parameters: as asked, else as saved, else bf16. Raises InputError for another."""

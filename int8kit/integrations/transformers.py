@@ -13,7 +13,8 @@ from safetensors import safe_open
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 
-from int8kit.errors import FileError, InputError
+from int8kit.errors import FileError
+from int8kit.integrations.common import ServesInt8
 from int8kit.integrations.config import DTYPES, Int8KitConfig, as_patterns, forms, linears, select
 from int8kit.integrations.loader import SCALE, dequantize_layers, describes_weight, names_of, quantized, replace
 from int8kit.layers import Int8Linear
@@ -32,7 +33,7 @@ class Quantize(ConversionOps):  # type: ignore[misc]
         return {full_layer_name: q, f"{full_layer_name.removesuffix('weight')}{SCALE}": scale}
 
 
-class Int8KitHfQuantizer(HfQuantizer):  # type: ignore[misc]
+class Int8KitHfQuantizer(ServesInt8, HfQuantizer):  # type: ignore[misc]
     """Loads a transformers model with INT8 layers, from float files or from files of `save_pretrained`."""
 
     quantization_config: Int8KitConfig
@@ -43,21 +44,6 @@ class Int8KitHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_serializable(self) -> bool:
         """True: `save_pretrained` works."""
         return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """True: adapters train, since gradients pass the layers. The int8 weights get none."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """True: the layers call torch operators with fake kernels."""
-        return True
-
-    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Raise InputError for a device map with the disk, which would get float weights."""
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise InputError("device_map places layers on 'disk'; expected devices and 'cpu'; raise max_memory")
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
