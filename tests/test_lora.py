@@ -332,3 +332,16 @@ def test_release_gives_the_loaders_back(pipe):
     lora.release(pipe)
     pipe.load_lora_weights(dict(GOOD), adapter_name="x")
     assert type(pipe.transformer.layers[0].attention.to_k) is peft_layers.Int8LoraLinear
+
+
+def test_a_lora_for_text_encoders_alone_leaves_the_denoiser_as_it_is(pipe):
+    kept = tensors(pipe.transformer)
+    name = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    state = {f"{name}.lora_A.weight": torch.zeros(4, 64), f"{name}.lora_B.weight": torch.zeros(64, 4)}
+    assert lora._load_adapter(pipe.transformer, state, prefix="transformer") is None
+    assert not lora.has_adapters(pipe.transformer)
+    assert equal(tensors(pipe.transformer), kept)
+    with pytest.raises(InputError, match=r"layers\.0\.nothing"):
+        lora._load_adapter(
+            pipe.transformer, {**state, "transformer.layers.0.nothing.lora_A.weight": torch.zeros(4, 64)}
+        )

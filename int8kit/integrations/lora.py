@@ -83,6 +83,10 @@ def _read(pipe: Any, source: Any, **options: Any) -> Any:
     return (state, metadata) if wants_metadata else state
 
 
+TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.", "text_encoder_3.")
+"""Beginnings of keys for other components than the denoiser."""
+
+
 def _load_adapter(
     model: Any, source: Any, prefix: str | None = "transformer", hotswap: bool = False, **options: Any
 ) -> None:
@@ -93,6 +97,8 @@ def _load_adapter(
             "before you load it"
         )
     before = set(getattr(model, "peft_config", ()))
+    if isinstance(source, dict) and source and all(key.startswith(TEXT_ENCODERS) for key in source):
+        return  # the pipeline gives these to the text encoders next
     if isinstance(source, dict):
         source = _checked(model, source, prefix)
     type(model).load_lora_adapter(model, source, prefix=prefix, hotswap=hotswap, **options)
