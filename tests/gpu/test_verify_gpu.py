@@ -1,48 +1,19 @@
-"""Bit-exactness on the GPU, of native code and of sm_86 code, over properties and every shipped entry."""
+"""Bit-exactness on the GPU, of native code and of sm_86 code. `int8kit verify` has the properties and the entries."""
 
 import pytest
 import torch
 
-from int8kit import files, gpus, reference
-from int8kit.database import store
+from int8kit import gpus, reference
 from int8kit.kernels import gemm, quantize
 from int8kit.spec import GemmShape, Kernel, TileConfig, legal_configs
-from int8kit.verify import executors, implementations, property_runs, runner, verify_kernels
+from int8kit.verify import executors, implementations, property_runs, runner
 from int8kit.verify.examples.encoding import described
 from int8kit.verify.examples.strategies import Draw
 from int8kit.verify.properties import gemm as gemm_properties
 
-DATABASES = sorted(files.shipped("tuning_db").glob("*.json"))
-
 
 def executors_here():
     return executors.available(gpus.get("rtx3090")) if torch.cuda.is_available() else []
-
-
-def shares_here():
-    return [
-        pytest.param(name, executor, share, id=f"{name}-{executor}-{share.number}")
-        for executor in executors_here()
-        for name in ("accumulator", "output", "swiglu", "quantize")
-        for share in verify_kernels.shares(name, executor)
-    ]
-
-
-@pytest.mark.parametrize(("name", "executor", "share"), shares_here())
-def test_properties(name, executor, share):
-    database = store.load(DATABASES[-1])
-    result, _ = verify_kernels.run(name, executor, database, examples=40, random_seed=1, share=share)
-    assert result.failure is None
-
-
-@pytest.mark.xdist_group("large")
-@pytest.mark.parametrize("path", DATABASES, ids=lambda p: p.stem)
-def test_every_shipped_entry(path):
-    database = store.load(path)
-    for executor in executors.available(database.gpu):
-        result, stamps = verify_kernels.run("entries", executor, database)
-        assert result.failure is None
-        assert len(stamps) == len(database.usable_entries(gemm.toolchain()))
 
 
 CONFIGS = [c for c in legal_configs(90, gpus.get("h200").shared_memory) if c.kernel is Kernel.WGMMA]

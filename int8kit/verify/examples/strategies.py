@@ -19,7 +19,7 @@ INT8_KINDS = ("ones", "normal", "uniform", "extremes", "all minus 128", "opposed
 SCALE_KINDS = ("ordinary", "ordinary", "signed", "tiny", "huge", "nan", "table")
 FLOAT_KINDS = (
     "normal", "zero rows", "exact ties", "tiny", "huge", "subnormal", "nan", "inf", "one hot", "extreme last column",
-    "extreme first column", "near half quotient", "wide",
+    "extreme first column", "near half quotient", "ties of every scale", "wide",
 )  # fmt: skip
 HugeStride = Literal["", "x", "w", "out"]
 Variant = Literal["output", "int32", "swiglu"]
@@ -221,6 +221,8 @@ def float_matrix(m: int, k: int, kind: str, seed: int, dtype: torch.dtype, devic
         one = 2.0 ** (seed - 24)
         x = torch.randint(0, 2, (m, k), generator=g) * 2.0**24 * one - 2.0**23 * one
         x[torch.arange(m), spot] = 127 * (2.0**24 - 1) * one
+    elif kind == "ties of every scale":
+        x = _near_ties(m, k, spot, seed, dtype, g)
     elif kind == "wide":  # gates beyond the limits of silu
         x *= 40.0
     elif kind == "extreme last column":  # a dropped tail changes the scale
@@ -228,3 +230,20 @@ def float_matrix(m: int, k: int, kind: str, seed: int, dtype: torch.dtype, devic
     elif kind == "extreme first column":
         x[:, 0] = 9.0
     return x.to(dtype).to(device)
+
+
+def _near_ties(m: int, k: int, spot: torch.Tensor, seed: int, dtype: torch.dtype, g: torch.Generator) -> torch.Tensor:
+    """An [m, k] fp32 matrix whose quotients by the scale of the row end in .5, or lie up to two bits beside that.
+
+    The scale of each row has another exponent, from the least one up: a shorter division errs first where its scale
+    is tiny. spot: [m], the place of each row's largest number.
+    """
+    low, high = (-126, 120) if dtype is not torch.float16 else (-20, 8)
+    exponents = low + (torch.arange(m) + seed) % (high - low)
+    top = (127 * (1 + torch.rand(m, generator=g, dtype=torch.float64)) * 2.0**exponents).to(dtype).float()
+    scale = (top / torch.tensor(127.0)).double()[:, None]
+    ties = torch.randint(-127, 127, (m, k), generator=g) + 0.5
+    near = (ties * scale).float().view(torch.int32) + torch.randint(-2, 3, (m, k), generator=g, dtype=torch.int32)
+    x = near.view(torch.float32).clamp(-top[:, None], top[:, None])
+    x[torch.arange(m), spot] = top
+    return x

@@ -109,6 +109,8 @@ def _widths(kernel: str) -> Iterator[RowExample]:
     if kernel == "swiglu_quantize":  # the scale of a row of one element shows the bits of its silu
         yield from (replace(one, k=1, rows=150, kind=kind) for kind in ("normal", "wide"))
     if kernel == "quantize":
+        for rows, k in ((30, K_MAX_HELD), (246, 300)):  # the tiniest scales; every exponent of a scale
+            yield replace(one, rows=rows, k=k, kind="ties of every scale")
         yield from _long_rows(replace(one, rows=1))
 
 
