@@ -12,6 +12,7 @@ from int8kit.spec import Kernel
 from int8kit.verify.examples import epilogue_table
 from int8kit.verify.examples.guarded_buffers import (
     HUGE_STRIDE,
+    POISON,
     SENTINEL,
     GuardedOutput,
     huge_stride_matrix,
@@ -19,6 +20,7 @@ from int8kit.verify.examples.guarded_buffers import (
     tile_guard,
     vector_in_poison,
 )
+from int8kit.verify.examples.layouts import laid_out
 from int8kit.verify.examples.strategies import Draw, int8_matrix, scales
 
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -127,9 +129,15 @@ def operands(d: Draw, device: str) -> Operands:
     else:
         sx, sw = scales(m, d.scales, d.seed, device), scales(n, d.scales, d.seed + 7, device)
     return (
-        place(d, "x", x), place(d, "w", w), place(d, "sx", sx), place(d, "sw", sw),
+        _matrix(d, "x", x), _matrix(d, "w", w), place(d, "sx", sx), place(d, "sw", sw),
         None if d.bias is None else place(d, "bias", _bias(d, d.bias, device)),
     )  # fmt: skip
+
+
+def _matrix(d: Draw, name: str, matrix: torch.Tensor) -> torch.Tensor:
+    """x or w at its place, or in the layout that `d` names for it."""
+    layout, _, of = d.layout.partition(" ")
+    return laid_out(matrix, layout, POISON) if of == name else place(d, name, matrix)
 
 
 def _bias(d: Draw, dtype: torch.dtype, device: str) -> torch.Tensor:

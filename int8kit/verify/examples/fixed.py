@@ -13,6 +13,7 @@ import torch
 
 from int8kit.spec import K_MAX, GemmShape, Kernel, TileConfig, default_config
 from int8kit.verify.examples.epilogue_table import TABLE_K, TABLE_M, TABLE_N
+from int8kit.verify.examples.layouts import LAYOUTS
 from int8kit.verify.examples.strategies import OUT_DTYPES, Draw, HugeStride, Variant
 
 RANGES: Mapping[str, tuple[int, int]] = MappingProxyType(
@@ -32,6 +33,8 @@ RANGES: Mapping[str, tuple[int, int]] = MappingProxyType(
 """The least and the largest extent that the examples of the Triton kernel have, also in the interpreter."""
 
 BIAS_DTYPES = (None, *OUT_DTYPES)
+MIDDLE_K = (5100, 7333, 10500, 15200, 21999, 31111, 44800, 64001, 92222)
+MIDDLE_M_N = (250, 511, 1050, 2222, 4500, 9100, 18500, 37000)
 SMALL_TILES = (  # many tiles, swizzle groups and k-steps in a small matrix
     TileConfig(16, 16, 32, num_warps=1, num_stages=2, group_m=1),
     TileConfig(16, 32, 32, num_warps=1, num_stages=3, group_m=2),
@@ -151,6 +154,40 @@ def large_sums(tiles: Iterable[TileConfig], *, roomy: bool) -> Iterator[Draw]:
                 if i == 0:
                     yield Draw(GemmShape(64, 64, 53248), config, "opposed", 3, torch.bfloat16, fp32, 16, shift=1)
                     yield Draw(GemmShape(17, 24, aligned), config, "all minus 128", 1, None, fp32, 16)
+
+
+def layouts(tiles: Iterable[TileConfig]) -> Iterator[Draw]:
+    """x and w in every layout of `layouts`, by the smallest tile of each kernel. K = 1 is for the Triton kernel."""
+    for kernel, configs in _kernels(tiles):
+        c = configs[0]
+        for i, name in enumerate(("x", "w")):
+            for layout in LAYOUTS if kernel is Kernel.TRITON else LAYOUTS[:-1]:
+                k = 1 if layout == "apart" else 40 if kernel is Kernel.TRITON else 48
+                shape = GemmShape(c.block_m + 3, c.block_n + 16, k)
+                yield Draw(shape, c, "uniform", i, None, OUT_DTYPES[i], 16, "signed", layout=f"{layout} {name}")
+
+
+def middle_sums(tiles: Iterable[TileConfig]) -> Iterator[Draw]:
+    """K between the drawn ones and the largest one, in steps of a factor of at most 1.5."""
+    for kernel, configs in _kernels(tiles):
+        config = DEEP if kernel is Kernel.TRITON else configs[0]
+        for i, k in enumerate(MIDDLE_K):
+            shape = GemmShape(2, 3, k) if kernel is Kernel.TRITON else GemmShape(2, 16, k // 16 * 16)
+            yield Draw(shape, config, "opposed", i, None, torch.float32, 16, "signed")
+
+
+def middle_extents(tiles: Iterable[TileConfig]) -> Iterator[Draw]:
+    """M and N between the drawn ones and the largest ones, in steps of a factor of 2, and both large at once."""
+    for kernel, configs in _kernels(tiles):
+        triton = kernel is Kernel.TRITON
+        plain = [c for c in configs if not c.stream_k] or configs
+        tall, wide, both = (TALL, WIDE, default_config(GemmShape(1024, 1, 1))) if triton else (plain[-1],) * 3
+        for i, size in enumerate(MIDDLE_M_N):
+            bias, dtype = BIAS_DTYPES[1 + i % 3], OUT_DTYPES[i // 2 % 3]
+            yield Draw(GemmShape(size, 6 if triton else 16, 16), tall, "uniform", i, bias, dtype, 16, "signed")
+            yield Draw(GemmShape(2, size // 16 * 16, 16), wide, "uniform", i, bias, dtype, 16, "signed", shift=1)
+        for m, n in ((4400, 144), (160, 4400), (600, 720)):
+            yield Draw(GemmShape(m, n, 16), both, "uniform", 1, torch.bfloat16, torch.float16, 16, "signed")
 
 
 def over_2gib_strides(tiles: Iterable[TileConfig], *matrices: HugeStride) -> Iterator[Draw]:

@@ -19,7 +19,7 @@ INT8_KINDS = ("ones", "normal", "uniform", "extremes", "all minus 128", "opposed
 SCALE_KINDS = ("ordinary", "ordinary", "signed", "tiny", "huge", "nan", "table")
 FLOAT_KINDS = (
     "normal", "zero rows", "exact ties", "tiny", "huge", "subnormal", "nan", "inf", "one hot", "extreme last column",
-    "extreme first column", "near half quotient", "ties of every scale", "wide",
+    "extreme first column", "near half quotient", "ties of every scale", "wide", "largest",
 )  # fmt: skip
 HugeStride = Literal["", "x", "w", "out"]
 Variant = Literal["output", "int32", "swiglu"]
@@ -50,13 +50,14 @@ class Draw:
     shift: int = 0  # the same for sx, sw and bias
     variant: Variant = "output"  # the result that a property of any result looks at
     late: str = ""  # the operand that the kernel ahead writes late, in the property `order`; "": x
+    layout: str = ""  # an unusual layout of `layouts`, and its matrix: "expanded x"
     other: TileConfig | None = None  # the second configuration, in the property `configuration`
 
     def __str__(self) -> str:
         bias = f"{_short(self.bias)} bias" if self.bias else "no bias"
         data = f"{self.kind} data of seed {self.seed}, {self.scales} scales"
         rows = f"huge row stride in {self.huge_stride}" if self.huge_stride else f"padding {self.padding}"
-        more = [f"{name} {value}" for name in ("offset", "shift", "late") if (value := getattr(self, name))]
+        more = [f"{name} {value}" for name in ("offset", "shift", "late", "layout") if (value := getattr(self, name))]
         variant: list[str] = [] if self.variant == "output" else [self.variant]
         variant += [f"against {self.other}"] if self.other else []
         parts = (str(self.shape), str(self.config), data, bias, _short(self.out_dtype), rows, *more, *variant)
@@ -223,6 +224,8 @@ def float_matrix(m: int, k: int, kind: str, seed: int, dtype: torch.dtype, devic
         x[torch.arange(m), spot] = 127 * (2.0**24 - 1) * one
     elif kind == "ties of every scale":
         x = _near_ties(m, k, spot, seed, dtype, g)
+    elif kind == "largest":  # a sum with a little more is infinite
+        x = x.sign() * torch.finfo(dtype).max * (1 - torch.rand(m, k, generator=g) * 1e-3)
     elif kind == "wide":  # gates beyond the limits of silu
         x *= 40.0
     elif kind == "extreme last column":  # a dropped tail changes the scale

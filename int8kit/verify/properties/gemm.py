@@ -18,12 +18,13 @@ import torch
 
 from int8kit import reference
 from int8kit.verify.compare import Operands, Output, bitwise_diff, expected, operands, place
+from int8kit.verify.examples.layouts import Unchanged
 from int8kit.verify.examples.strategies import Draw, admitted
 from int8kit.verify.implementations import Implementation
 
 
 class Runs:
-    """Calls of an implementation, and the elements that they wrote outside their outputs."""
+    """Calls of an implementation, and the elements that they wrote outside their outputs, also in operands."""
 
     def __init__(self, gemm: Implementation) -> None:
         self.gemm = gemm
@@ -36,11 +37,12 @@ class Runs:
         if call is None:
             return self.gemm.run(d, *given)
         tensors = given[:2] if d.variant == "int32" else given
+        kept = Unchanged(zip(("x", "w", "sx", "sw", "bias"), tensors, strict=False))
         if not self.gemm.takes_out:
             return call(d, *tensors)
         out = out or Output(d, len(x), self.gemm.device)
         call(d, *tensors, out=out.view)
-        self.outside = self.outside or out.written_outside()
+        self.outside = self.outside or out.written_outside() or kept.written()
         return out.view
 
 

@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from int8kit import reference
+from int8kit import operand_checks, reference
 from int8kit.errors import ShapeError
 from int8kit.kernels import gemm
 from int8kit.spec import K_MAX, GemmShape, Kernel, TileConfig
@@ -31,6 +31,8 @@ from int8kit.verify.implementations import Implementation
 CALLS: dict[str, Callable[..., torch.Tensor]] = {
     "accumulate": gemm.accumulate, "scaled_mm": gemm.scaled_mm, "scaled_mm_swiglu": gemm.scaled_mm_swiglu,
 }  # fmt: skip
+LAYER = "int8_weight"
+"""The call that checks the tensors of a layer. It has no x, so its weight may have any K."""
 M, N, K = 5, 16, 32
 STRIDE_MAX = 2**23  # bytes between rows from which the mma.sync kernel does not serve
 _CONFIG = TileConfig(16, 16, 32, num_warps=1, num_stages=2)
@@ -48,7 +50,7 @@ FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class RefusedCall:
-    """A call of one of CALLS whose `operand` has a fault of FAULTS, or "odd N" or "largest K" without an operand."""
+    """A call of CALLS or LAYER whose `operand` has a fault of FAULTS; without operand "odd N" or "largest K"."""
 
     call: str
     operand: str
@@ -84,6 +86,11 @@ def refused() -> Iterator[RefusedCall]:
                     yield RefusedCall(call, operand, fault)
         yield RefusedCall(call, "", "largest K")
     yield RefusedCall("scaled_mm_swiglu", "", "odd N")
+    for operand in ("wq", "sw", "bias"):
+        for fault in FAULTS:
+            if fault not in (("longer", "shorter") if operand == "wq" else ("more rows",)):
+                yield RefusedCall(LAYER, operand, fault)
+    yield RefusedCall(LAYER, "", "largest K")
 
 
 def fallbacks(device: str) -> Iterator[FallbackCall]:
@@ -114,7 +121,10 @@ def check_refused(c: RefusedCall, on: Executor | Implementation) -> str | None:
     if c.operand:
         given[c.operand] = FAULTS[c.fault](given[c.operand])
     try:
-        CALLS[c.call](**given, config=_CONFIG)
+        if c.call == LAYER:
+            operand_checks.int8_weight(given["wq"], given["sw"], given["bias"])
+        else:
+            CALLS[c.call](**given, config=_CONFIG)
     except ShapeError:
         return None
     except Exception as error:

@@ -3,6 +3,8 @@
     dtypes     each dtype of the matrices with each dtype of the vectors, and each output dtype of a product
     shapes     no row, one row, several images, x of one and of three axes, slices of larger matrices
     plans      each plan at several M: the candidates' own, between them, and far from them
+    values     every kind of data and of scales; K whose sums pass 2**24; many rows, and wide N
+    gradients  each operand that requires a gradient, of an operator that has none
     refusals   each operand of a wrong dtype, shape, stride and device
 
 The kernel half of `linear` and `linear_swiglu` has no case without rows.
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 
 from int8kit import ops
 from int8kit.spec import K_MAX
-from int8kit.verify.examples.strategies import OUT_DTYPES
+from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES, SCALE_KINDS
 from int8kit.verify.properties.operators import PLANS, PRODUCTS, OperatorCase, arguments
 
 _OPTIONAL = {"rms_norm_quantize": (("weight",), ("modulation",), ("weight", "modulation")), "scaled_mm": (("bias",),),
@@ -43,6 +45,8 @@ def always() -> Iterator[OperatorCase]:
     for operator in ops.OPERATORS:
         yield from _dtypes(base(operator))
         yield from _shapes(base(operator))
+        yield from _values(base(operator))
+        yield from _gradients(base(operator))
         yield from refusals(base(operator))
         if operator in PRODUCTS:
             for plan in range(len(PLANS)):
@@ -58,6 +62,35 @@ def _dtypes(c: OperatorCase) -> Iterator[OperatorCase]:
                 yield replace(c, out_dtype=dtype, vectors=other)
     for out_dtype in OUT_DTYPES if c.operator.startswith("scaled") else ():
         yield replace(c, out_dtype=out_dtype, left_out=("bias",))
+
+
+def _values(c: OperatorCase) -> Iterator[OperatorCase]:
+    kinds = {"linear": FLOAT_KINDS, "linear_swiglu": FLOAT_KINDS}.get(c.operator, ("nan", "inf", "largest", "tiny"))
+    for kind in kinds if not c.operator.startswith("scaled") else ():
+        for dtype in OUT_DTYPES if kind in ("nan", "inf", "subnormal", "largest") else (torch.float32,):
+            yield replace(c, kind=kind, dtype=dtype)
+    if c.operator in PRODUCTS:
+        for scales in dict.fromkeys(SCALE_KINDS):
+            if scales != "table":
+                yield from (replace(c, scales=scales, dtype=dtype, out_dtype=dtype) for dtype in OUT_DTYPES)
+        for dtype in (torch.float32, torch.bfloat16):
+            wide = replace(c, dtype=dtype, out_dtype=dtype)
+            yield replace(wide, rows=(3,), n=4, k=20001, kind="wide")
+            yield replace(wide, rows=(3,), n=4, k=9000, scales="signed")
+            yield replace(wide, rows=(1100,), n=16, k=16)
+            yield replace(wide, rows=(3,), n=1100, k=16)
+    elif c.operator != "qk_norm_rope":
+        yield from (replace(c, k=k, rows=(3, 1)) for k in (1, 5000))
+        yield replace(c, k=16, rows=(250,))
+    else:
+        yield replace(c, rows=(5, 50), n=1)
+
+
+def _gradients(c: OperatorCase) -> Iterator[OperatorCase]:
+    if not c.operator.startswith("linear"):
+        for name, value in arguments(c, "cpu").items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                yield replace(c, requires_grad=name)
 
 
 def _shapes(c: OperatorCase) -> Iterator[OperatorCase]:
@@ -121,6 +154,8 @@ def examples() -> st.SearchStrategy[OperatorCase]:
         vectors=st.sampled_from(OUT_DTYPES),
         out_dtype=st.sampled_from(OUT_DTYPES),
         contiguous=st.booleans(),
+        kind=st.sampled_from(FLOAT_KINDS),
+        scales=st.sampled_from(tuple(kind for kind in SCALE_KINDS if kind != "table")),
         plan=st.integers(0, len(PLANS) - 1),
     )
     return one.map(lambda c: replace(c, k=32) if c.operator == "qk_norm_rope" else c)

@@ -6,12 +6,16 @@
              registered for CUDA, in Triton's interpreter              the one that the plan chooses
     fake     the public function, on fake tensors                      shape, dtype, strides, device
 
-A case may name an operand that is wrong. Then the kernel half must raise ShapeError, and so must the CPU half where
-the reference promises it. An operator of `ops.OPERATORS` without a case fails a test.
+No half writes into an operand, or returns memory that a later call or an operand uses, or records a gradient of its
+own. The fake kernel also runs with rows whose number is a symbol, and must not narrow it.
+
+A case may name an operand that is wrong. Then each half must raise ShapeError. An operator of `ops.OPERATORS` without a
+case fails a test.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +25,7 @@ from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from int8kit import ops, reference
 from int8kit.errors import ShapeError
@@ -28,6 +33,7 @@ from int8kit.kernels import gemm
 from int8kit.lookup import Candidate, Plan
 from int8kit.spec import GemmShape, Operation, TileConfig
 from int8kit.verify.compare import another_default_dtype, bitwise_diff
+from int8kit.verify.examples.layouts import Unchanged, shares_memory
 from int8kit.verify.examples.row_memory import GuardedAllocations
 from int8kit.verify.examples.strategies import float_matrix, int8_matrix, scales
 from int8kit.verify.executors import Executor
@@ -71,6 +77,9 @@ class OperatorCase:
     contiguous: bool = True  # False: x is a slice of a larger matrix, or a transposed one
     eps: float = 1e-5
     plan: int = 0  # index of PLANS
+    kind: str = "normal"  # of x, one of FLOAT_KINDS; with a NaN or an infinity in it, some scales are NaN
+    scales: str = "ordinary"  # one of SCALE_KINDS
+    requires_grad: str = ""  # the operand that requires a gradient
     wrong: str = ""  # the operand that is wrong
     fault: str = ""  # how: see `_wrong`
 
@@ -80,7 +89,8 @@ class OperatorCase:
         return (
             f"{self.operator} of rows {list(self.rows)}, N = {self.n}, K = {self.k}, {short[0]} with {short[1]} "
             f"vectors to {short[2]}, without {', '.join(self.left_out) or 'nothing'}, eps {self.eps}, plan {self.plan}"
-            f"{'' if self.contiguous else ', not contiguous'}{more}"
+            f"{'' if self.contiguous else ', not contiguous'}, {self.kind} data, {self.scales} scales"
+            f"{f', {self.requires_grad} requires a gradient' if self.requires_grad else ''}{more}"
         )
 
 
@@ -105,7 +115,10 @@ CPU_REFUSES = (
     *((name, "wq", "odd n") for name in PRODUCTS if name.endswith("swiglu")),
     *((name, "wq", "largest k") for name in PRODUCTS),
 )
-"""Operator, operand and fault for which the reference promises ShapeError, as the kernels do for every operand."""
+"""Operator, operand and fault for which the reference itself promises ShapeError."""
+
+ROWS = ("x", "xq", "sx", "residual", "branch", "gu", "qkv", "cos", "sin")
+"""The operands with M rows, or with the rows of one image."""
 
 
 def arguments(c: OperatorCase, device: str) -> dict[str, Any]:
@@ -115,7 +128,7 @@ def arguments(c: OperatorCase, device: str) -> dict[str, Any]:
 
     def matrix(rows: int, width: int, salt: int = 0) -> torch.Tensor:
         empty = torch.empty(rows, width, dtype=c.dtype)
-        plain = float_matrix(rows, width, "normal", 3 + salt, c.dtype, "cpu") if rows * width else empty
+        plain = float_matrix(rows, width, c.kind, 3 + salt, c.dtype, "cpu") if rows * width else empty
         return plain if c.contiguous else _sliced(plain)
 
     def vectors(*shape: int, around: float = 0.0) -> torch.Tensor:
@@ -141,7 +154,10 @@ def arguments(c: OperatorCase, device: str) -> dict[str, Any]:
     a |= dict.fromkeys(c.left_out)
     if c.wrong:
         a[c.wrong] = _wrong(a[c.wrong], c.fault)
-    return {name: _moved(value, device) for name, value in a.items()}
+    a = {name: _moved(value, device) for name, value in a.items()}
+    if c.requires_grad:
+        a[c.requires_grad].requires_grad_()
+    return a
 
 
 def _moved(value: Any, device: str) -> Any:
@@ -153,16 +169,17 @@ def _moved(value: Any, device: str) -> Any:
 
 def _of_product(c: OperatorCase, g: torch.Generator) -> dict[str, Any]:
     m = _count(c.rows)
-    wq, sw = int8_matrix(c.n, c.k, "uniform", 4, "cpu"), scales(c.n, "ordinary", 5, "cpu")
+    wq, sw = int8_matrix(c.n, c.k, "uniform", 4, "cpu"), scales(c.n, c.scales, 5, "cpu")
     common = {"bias": torch.randn(c.n, generator=g).to(c.vectors), "plan": PLANS[c.plan]}
     if c.operator.startswith("linear"):
-        x = torch.randn(*c.rows, c.k, generator=g).to(c.dtype)
+        x = float_matrix(m, c.k, c.kind, 3, c.dtype, "cpu") if m else torch.empty(0, c.k, dtype=c.dtype)
+        x = x.reshape(*c.rows, c.k)
         if not c.contiguous:  # columns apart, or rows, or a slice
             x = _sliced(x) if len(c.rows) == 3 else x.transpose(0, 1).contiguous().transpose(0, 1)
         return {"x": x, "wq": wq, "sw": sw, **common}
     xq = int8_matrix(m, c.k, "uniform", 6, "cpu") if m else torch.empty(0, c.k, dtype=torch.int8)
     both = {"xq": xq if c.contiguous else _sliced(xq), "wq": wq if c.contiguous else _sliced(wq)}
-    return {**both, "sx": scales(m, "ordinary", 7, "cpu"), "sw": sw, "bias": common["bias"],
+    return {**both, "sx": scales(m, c.scales, 7, "cpu"), "sw": sw, "bias": common["bias"],
             "out_dtype": c.out_dtype, "plan": common["plan"]}  # fmt: skip
 
 
@@ -210,13 +227,59 @@ def check(c: OperatorCase, on: Executor | Implementation) -> str | None:
         ("the CPU half", partial(_public, c), cpu, "cpu"),
         ("the kernel half", partial(_kernel_half, c, device), arguments(c, device), device),
     ):
+        kept = Unchanged(tensors.items())
         with another_default_dtype():
             got = call(tensors)
         if why := _unlike(got, want, where):
             return f"{name}: {why}"
+        if why := kept.written() or _shared(call, tensors, got):
+            return f"{name}: {why}"
+        if c.requires_grad and _has_gradient(got, tensors[c.requires_grad]):
+            return f"{name}: the operator gives {c.requires_grad} a gradient, which is not defined"
         fake = _fake(c, tensors)
         if why := _unlike(fake, got, where, values=False):
             return f"the fake kernel beside {name}: {why}"
+    return _narrowed(c, cpu)
+
+
+def _has_gradient(results: tuple[torch.Tensor, ...], operand: torch.Tensor) -> bool:
+    """Whether autograd has a gradient of the results for the operand. Torch warns where it has none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for result in results:
+            if result.requires_grad:
+                [found] = torch.autograd.grad(result.sum(), operand, retain_graph=True, allow_unused=True)
+                if found is not None:
+                    return True
+    return False
+
+
+def _shared(call: Callable[..., Any], a: dict[str, Any], got: tuple[torch.Tensor, ...]) -> str | None:
+    """Whether the results lie in memory that an operand has or that the next call returns, as text, or None."""
+    if shares_memory(got, a.values()):
+        return "a result lies in the memory of an operand"
+    return "a later call returns the memory of the result" if shares_memory(call(a), got) else None
+
+
+def _narrowed(c: OperatorCase, a: dict[str, Any]) -> str | None:
+    """How the fake kernel narrows a number of rows that is still a symbol, as text, or None."""
+    if min(c.rows, default=0) < 2:  # torch never takes 0 and 1 for a symbol
+        return None
+    symbols = ShapeEnv()
+    with FakeTensorMode(shape_env=symbols) as mode:
+        fakes = dict(a)
+        for name, value in a.items():
+            if isinstance(value, torch.Tensor):
+                free = value.dim() - 1 if name in ("x", "residual", "branch") else 1
+                sizes = [
+                    DimDynamic.DYNAMIC if name in ROWS and axis < free else DimDynamic.STATIC
+                    for axis in range(value.dim())
+                ]
+                context = StatelessSymbolicContext(dynamic_sizes=sizes)  # type: ignore[var-annotated]
+                fakes[name] = mode.from_tensor(value, symbolic_context=context)
+        _public(c, fakes)
+    if symbols.guards:
+        return f"the fake kernel narrows a number of rows: {symbols.guards[0].expr}"
     return None
 
 
@@ -302,8 +365,8 @@ def _refusal(c: OperatorCase, on: Executor | Implementation) -> str | None:
     halves: dict[str, Callable[[], Any]] = {}
     if c.fault != "device" or on.device == "cpu":  # a GPU's dispatcher refuses tensors of two kinds of devices itself
         halves["the kernel half"] = lambda: _kernel_half(c, on.device, arguments(c, on.device))
-    if (c.operator, c.wrong, c.fault) in CPU_REFUSES:
-        halves["the CPU half"] = lambda: _public(c, arguments(c, "cpu"))
+    halves["the CPU half"] = lambda: _public(c, arguments(c, "cpu"))
+    halves["the fake kernel"] = lambda: _fake(c, arguments(c, "cpu"))
     for name, call in halves.items():
         try:
             call()

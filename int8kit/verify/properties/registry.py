@@ -62,18 +62,22 @@ def _nothing(tiles: Tiles, budget: Budget) -> Iterable[Any]:
 
 
 def _extreme_sums(tiles: Tiles, budget: Budget) -> Iterable[Draw]:
+    yield from fixed.layouts(tiles)
     yield from _extreme_gemms(tiles, budget, "x", "w", "out")
+    yield from fixed.middle_sums(tiles)
     yield from fixed.large_sums(tiles, roomy=budget.large_k)
     yield from fixed.stream_k_examples(tiles)
 
 
 def _extreme_outputs(tiles: Tiles, budget: Budget) -> Iterable[Draw]:
     yield from fixed.epilogue_tables(tiles)
+    yield from fixed.middle_extents(tiles)
     yield from _extreme_sums(tiles, budget)
 
 
 def _extreme_swiglus(tiles: Tiles, budget: Budget) -> Iterable[Draw]:
     yield from fixed.epilogue_tables(tiles)
+    yield from fixed.middle_extents(tiles) if budget.large_k else ()
     yield from _extreme_gemms(tiles, budget, "out", swizzle=budget.large_k)
     yield from fixed.stream_k_examples(tiles)
 

@@ -31,6 +31,7 @@ from int8kit.kernels.row_primitives import CHUNKS, WARPS, RowTile
 from int8kit.kernels.swiglu_quantize import swiglu_quantize
 from int8kit.verify.compare import another_default_dtype, bitwise_diff
 from int8kit.verify.examples.guarded_buffers import SENTINEL, GuardedOutput, huge_stride_matrix
+from int8kit.verify.examples.layouts import Unchanged, laid_out
 from int8kit.verify.examples.row_memory import LARGE, GuardedAllocations, only_rows, picked, placed
 from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES, float_matrix, sizes
 from int8kit.verify.executors import Executor
@@ -86,8 +87,9 @@ class RowExample:
     other_dtype: str = ""  # the operand that has the next dtype of OUT_DTYPES
     unaligned: str = ""  # the operand that lies one element further on
     huge_stride: str = ""  # the operand, or the output q of `quantize`, whose third row starts beyond 2**31 elements
-    special: str = ""  # the operand that has a NaN, an infinity and a zero in its first row
+    special: str = ""  # the operand that has a NaN, an infinity and a zero in its first row; or "extreme" and its name
     given_out: bool = False  # `quantize` writes into given tensors
+    layout: str = ""  # an unusual layout of `layouts`, and the operand that has it: "expanded gate"
     refused: str = (
         ""  # why the kernel must raise InputError: "k", "tile", or tensors and their fault, as "cos,sin longer"
     )
@@ -99,6 +101,7 @@ class RowExample:
         more += f", unaligned {self.unaligned}" if self.unaligned else ""
         more += f", huge row stride in {self.huge_stride}" if self.huge_stride else ""
         more += f", special {self.special}" if self.special else ""
+        more += f", {self.layout}" if self.layout else ""
         more += ", outputs given" if self.given_out else ""
         more += f", to be refused for {self.refused}" if self.refused else ""
         return (
@@ -153,6 +156,7 @@ def examples(kernel: str, most_k: int = 3000) -> st.SearchStrategy[RowExample]:
 def operands(e: RowExample, device: str) -> tuple[Any, ...]:
     """The arguments of the kernel and of its reference for `e`."""
     names = OPERANDS[e.kernel]
+    layout, _, layout_of = e.layout.partition(" ")
     plain = _vectors(e) | dict.fromkeys(e.left_out)
     args: list[Any] = []
     for number, name in enumerate(names, 1):
@@ -161,7 +165,9 @@ def operands(e: RowExample, device: str) -> tuple[Any, ...]:
             continue
         dtype = _dtype_of(e, name)
         if name in plain:
-            data = _with_special(plain[name], dtype) if name == e.special else plain[name].to(dtype)
+            data = plain[name].to(dtype)
+            data = _with_special(data) if name == e.special else data
+            data = _with_extremes(data) if f"extreme {name}" == e.special else data
         else:
             rows = e.m if e.m * e.width <= LARGE else 1
             kind = "normal" if name == "residual" and e.seed % 2 == 0 else e.kind
@@ -169,6 +175,8 @@ def operands(e: RowExample, device: str) -> tuple[Any, ...]:
         data = data.to(device)
         if name == e.huge_stride:
             view = huge_stride_matrix(len(data), data.shape[1], dtype, device).copy_(data)
+        elif layout_of == name:
+            view = laid_out(data, layout, torch.nan)
         else:
             view = placed(data, number * e.padding, number * e.offset + (name == e.unaligned))
         args.append(view if view.dim() == 1 or len(view) > 1 or name in plain else view.expand(e.m, -1))
@@ -201,13 +209,24 @@ def _vectors(e: RowExample) -> dict[str, Any]:
     return found
 
 
-def _with_special(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _with_special(data: torch.Tensor) -> torch.Tensor:
     """`data` with a NaN, an infinity, a zero and a negative zero at the start of its first row."""
-    special = data.to(dtype)
-    first = special if special.dim() == 1 else special[0]
-    values = torch.tensor((torch.nan, torch.inf, 0.0, -0.0), dtype=dtype)
+    first = data if data.dim() == 1 else data[0]
+    values = torch.tensor((torch.nan, torch.inf, 0.0, -0.0), dtype=data.dtype)
     first[: len(values)] = values[: len(first)]
-    return special
+    return data
+
+
+def _with_extremes(data: torch.Tensor) -> torch.Tensor:
+    """`data` times a number from 2**-12 to 2**12 in each element, and then 1, -1, -0 and a subnormal number.
+
+    A NaN or an infinity would hide the rest of the row: its scale is NaN.
+    """
+    spread = data * 2.0 ** ((torch.arange(data.numel()) * 5).reshape(data.shape) % 25 - 12)
+    first = spread if spread.dim() == 1 else spread[0]
+    values = torch.tensor((1.0, -1.0, -0.0, torch.finfo(data.dtype).smallest_normal / 4), dtype=data.dtype)
+    first[: len(values)] = values[: len(first)]
+    return spread.to(data.dtype)
 
 
 def check(e: RowExample, on: Executor | Implementation) -> str | None:
@@ -220,9 +239,11 @@ def check(e: RowExample, on: Executor | Implementation) -> str | None:
     given = _Given(e, on.device) if e.given_out else None
     if given is not None:
         more["out"] = given.out
-    allocated = GuardedAllocations(rows)
+    allocated, kept = GuardedAllocations(rows), Unchanged(zip(OPERANDS[e.kernel], args, strict=False))
     with allocated.active(), only_rows(rows), another_default_dtype():
         got = KERNELS[e.kernel](*args, **more)
+    if why := kept.written():
+        return why
     want = getattr(reference, e.kernel)(*(args if rows is None else _arguments_of_rows(e, args, rows)))
     for name, mine, theirs in zip(_OUTPUTS.get(e.kernel, ("q", "s")), got, want, strict=True):
         if why := _unlike(mine, theirs.dtype, (e.m, *theirs.shape[1:]), on.device, strided=e.given_out):

@@ -20,10 +20,13 @@ from int8kit.kernels.launch import interpreted
 from int8kit.kernels.qk_norm_rope import HeadTile
 from int8kit.kernels.row_primitives import BLOCK, CHUNKS, K_MAX_HELD, RowTile
 from int8kit.spec import K_MAX
+from int8kit.verify.examples.layouts import LAYOUTS
 from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES
 from int8kit.verify.properties.row_kernels import DEFAULT_EPS, OPERANDS, PER_IMAGE, TABLES, VECTORS, RowExample
 
 MANY, LONGEST = 70000, 131071
+MIDDLE_K = (3300, 3700, 4100, 5500, 6200, 7000, 7777, 8999, 9500, 11300, 13333, 14444, 15500)
+"""Row lengths between the drawn ones and the longest ones, in steps of a factor of at most 1.15 or so."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ def _widths(kernel: str) -> Iterator[RowExample]:
         yield replace(one, k=5000, rows=1, tile=RowTile(chunk, max(1, chunk // 256)))
     for k in (1, 2, 3, 15, 16, 255, 256, 2047, 2048, 2049, 4608):
         yield replace(last, k=k)
+    for k in MIDDLE_K:
+        yield replace(one, k=k, rows=1, seed=3)
     for k in (8192 + 100, 10241, 12288, K_MAX_HELD - 1, K_MAX_HELD):
         yield replace(last, k=k, rows=1, seed=2)
         yield replace(one, k=k, rows=1, seed=3)
@@ -124,7 +129,8 @@ def _long_rows(one: RowExample) -> Iterator[RowExample]:
             yield replace(one, k=K_MAX_HELD + CHUNKS[-1] + tail, kind=kind)
     yield replace(one, k=K_MAX_HELD + 1, kind="extreme last column")
     yield replace(one, k=K_MAX_HELD + 300, tile=RowTile(512, 2), kind="extreme last column")
-    yield replace(one, k=53248)
+    for k in (25001, 33000, 43000, 53248, 70000, 95000):
+        yield replace(one, k=k)
     yield replace(one, k=K_MAX, kind="extreme last column")
 
 
@@ -156,7 +162,13 @@ def _layouts(kernel: str) -> Iterator[RowExample]:
             yield replace(small, dtype=dtype, vectors=dtype, other_dtype=name)
         if name in (*VECTORS, *PER_IMAGE, *TABLES):
             yield replace(images, special=name)
-    for eps in (0.0, 1e-6, DEFAULT_EPS, 1e-3, 1.0) if len(names) > 1 else ():
+            for dtype in OUT_DTYPES:
+                yield replace(images, special=f"extreme {name}", dtype=dtype)
+        if name not in VECTORS:
+            yield from (replace(images, layout=f"{layout} {name}") for layout in LAYOUTS[:-1])
+            if kernel not in ("swiglu_quantize", "qk_norm_rope"):  # K = 1
+                yield replace(images, layout=f"apart {name}", k=1)
+    for eps in (0.0, 1e-12, 1e-9, 1e-6, DEFAULT_EPS, 1e-3, 1.0) if len(names) > 1 else ():
         yield replace(small, eps=eps)
         yield replace(small, eps=eps, kind="tiny")
     if kernel == "rms_norm_quantize":
@@ -165,6 +177,10 @@ def _layouts(kernel: str) -> Iterator[RowExample]:
     if kernel == "quantize":
         for given_out in (False, True):
             yield from (replace(images, given_out=given_out, padding=padding) for padding in (0, 3))
+    if kernel == "residual_norm_quantize":  # sums beyond the largest fp16
+        for seed in (1, 3):
+            weight = replace(images, special="extreme branch_weight", seed=seed)
+            yield replace(weight, kind="largest", dtype=torch.float16)
     yield from _refused(small)
     yield replace(images, rows=1)
     yield replace(images, rows=4, images=1)
@@ -217,6 +233,8 @@ def _many_rows(kernel: str) -> Iterator[RowExample]:
         yield replace(one, images=1, rows=MANY, given_out=True)
         yield replace(one, images=1, rows=MANY if interpreted() else 4200, k=K_MAX_HELD + 1, padding=0)
     yield replace(one, images=1, rows=MANY)
+    if kernel != "qk_norm_rope":
+        yield replace(one, images=2, rows=4500, k=300)
     yield replace(one, images=7, rows=MANY // 7)
     yield replace(one, images=7000, rows=MANY // 7000)
     yield replace(one, images=1, rows=1)
