@@ -79,6 +79,7 @@ def quantized(linear: torch.nn.Linear, device: torch.device | str | None = None)
     """
     if reason := why_left(linear):
         raise InputError(f"cannot take the weight of this linear: {reason}")
+    device = None if device is None else usable(device)
     weight = linear.weight.detach()
     if weight.is_meta:
         raise InputError("the weight is on the device meta and has no values; load or move the weights first")
@@ -96,6 +97,19 @@ def quantized(linear: torch.nn.Linear, device: torch.device | str | None = None)
         rows = int((~scale.isfinite()).sum())
         raise InputError(f"{rows} of {len(scale)} rows of the weight hold a NaN or an infinity; load the weights again")
     return wq, scale
+
+
+def usable(device: torch.device | str) -> torch.device:
+    """The device on which to quantize. Raises InputError for one that torch does not know or that is not here."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"device = {device!r}: expected a device of this machine, such as 'cpu'; {reason}") from error
+    if found.type == "meta":
+        raise InputError("device = 'meta': expected a device with memory; the weights have no values there")
+    return found
 
 
 def bias_of(linear: torch.nn.Linear, device: torch.device) -> torch.Tensor | None:

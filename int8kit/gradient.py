@@ -11,7 +11,9 @@ the identity. The int8 weight and its scales have no gradient.
 Both have a second derivative, by the same rules. Neither has a forward mode: `refuse_tangents` says so, since torch
 would take a tangent of zero.
 
-`int8kit.ops` registers the functions.
+`int8kit.ops` registers the functions. torch does not follow a registered gradient inside transforms of `torch.func`,
+such as `grad` and `jacrev`. There `Linear` and `LinearSwiGLU` take the place of the operators, with the same functions.
+`batched` is the rule of `vmap`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from torch.autograd import forward_ad
 
 from int8kit.errors import InputError
 
+_NO_FORWARD_MODE = "an operand has a tangent: an INT8 linear has no forward-mode derivative; use torch.autograd.grad"
+
 
 def refuse_tangents(*operands: torch.Tensor | None) -> None:
     """Raise InputError for an operand with a tangent, as `torch.func.jvp` gives it."""
@@ -30,9 +34,7 @@ def refuse_tangents(*operands: torch.Tensor | None) -> None:
         return
     for operand in operands:
         if isinstance(operand, torch.Tensor) and forward_ad.unpack_dual(operand).tangent is not None:
-            raise InputError(
-                "an operand has a tangent: an INT8 linear has no forward-mode derivative; use torch.autograd.grad"
-            )
+            raise InputError(_NO_FORWARD_MODE)
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -79,3 +81,49 @@ def _of_product(
     if needs_bias and bias is not None:
         of_bias = grad.reshape(-1, wq.shape[0]).sum(0, dtype=bias.dtype)
     return of_x, None, None, of_bias, None
+
+
+def batched(name: str, info: Any, in_dims: tuple[int | None, ...], x: torch.Tensor, *others: Any) -> Any:
+    """The operator `name` under `torch.vmap` -> (output, 0). A batch of x makes more rows; one of weights is a loop."""
+    operator = getattr(torch.ops.int8kit, name)
+    if not any(dim is not None for dim in in_dims[1:]):
+        return operator(x.movedim(in_dims[0] or 0, 0), *others), 0
+    operands = (x, *others)
+    calls = [
+        [one if dim is None else one.select(dim, i).contiguous() for one, dim in zip(operands, in_dims, strict=True)]
+        for i in range(info.batch_size)
+    ]
+    return torch.stack([operator(*call) for call in calls]), 0
+
+
+class Linear(torch.autograd.Function):
+    """The operator `linear` for `torch.func`. Its arguments are those of the operator."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*operands: Any) -> torch.Tensor:
+        """x [..., K], wq, sw, bias, plan -> [..., N]."""
+        out: torch.Tensor = torch.ops.int8kit.linear(*operands)
+        return out
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Raise InputError: see `refuse_tangents`."""
+        raise InputError(_NO_FORWARD_MODE)
+
+    setup_context = staticmethod(save_without_input)
+    backward = staticmethod(linear)
+
+
+class LinearSwiGLU(Linear):
+    """The operator `linear_swiglu` for `torch.func`. Its arguments are those of the operator."""
+
+    @staticmethod
+    def forward(*operands: Any) -> torch.Tensor:
+        """x [..., K], wq, sw, bias, plan -> [..., N / 2]."""
+        out: torch.Tensor = torch.ops.int8kit.linear_swiglu(*operands)
+        return out
+
+    setup_context = staticmethod(save)
+    backward = staticmethod(linear_swiglu)

@@ -32,7 +32,7 @@ class Int8Linear(torch.nn.Linear):
 
     The gradient of x is grad_y @ (weight * weight_scale[:, None]); the bias may have one, the weight has none. A cast
     such as `.half()` changes the bias alone. `torch.nn.MultiheadAttention` reads the weight of its `out_proj` without a
-    call of the layer: torch then raises RuntimeError, so leave that one a float linear.
+    call of the layer, so it refuses an INT8 layer there with InputError.
     """
 
     weight: torch.nn.Parameter  # [N, K] int8, without a gradient
@@ -80,9 +80,11 @@ class Int8Linear(torch.nn.Linear):
     ) -> Self:
         """The layer of an int8 weight [N, K] and its scales [N] fp32, as `int8kit.quantize` returns them.
 
-        The layer keeps the tensors. Raises ShapeError if they do not fit together.
+        The layer keeps the tensors. A scale may be negative. Raises ShapeError if they do not fit together, and
+        InputError for a scale that is not finite.
         """
         operand_checks.int8_weight(weight, weight_scale, bias)
+        layer_state.check_finite(weight_scale, "weight_scale")
         with torch.device("meta"):
             layer = cls(weight.shape[1], weight.shape[0], bias is not None, plan=plan)
         layer.weight = layer_state.Int8Weight(weight.detach())
@@ -132,6 +134,7 @@ class Int8Linear(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input [..., K] -> [..., N] of its dtype."""
+        layer_state.check_dtypes(self.weight, self.weight_scale)
         return ops.int8_linear(input, self.weight, self.weight_scale, self.bias, plan=_plan_of(self))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -141,6 +144,8 @@ class Int8Linear(torch.nn.Linear):
             """`fn`, but the weight and its scales keep dtype and values when a model is cast, and follow its device."""
             made = fn(tensor)
             made = made.data if isinstance(made, layer_state.Int8Weight) else made  # torch makes a Parameter of it
+            if tensor is self.weight_scale and tensor.is_meta and not made.is_meta:
+                made = made.fill_(torch.nan)  # of to_empty: as in a new layer
             cast = made.dtype is not tensor.dtype and any(tensor is one for one in kept)
             return tensor.to(made.device) if cast else made
 
@@ -150,12 +155,18 @@ class Int8Linear(torch.nn.Linear):
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
         """As of torch, but an int8 `weight` becomes an `Int8Weight`, also one that a state dict assigns."""
-        if name == "weight" and param is not None and not isinstance(param, layer_state.Int8Weight):
-            if param.dtype is not torch.int8:
-                raise InputError(f"weight {param.dtype}: expected torch.int8; call Int8Linear.from_linear")
-            given, param = param, layer_state.Int8Weight(param.detach())
-            vars(param).update(vars(given))  # loaders mark a parameter by an attribute
+        if name == "weight" and param is not None:
+            param = layer_state.as_int8_weight(param)
         super().register_parameter(name, param)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_hf_hook":  # of accelerate
+            layer_state.check_offload(value, self._buffers.get("weight_scale"))
+        super().__setattr__(name, value)
+
+    def __prepare_scriptable__(self) -> Any:
+        """Raise InputError: torch.jit.script calls it."""
+        raise InputError("torch.jit.script cannot read an INT8 layer; use torch.jit.trace, torch.export or compile")
 
     def reset_parameters(self) -> None:
         """Raise InputError: torch would fill the weight with floats."""
@@ -212,6 +223,7 @@ class Int8SwiGLU(Int8Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input [..., K] -> [..., F] of its dtype."""
+        layer_state.check_dtypes(self.weight, self.weight_scale)
         return ops.int8_linear_swiglu(input, self.weight, self.weight_scale, self.bias, plan=_plan_of(self))
 
 

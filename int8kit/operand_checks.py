@@ -102,7 +102,7 @@ def int8_weight(weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Te
     one_device(named, tuple(named.values()))
     if weight.dim() != 2 or weight.dtype is not torch.int8:
         raise ShapeError(f"weight {weight.dtype} {tuple(weight.shape)}: expected torch.int8 [N, K]; quantize it first")
-    _product(1, torch.int8, weight, None, weight_scale, bias, swiglu=False)
+    _product(1, torch.int8, weight, None, weight_scale, bias, swiglu=False, scales="weight_scale")
     _rows_of_bytes("weight", weight)
 
 
@@ -203,14 +203,15 @@ def _product(
     bias: torch.Tensor | None,
     *,
     swiglu: bool,
+    scales: str = "sw",
 ) -> Any:
-    """Dtypes, extents, scales and bias of a product with m rows -> its columns."""
+    """Dtypes, extents, scales and bias of a product with m rows -> its columns. scales: the name of sw in errors."""
     if x_dtype is not torch.int8 or wq.dtype is not torch.int8:
         raise ShapeError(f"x {x_dtype} and w {wq.dtype}: expected torch.int8 for both; quantize first")
     n, k = wq.shape
     extents = [e if isinstance(e, int) else 1 for e in (m, n, k)]  # a symbol has no value to compare
     GemmShape(max(extents[0], 1), extents[1], extents[2])
-    for name, vector, length in (("sx", sx, m), ("sw", sw, n), ("bias", bias, n)):
+    for name, vector, length in (("sx", sx, m), (scales, sw, n), ("bias", bias, n)):
         if vector is None:
             continue
         if _differ(vector.shape, (length,)) or _is_apart(vector):

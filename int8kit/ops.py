@@ -229,6 +229,7 @@ for _name, _backward, _save in (
     ("linear_swiglu", gradient.linear_swiglu, gradient.save),
 ):
     torch.library.register_autograd(f"int8kit::{_name}", _backward, setup_context=_save, lib=_LIBRARY)
+    torch.library.register_vmap(f"int8kit::{_name}", partial(gradient.batched, _name), lib=_LIBRARY)
     _LIBRARY.impl(_name, _autocast(_name, "cpu"), "AutocastCPU")
     _LIBRARY.impl(_name, _autocast(_name, "cuda"), "AutocastCUDA")
 
@@ -278,7 +279,9 @@ def int8_linear(
     tensors do not fit together.
     """
     gradient.refuse_tangents(x, bias)
-    out: torch.Tensor = torch.ops.int8kit.linear(x, wq, sw, bias, plan.text)
+    transformed = torch._C._are_functorch_transforms_active()  # by torch.func
+    operator: Any = gradient.Linear.apply if transformed else torch.ops.int8kit.linear
+    out: torch.Tensor = operator(x, wq, sw, bias, plan.text)
     return out
 
 
@@ -287,7 +290,9 @@ def int8_linear_swiglu(
 ) -> torch.Tensor:
     """`int8_linear` with silu(gate) * up of its columns in turn: x [..., K], wq [2 F, K] -> [..., F] of x's dtype."""
     gradient.refuse_tangents(x, bias)
-    out: torch.Tensor = torch.ops.int8kit.linear_swiglu(x, wq, sw, bias, plan.text)
+    transformed = torch._C._are_functorch_transforms_active()  # by torch.func
+    operator: Any = gradient.LinearSwiGLU.apply if transformed else torch.ops.int8kit.linear_swiglu
+    out: torch.Tensor = operator(x, wq, sw, bias, plan.text)
     return out
 
 

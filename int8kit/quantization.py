@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from int8kit import foreign_weights, models, saved_models
+from int8kit import adapters, foreign_weights, models, saved_models
 from int8kit.database.store import load_plans
 from int8kit.errors import InputError, Int8kitError, ShapeError
 from int8kit.foreign_weights import is_of
@@ -113,6 +113,9 @@ def quantize_(
         raise InputError(f"a {type(module).__name__}: expected a torch.nn.Module, such as pipe.transformer")
     if isinstance(module, torch.nn.Linear):
         raise InputError("the module is itself a linear: expected one that holds linears; use Int8Linear.from_linear")
+    if not isinstance(gpu, str | None):
+        raise InputError(f"gpu = {gpu!r}: expected the alias of a GPU, such as 'rtx3090'; device takes a number")
+    device = None if device is None else foreign_weights.usable(device)
     plan = None if gpu is None else load_plans(gpu)
     found = _find(module)
     reason = _reasons(module, found, policy)
@@ -330,6 +333,7 @@ def _exchange(
         home = one.linear.weight.device
         for parent, leaf in one.places:
             parent._modules[leaf] = layer
+            adapters.placed(parent, leaf, layer)
         del one.linear  # and with it the float weight
         if waits is not None:
             layer.to(home)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from int8kit import InputError, Int8Linear, reference
+from int8kit import InputError, Int8Linear, quantize_, reference
 from int8kit.foreign_weights import quantized, why_left
 
 FP8 = torch.float8_e4m3fn
@@ -257,3 +257,20 @@ def test_the_older_weight_norm():
     with pytest.warns(FutureWarning, match="weight_norm"):
         made = torch.nn.utils.weight_norm(torch.nn.Linear(8, 8))
     assert "computed from other parameters" in why_left(made)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"gpu": 3}, "gpu = 3: expected the alias of a GPU"),
+        ({"device": "meta"}, "device = 'meta': expected a device with memory"),
+        ({"device": "xyz"}, "device = 'xyz': expected a device of this machine"),
+        ({"device": 99}, "device = 99: expected a device of this machine"),
+    ],
+)
+def test_quantize_names_a_wrong_argument(settings, words):
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256))
+    with pytest.raises(InputError, match=words) as end:
+        quantize_(model, **settings)
+    assert "\n" not in str(end.value)
+    assert type(model[0]) is torch.nn.Linear

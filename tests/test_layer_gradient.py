@@ -1,5 +1,7 @@
 """Gradients through INT8 layers: definition, torch.compile, adapters, and requests for a gradient of the weight."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -89,6 +91,8 @@ def test_a_tangent_is_refused_not_dropped(layer):
     x = torch.randn(3, 16)
     with pytest.raises(InputError, match="forward-mode"):
         torch.func.jvp(layer, (x,), (x,))
+    with pytest.raises(InputError, match="forward-mode"):
+        torch.func.hessian(lambda x: layer(x).square().sum())(x)
     with torch.autograd.forward_ad.dual_level():
         assert layer(x).shape == (3, 8)
         with pytest.raises(InputError, match="forward-mode"):
@@ -191,3 +195,33 @@ def test_a_model_that_asks_for_gradients_keeps_its_int8_weights_frozen():
         assert sum(not p.requires_grad for p in target.parameters()) == 1
         target.requires_grad_(False)
         assert not any(p.requires_grad for p in target.parameters())
+
+
+@pytest.mark.parametrize("layer", [_plain(torch.float32), _swiglu(torch.float32)])
+def test_transforms_of_torch_func(layer):
+    """Output in the same bits; gradients as of torch.autograd."""
+    x = torch.randn(3, 16)
+
+    def loss(x):
+        return layer(x).square().sum()
+
+    wanted = x.clone().requires_grad_()
+    loss(wanted).backward()
+    assert torch.equal(torch.vmap(layer)(x), layer(x))
+    assert torch.equal(torch.vmap(layer, in_dims=1, out_dims=1)(x[:, None]), layer(x[:, None]))
+    assert torch.equal(torch.func.grad(loss)(x), wanted.grad)
+    assert torch.equal(torch.func.vjp(layer, x)[1](torch.ones(3, 8))[0], torch.func.grad(lambda x: layer(x).sum())(x))
+    jacobian = torch.autograd.functional.jacobian(layer, x[0])
+    with warnings.catch_warnings():  # torch has no rule for the operators of SwiGLU's backward
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        torch.testing.assert_close(torch.func.grad(lambda x: torch.vmap(layer)(x).square().sum())(x), wanted.grad)
+        torch.testing.assert_close(torch.func.jacrev(layer)(x[0]), jacobian)
+
+
+def test_an_ensemble_of_layers_is_a_loop():
+    layers = [_plain(torch.float32), _plain(torch.float32)]
+    tensors = [dict(layer.state_dict()) for layer in layers]
+    stacked = {name: torch.stack([one[name] for one in tensors]) for name in tensors[0]}
+    x = torch.randn(3, 16)
+    got = torch.vmap(lambda state: torch.func.functional_call(layers[0], state, (x,)))(stacked)
+    assert torch.equal(got, torch.stack([layer(x) for layer in layers]))

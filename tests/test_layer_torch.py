@@ -99,12 +99,12 @@ def test_float64_scales_that_are_float32_numbers_load_in_silence(layer):
         layer.load_state_dict({**state, "weight_scale": state["weight_scale"].double() / 3}, assign=True)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_scales_that_a_cast_destroyed_are_refused(layer, value):
     state = layer.state_dict()
     scales = state["weight_scale"].half()
     scales[3] = value
-    with pytest.raises(InputError, match="1 of 8 scales are not finite and positive") as end:
+    with pytest.raises(InputError, match="1 of 8 scales are infinite, NaN or zero") as end:
         layer.load_state_dict({**state, "weight_scale": scales})
     assert "\n" not in str(end.value)
 
@@ -313,14 +313,12 @@ def test_diffusers_group_offload_gives_the_same_bits(kind):
         assert torch.equal(model(X), want)
 
 
-def test_multihead_attention_is_refused_not_miscomputed():
-    """It multiplies by `out_proj.weight` itself; torch refuses an int8 matrix beside a float one."""
+def test_multihead_attention_refuses_an_int8_output_projection():
+    """It multiplies by `out_proj.weight` itself."""
     attention = nn.MultiheadAttention(16, 2)
-    attention.out_proj = Int8Linear.from_linear(nn.Linear(16, 16))
-    for mode in (True, False):
-        attention.train(mode)
-        with torch.no_grad(), pytest.raises(RuntimeError, match="same dtype"):
-            attention(X, X, X)
+    with pytest.raises(InputError, match="out_proj of MultiheadAttention"):
+        attention.out_proj = Int8Linear.from_linear(nn.Linear(16, 16))
+    assert attention(X, X, X)[0].shape == X.shape
 
 
 def test_transformers_reads_the_dtype_of_a_weight():
@@ -345,8 +343,8 @@ def test_transformers_reads_the_dtype_of_a_weight():
         (lambda: Int8Linear(4, 4, dtype=torch.int8), "dtype of the bias torch.int8: expected torch.bfloat16"),
         (lambda: Int8SwiGLU(4, 3), "out_features = 3: expected an even number"),
         (lambda: Int8Linear.from_int8(torch.zeros(2, 4), torch.ones(2)), r"weight torch.float32 \(2, 4\): expected"),
-        (lambda: Int8Linear.from_int8(_int8(2, 4), torch.ones(4)), r"sw \(4,\): expected a contiguous \[2\]"),
-        (lambda: Int8Linear.from_int8(_int8(2, 4), torch.ones(2).half()), "sw torch.float16: expected torch.float32"),
+        (lambda: Int8Linear.from_int8(_int8(2, 4), torch.ones(4)), r"weight_scale \(4,\): expected a contiguous \[2\]"),
+        (lambda: Int8Linear.from_int8(_int8(2, 4), torch.ones(2).half()), "weight_scale torch.float16: expected"),
         (lambda: Int8Linear.from_int8(_int8(2, 4), torch.ones(2), torch.ones(3)), r"bias \(3,\): expected"),
         (lambda: Int8Linear.from_int8(_int8(4, 2).t(), torch.ones(2)), "weight has strides"),
         (
