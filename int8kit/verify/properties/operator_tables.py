@@ -77,13 +77,13 @@ def _values(c: OperatorCase) -> Iterator[OperatorCase]:
             wide = replace(c, dtype=dtype, out_dtype=dtype)
             yield replace(wide, rows=(3,), n=4, k=20001, kind="wide")
             yield replace(wide, rows=(3,), n=4, k=9000, scales="signed")
-            yield replace(wide, rows=(1100,), n=16, k=16)
             yield replace(wide, rows=(3,), n=1100, k=16)
+            if c.operator.startswith("scaled"):
+                yield replace(wide, rows=(1100,), n=16, k=16)
+        if c.operator == "linear":
+            yield replace(c, rows=(1100,), n=16, k=16)
     elif c.operator != "qk_norm_rope":
         yield from (replace(c, k=k, rows=(3, 1)) for k in (1, 5000))
-        yield replace(c, k=16, rows=(250,))
-    else:
-        yield replace(c, rows=(5, 50), n=1)
 
 
 def _gradients(c: OperatorCase) -> Iterator[OperatorCase]:
