@@ -254,9 +254,7 @@ def _has_gradient(results: tuple[torch.Tensor, ...], operand: torch.Tensor) -> b
     return False
 
 
-def _shared(
-    c: OperatorCase, call: Callable[..., Any], a: dict[str, Any], got: tuple[torch.Tensor, ...]
-) -> str | None:
+def _shared(c: OperatorCase, call: Callable[..., Any], a: dict[str, Any], got: tuple[torch.Tensor, ...]) -> str | None:
     """Whether the results lie in memory that an operand has or that the next call returns, as text, or None."""
     if shares_memory(got, a.values()):
         return "a result lies in the memory of an operand"
