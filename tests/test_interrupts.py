@@ -91,7 +91,7 @@ def test_the_line_says_what_is_kept_only_while_it_is(monkeypatch):
 
 def test_processes_of_the_workers_loop_have_the_interrupt_blocked():
     pytest.importorskip("distributed")
-    from int8kit.tune import workers
+    from int8kit.tune import cluster
 
     blocked, done = [], threading.Event()
 
@@ -99,7 +99,7 @@ def test_processes_of_the_workers_loop_have_the_interrupt_blocked():
         blocked.extend(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
         done.set()
 
-    loop = workers._deaf_loop()
+    loop = cluster._deaf_loop()
     try:
         loop.loop.add_callback(lambda: threading.Thread(target=look).start())
         assert done.wait(10)

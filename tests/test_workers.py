@@ -37,7 +37,7 @@ def _where(number, fate):
 
 
 def _as_if_here(patch):
-    patch.setattr(workers, "_devices", lambda: [DEVICE])
+    patch.setattr("int8kit.tune.cluster._devices", lambda: [DEVICE])
     patch.setattr(tasks, "describe", _describe)
 
 
@@ -104,7 +104,7 @@ def test_workers_of_another_cluster_compile_and_must_have_the_same_toolchain(mon
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense", "carrier://pigeon"])
 def test_no_scheduler_is_one_clear_error(monkeypatch, address):
-    monkeypatch.setattr(workers, "CONNECT_S", 1)
+    monkeypatch.setattr("int8kit.tune.cluster.CONNECT_S", 1)
     with (
         workers.Workers(address) as pool,
         pytest.raises(InputError, match=f"no scheduler with workers at '{address}'.*tcp://host:8786"),
@@ -137,7 +137,7 @@ def _busy(number):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_gpus_share_a_batch_evenly_and_at_once(monkeypatch, count):
-    monkeypatch.setattr(workers, "_devices", lambda: [str(i) for i in range(count)])
+    monkeypatch.setattr("int8kit.tune.cluster._devices", lambda: [str(i) for i in range(count)])
     monkeypatch.setattr(tasks, "describe", _describe)
 
     def program():

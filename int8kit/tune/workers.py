@@ -22,41 +22,27 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import itertools
-import logging
 import os
 import queue
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import resource_tracker
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from int8kit.errors import CheckFailed, InputError
 from int8kit.gpus import Gpu
-from int8kit.tune import tasks
+from int8kit.tune import cluster, tasks
 from int8kit.tune.space import Compilation, KernelVariant
 
 T = TypeVar("T")
 
 LIMIT_S = 60.0  # for one compilation; the slowest observed took 19 s
-CONNECT_S = 10
 DESCRIBE_S = 120.0  # for a new worker to import torch and describe itself
 TICK_S = 0.5  # between two checks of which workers exist
 NO_WORKER_S = 60.0  # how long a batch waits for a worker that can take it
 PROCESSES = 32  # most that compile on this machine; each takes about half a GB
-
-_CONFIG = {
-    "distributed.scheduler.allowed-failures": 0,  # `Workers` itself tries a call again that ended its worker
-    "distributed.worker.multiprocessing-method": "spawn",
-    "distributed.scheduler.active-memory-manager.start": False,
-    # a nanny restarts a worker; by default the cluster gives up a worker that is down 15 s after an earlier end
-    "distributed.deploy.lost-worker-timeout": "1000 days",
-}
-# Ctrl-C reaches the whole process group; only the parent handles it. `_deaf_loop` covers the time before the preload
-_PRELOAD = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 
 @dataclass(frozen=True)
@@ -322,12 +308,11 @@ class Workers:
 
     def _connect(self) -> None:
         if self._client is None:
-            import dask
-            import distributed  # noqa: F401  imported before _CONFIG is set: leaving _CONFIG would undo its defaults
-
-            self._stack.enter_context(dask.config.set(_CONFIG))
-            logging.getLogger("distributed").setLevel(logging.CRITICAL)
-            self._client = self._local() if self.scheduler is None else self._remote(self.scheduler)
+            cluster.configure(self._stack)
+            if self.scheduler is None:
+                self._client = cluster.local(self.processes, self._stack)
+            else:
+                self._client = cluster.remote(self.scheduler, self._stack)
             deadline = time.monotonic() + DESCRIBE_S
             self._check_workers()
             while time.monotonic() < deadline and not all(future.done() for future in self._asked.values()):
@@ -339,62 +324,6 @@ class Workers:
                 address, future = failed[0]
                 raise InputError(f"the worker {address} cannot run int8kit: {future.exception()}")
 
-    def _local(self) -> Any:
-        from distributed import Client, Nanny, Scheduler, SpecCluster
-
-        def worker(devices: str, memory_limit: Any) -> dict[str, Any]:
-            env = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": devices}
-            options = {"nthreads": 1, "host": "127.0.0.1", "dashboard": False, "preload": _PRELOAD, "env": env,
-                       "memory_limit": memory_limit, "silence_logs": logging.CRITICAL}  # fmt: skip
-            return {"cls": Nanny, "options": options}
-
-        spec = {f"core-{i}": worker("", "auto") for i in range(self.processes)}
-        spec |= {f"gpu-{device}": worker(device, 0) for device in _devices()}
-        # any free port: a second run's scheduler would warn that the usual one is taken
-        options = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
-        scheduler = {"cls": Scheduler, "options": options}
-        loop = _deaf_loop()
-        self._stack.callback(loop.stop)
-        cluster = SpecCluster(spec, scheduler=scheduler, silence_logs=logging.CRITICAL, loop=loop.loop)
-        client = self._stack.enter_context(Client(self._stack.enter_context(cluster), set_as_default=False))
-        client.wait_for_workers(len(spec))
-        return client
-
-    def _remote(self, address: str) -> Any:
-        from distributed import Client
-
-        try:
-            client = self._stack.enter_context(Client(address, timeout=CONNECT_S, set_as_default=False))
-            client.wait_for_workers(1, timeout=CONNECT_S)
-        except (OSError, ValueError, TimeoutError) as error:
-            reason = str(error) or type(error).__name__
-            raise InputError(
-                f"no scheduler with workers at {address!r} ({reason}): expected the address that `dask scheduler` "
-                "prints, such as tcp://host:8786"
-            ) from None
-        return client
-
-
-def _deaf_loop() -> Any:
-    """A running event loop in a thread with Ctrl-C blocked. The processes that it starts inherit that from the thread.
-
-    A process would else print a traceback if Ctrl-C arrived before its preload. multiprocessing starts its resource
-    tracker with the first process and then unblocks Ctrl-C in that thread, so the tracker starts before.
-    """
-    from distributed.utils import LoopRunner
-
-    runner = LoopRunner()
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        runner.start()
-        return runner
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        runner.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return runner
-
 
 def compilation(result: Any) -> Compilation:
     """The result of `tasks.compile_kernel`; a reason too if it ended its process."""
@@ -404,12 +333,3 @@ def compilation(result: Any) -> Compilation:
 def _no_worker(gpu: str | None) -> str:
     wanted = f"the GPU {gpu!r}" if gpu else "a compiler"
     return f"no worker with {wanted} is left; finished work is kept: run the same command again to resume"
-
-
-def _devices() -> list[str]:
-    """This machine's GPUs as CUDA_VISIBLE_DEVICES names them; asks the driver without creating a context."""
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    return names if torch.cuda.is_available() else []
