@@ -1,8 +1,8 @@
-"""The operands of a GEMM example at their places in memory, and the bitwise comparison of two results."""
+"""Operands of a GEMM example at their places in memory, bitwise comparison, and a guard against writes to operands."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -185,3 +185,24 @@ def expected(
         return reference.accumulate(x, w)
     product = reference.scaled_mm_swiglu if d.variant == "swiglu" else reference.scaled_mm
     return product(x, w, sx, sw, bias, out_dtype=d.out_dtype)
+
+
+class Unchanged:
+    """The values of operands before a call. Tensors of more than `most` elements are left out."""
+
+    def __init__(self, operands: Iterable[tuple[str, object]], most: int = 2**24) -> None:
+        self._kept = [(name, t, t.clone()) for name, t in operands if isinstance(t, torch.Tensor) and t.numel() <= most]
+
+    def written(self) -> str | None:
+        """The first operand that has other values now, as text, or None."""
+        for name, now, before in self._kept:
+            if why := bitwise_diff(now, before):
+                return f"the operand {name} was written: {why}"
+        return None
+
+
+def shares_memory(results: Iterable[object], others: Iterable[object]) -> bool:
+    """Whether one of the results lies in the storage of one of the others."""
+    places = {t.untyped_storage().data_ptr() for t in others if isinstance(t, torch.Tensor) and t.numel()}
+    found = [t.untyped_storage().data_ptr() for t in results if isinstance(t, torch.Tensor) and t.numel()]
+    return not places.isdisjoint(found)

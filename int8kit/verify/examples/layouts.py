@@ -1,4 +1,4 @@
-"""Unusual row strides of a matrix, for the GEMM and the row kernels, and a guard against writes into operands.
+"""Unusual row strides of a matrix, for the GEMM and the row kernels.
 
     expanded      all rows in one place, as `expand` gives: stride 0
     overlapping   a row begins inside the row before it, as in a sliding window
@@ -8,8 +8,6 @@ A launcher that computes a stride, instead of reading it, passes with every matr
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import torch
 
@@ -31,26 +29,3 @@ def laid_out(plain: torch.Tensor, layout: str, poison: float) -> torch.Tensor:
         return view.copy_(plain)
     buffer[_FRONT : _FRONT + span] = plain.flatten()[:span]
     return view
-
-
-class Unchanged:
-    """The values of operands before a call. Tensors of more than `most` elements are left out."""
-
-    def __init__(self, operands: Iterable[tuple[str, object]], most: int = 2**24) -> None:
-        self._kept = [(name, t, t.clone()) for name, t in operands if isinstance(t, torch.Tensor) and t.numel() <= most]
-
-    def written(self) -> str | None:
-        """The first operand that has other values now, as text, or None."""
-        from int8kit.verify.compare import bitwise_diff
-
-        for name, now, before in self._kept:
-            if why := bitwise_diff(now, before):
-                return f"the operand {name} was written: {why}"
-        return None
-
-
-def shares_memory(results: Iterable[object], others: Iterable[object]) -> bool:
-    """Whether one of the results lies in the storage of one of the others."""
-    places = {t.untyped_storage().data_ptr() for t in others if isinstance(t, torch.Tensor) and t.numel()}
-    found = [t.untyped_storage().data_ptr() for t in results if isinstance(t, torch.Tensor) and t.numel()]
-    return not places.isdisjoint(found)

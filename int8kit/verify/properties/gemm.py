@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from int8kit import reference
-from int8kit.verify.compare import Operands, Output, bitwise_diff, expected, operands, place
-from int8kit.verify.examples.layouts import Unchanged
+from int8kit.verify.compare import Operands, Output, Unchanged, bitwise_diff, expected, operands, place
 from int8kit.verify.examples.strategies import Draw, admitted
 from int8kit.verify.implementations import Implementation
 

@@ -32,8 +32,7 @@ from int8kit.errors import ShapeError
 from int8kit.kernels import gemm
 from int8kit.lookup import Candidate, Plan
 from int8kit.spec import GemmShape, Operation, TileConfig
-from int8kit.verify.compare import another_default_dtype, bitwise_diff
-from int8kit.verify.examples.layouts import Unchanged, shares_memory
+from int8kit.verify.compare import Unchanged, another_default_dtype, bitwise_diff, shares_memory
 from int8kit.verify.examples.row_memory import GuardedAllocations
 from int8kit.verify.examples.strategies import float_matrix, int8_matrix, scales
 from int8kit.verify.executors import Executor
@@ -108,15 +107,6 @@ def _plans() -> tuple[Plan, ...]:
 
 
 PLANS = _plans()
-CPU_REFUSES = (
-    *(("rms_norm_quantize", "modulation", "images"), ("residual_norm_quantize", "modulation", "images")),
-    *(("residual_norm_quantize", "gate", "images"), ("qk_norm_rope", "cos", "images")),
-    *(("qk_norm_rope", "qkv", "shape"), ("qk_norm_rope", "heads", "shape")),
-    *((name, "wq", "odd n") for name in PRODUCTS if name.endswith("swiglu")),
-    *((name, "wq", "largest k") for name in PRODUCTS),
-)
-"""Operator, operand and fault for which the reference itself promises ShapeError."""
-
 ROWS = ("x", "xq", "sx", "residual", "branch", "gu", "qkv", "cos", "sin")
 """The operands with M rows, or with the rows of one image."""
 

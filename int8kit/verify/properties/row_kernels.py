@@ -29,9 +29,9 @@ from int8kit.kernels.residual_norm_quantize import residual_norm_quantize
 from int8kit.kernels.rms_norm_quantize import rms_norm_quantize
 from int8kit.kernels.row_primitives import CHUNKS, WARPS, RowTile
 from int8kit.kernels.swiglu_quantize import swiglu_quantize
-from int8kit.verify.compare import another_default_dtype, bitwise_diff
+from int8kit.verify.compare import Unchanged, another_default_dtype, bitwise_diff
 from int8kit.verify.examples.guarded_buffers import SENTINEL, GuardedOutput, huge_stride_matrix
-from int8kit.verify.examples.layouts import Unchanged, laid_out
+from int8kit.verify.examples.layouts import laid_out
 from int8kit.verify.examples.row_memory import LARGE, GuardedAllocations, only_rows, picked, placed
 from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES, float_matrix, sizes
 from int8kit.verify.executors import Executor
