@@ -19,9 +19,10 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from transformers.quantizers import auto as transformers_auto
 
 from int8kit.errors import InputError
+from int8kit.integrations import lora
 from int8kit.integrations.common import ServesInt8
 from int8kit.integrations.config import DTYPES, METHOD, Int8KitConfig, as_patterns, linears, select
-from int8kit.integrations.loader import Loader, dequantize_layers, replace
+from int8kit.integrations.loader import BASE, WITHOUT_LORA, Loader, dequantize_layers, replace
 from int8kit.integrations.transformers import Int8KitHfQuantizer
 
 __all__ = ["Int8KitConfig", "Int8KitHfQuantizer", "Int8KitQuantizer", "register"]
@@ -122,7 +123,17 @@ class Int8KitQuantizer(ServesInt8, DiffusersQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._reading().finish(model)
         self.loader, self.keys = None, []
+        lora.prepare_model(model)
         model.register_to_config(quantization_config=self.quantization_config)
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The tensors that `save_pretrained` writes. Raises InputError for a model with a LoRA: nothing loads it."""
+        adapted = [name for name in state_dict if BASE in name]
+        if adapted:
+            raise InputError(f"an adapter is loaded over {adapted[0].partition(BASE)[0]!r}: {WITHOUT_LORA}")
+        return state_dict, {}
 
     def _dequantize(self, model: Any) -> Any:
         dequantize_layers(model)

@@ -26,6 +26,11 @@ from int8kit.layers import Int8Linear
 FUSED = {"qkv": ("to_q", "to_k", "to_v"), "o": ("to_out.0",)}
 """Last part of a linear's name in the official layout, and the names in diffusers, in the order of the rows."""
 SCALE = "weight_scale"
+BASE = ".base_layer."  # part of the name of each tensor under an adapter of peft
+WITHOUT_LORA = (
+    "expected a model without adapters; call pipe.unload_lora_weights() before save_pretrained, after "
+    "pipe.fuse_lora() to keep the effect"
+)
 AT_A_TIME = 1 << 22  # elements of a weight: a CPU needs some 20 bytes for each while it quantizes
 NOTE = "comfy_quant"  # ComfyUI's description of a linear, JSON as bytes
 _OF_QUANTIZATION = re.compile(r"scale|absmax|quant|zero_point|smooth|^w[qs]$", re.IGNORECASE)
@@ -128,6 +133,8 @@ class Loader:
 
     def check(self) -> None:
         """Raise FileError for tensors that are missing, and for scales that nothing reads."""
+        if adapted := [key for key in self.keys if BASE in key and key not in self.expected]:
+            raise FileError(f"the files hold {adapted[0]!r}, which was saved under a LoRA: {WITHOUT_LORA}")
         made = set() if self.ours else {f"{name}.{SCALE}" for name in self.int8 - self.scaled}
         missing = self.expected - set(self.keys) - made
         if missing:

@@ -1,10 +1,11 @@
 """LoRA files for models with INT8 linears, through diffusers' own loaders.
 
-    prepare(pipe)      pipe.load_lora_weights checks each key, and casts A and B to the model's dtype
-    release(pipe)      the loaders are diffusers' own again
+    prepare(pipe)         pipe.load_lora_weights checks each key, and casts A and B to the model's dtype
+    prepare_model(model)  the same for one model: the layouts that the pipeline's own reader refuses stay refused
+    release(pipe)         the loaders are diffusers' own again
 
-`int8kit.optimize` calls `prepare`. For a pipeline that was loaded in INT8, call it yourself. The pipeline's methods
-stay the interface: load_lora_weights, set_adapters, fuse_lora, unfuse_lora, unload_lora_weights.
+`int8kit.optimize` calls `prepare`. A model that is loaded in INT8 has had `prepare_model`. The pipeline's methods stay
+the interface: load_lora_weights, set_adapters, fuse_lora, unfuse_lora, unload_lora_weights.
 
 Layouts: `named_as_in` finds the linear that a key means. A file of which any key means no linear is refused, so that no
 part of a LoRA is lost in silence. A LoRA belongs to the component that the pipeline's loader takes; in Ideogram 4 that
@@ -43,12 +44,17 @@ State = dict[str, torch.Tensor]
 def prepare(pipe: Any) -> None:
     """Make the loaders of a pipeline check and cast LoRAs. A second call changes nothing."""
     for model in _models(pipe):
-        if LOADER not in vars(model):
-            vars(model)[LOADER] = partial(_load_adapter, model)  # a partial follows the model into a deepcopy
+        prepare_model(model)
         if has_adapters(model):
             _make_exact(model)
     if type(getattr(pipe, "transformer", None)).__name__ == IDEOGRAM4 and READER not in vars(pipe):
         vars(pipe)[READER] = partial(_read, pipe)
+
+
+def prepare_model(model: torch.nn.Module) -> None:
+    """Make the loader of one model check and cast LoRAs. A model without such a loader stays as it is."""
+    if hasattr(type(model), LOADER) and LOADER not in vars(model):
+        vars(model)[LOADER] = partial(_load_adapter, model)  # a partial follows the model into a deepcopy
 
 
 def release(pipe: Any) -> None:
@@ -113,15 +119,17 @@ def _checked(model: torch.nn.Module, state: State, prefix: str | None) -> State:
     """The tensors for `model` under their names with the prefix, in the model's dtype; others are left out."""
     start = f"{prefix}." if prefix else ""
     ours = {key: tensor for key, tensor in state.items() if key.startswith(start)}
-    if not ours and any(_is_flat(key) for key in state):
-        ours = {start + key: tensor for key, tensor in named_as_in(model, state).items()}
+    if not ours and state:
+        rest = {key: tensor for key, tensor in state.items() if not key.startswith(TEXT_ENCODERS)}
+        ours = {start + key: tensor for key, tensor in named_as_in(model, rest).items()}
     if not any(".lora_A." in key for key in ours):  # layouts of other models, which diffusers converts
-        return ours or state
+        return ours
     targets = _targets(model)
-    for key in ours:
+    for key, tensor in ours.items():
         split = _split(key.removeprefix(start))
         if split is None or split.module not in targets:
             raise _unmatched(key, model)
+        _check_size(key, tensor, split.part, *targets[split.module])
     dtype = _dtype(model)
     return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in ours.items()}
 
@@ -140,8 +148,15 @@ def _split(key: str) -> _Key | None:
     return None
 
 
-def _is_flat(key: str) -> bool:
-    return key.startswith(FLAT_PREFIXES)
+def _check_size(key: str, tensor: torch.Tensor, part: str, out: int, width: int) -> None:
+    """Raise InputError for A or B of a linear of another size. torch would name all of them, and load the rest."""
+    expected, found = {"A": width, "B": out}.get(part, 0), tensor.shape[part == "A" :][:1]
+    if expected and found != (expected,):
+        wanted = f"[r, {width}]" if part == "A" else f"[{out}, r]"
+        raise InputError(
+            f"LoRA key {key!r} has the shape {[*tensor.shape]}; expected {wanted}; the file is for another model; "
+            "nothing was loaded"
+        )
 
 
 def named_as_in(model: torch.nn.Module, state: State) -> State:
@@ -285,4 +300,4 @@ def _cast(model: torch.nn.Module) -> None:
                     factors.to(dtype)
 
 
-__all__ = ["named_as_in", "prepare", "release"]
+__all__ = ["named_as_in", "prepare", "prepare_model", "release"]
