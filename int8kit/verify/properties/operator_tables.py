@@ -98,6 +98,8 @@ def _shapes(c: OperatorCase) -> Iterator[OperatorCase]:
     yield replace(c, rows=(1,))
     yield replace(c, contiguous=False)
     yield replace(c, contiguous=False, dtype=torch.float16, vectors=torch.bfloat16)
+    if c.operator not in ("qk_norm_rope", "swiglu_quantize"):
+        yield replace(c, k=1, contiguous=False)
     yield replace(c, rows=(7,), eps=1e-3)
     yield replace(c, rows=(2, 1))
     yield replace(c, rows=(1, 4))

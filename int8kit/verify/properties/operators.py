@@ -191,7 +191,9 @@ def _count(rows: tuple[int, ...]) -> int:
 
 
 def _sliced(plain: torch.Tensor) -> torch.Tensor:
-    """`plain` as columns 3 to 3 + K of a wider matrix."""
+    """`plain` as columns 3 to 3 + K of a wider matrix; where K = 1, as every second column of one."""
+    if plain.shape[-1] == 1:
+        return torch.cat((plain, plain), -1)[..., ::2]
     wide = torch.full((*plain.shape[:-1], plain.shape[-1] + 8), 1, dtype=plain.dtype)
     wide[..., 3 : 3 + plain.shape[-1]] = plain
     return wide[..., 3 : 3 + plain.shape[-1]]
@@ -254,9 +256,7 @@ def _has_gradient(results: tuple[torch.Tensor, ...], operand: torch.Tensor) -> b
     return False
 
 
-def _shared(
-    c: OperatorCase, call: Callable[..., Any], a: dict[str, Any], got: tuple[torch.Tensor, ...]
-) -> str | None:
+def _shared(c: OperatorCase, call: Callable[..., Any], a: dict[str, Any], got: tuple[torch.Tensor, ...]) -> str | None:
     """Whether the results lie in memory that an operand has or that the next call returns, as text, or None."""
     if shares_memory(got, a.values()):
         return "a result lies in the memory of an operand"
