@@ -96,3 +96,37 @@ def test_reference_refuses_where_the_table_says():
         case = next(c for c in CASES if (c.operator, c.wrong, c.fault) == (operator, wrong, fault))
         with pytest.raises(ShapeError):
             operators._public(case, operators.arguments(case, "cpu"))
+
+
+def _changed_half(monkeypatch, change):
+    """Let `operators._public` return `change(arguments, results)` for real tensors."""
+    whole = operators._public
+
+    def broken(c, a):
+        results = whole(c, a)
+        return results if isinstance(a["x"], torch._subclasses.FakeTensor) else change(a, results)
+
+    monkeypatch.setattr(operators, "_public", broken)
+    return operators.check(operator_tables.base("quantize"), EXECUTOR)
+
+
+def test_an_operand_that_is_written_is_caught(monkeypatch):
+    why = _changed_half(monkeypatch, lambda a, results: (a["x"].neg_(), results)[1])
+    assert "the operand x was written" in why
+
+
+def test_a_result_in_kept_memory_is_caught(monkeypatch):
+    kept = []
+
+    def same_memory(a, results):
+        kept[:] = kept or results
+        return tuple(old.copy_(new) for old, new in zip(kept, results, strict=True))
+
+    assert "a later call returns the memory of the result" in _changed_half(monkeypatch, same_memory)
+
+
+def test_a_fake_kernel_that_narrows_the_rows_is_caught(monkeypatch):
+    whole = operators._public
+    monkeypatch.setattr(operators, "_public", lambda c, a: (bool(len(a["x"]) > 2), whole(c, a))[1])
+    why = operators.check(operator_tables.base("quantize"), EXECUTOR)
+    assert "the fake kernel narrows a number of rows" in why

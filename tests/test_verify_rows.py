@@ -57,7 +57,10 @@ def test_examples_have_every_kind_and_dtype_and_operand(kernel):
         assert len(pairs) >= (9 if with_vectors else 3), kind
     assert {e.unaligned for e in table} == {"", *names}
     assert {e.other_dtype for e in table} == {"", *names}
-    assert {e.special for e in table} == {"", *with_vectors}
+    assert {e.special for e in table} == {"", *with_vectors, *(f"extreme {name}" for name in with_vectors)}
+    laid_out = {tuple(e.layout.split()) for e in table if e.layout}
+    assert {name for _, name in laid_out} == names - set(row_kernels.VECTORS)
+    assert {layout for layout, _ in laid_out} >= {"expanded", "overlapping"}
     outputs = {"q"} if kernel == "quantize" else set()
     assert {e.huge_stride for e in table} == {"", *outputs, *names - set(row_kernels.VECTORS)}
     assert max(e.m * e.k * e.heads for e in table) > 2**31
