@@ -1,5 +1,6 @@
 """verify/: the property `gradients`, unusual layouts, and the checks of operands and results of a call."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -66,6 +67,7 @@ def test_lost_derivatives_and_refusals_are_caught(monkeypatch):
         gradients.check(BASE, EXECUTOR)
     monkeypatch.setattr(gradients, "_call", lambda c, a, **changes: (a | changes)["x"] * 1.0)
     assert gradients.check(replace(BASE, way="tangent"), EXECUTOR) == "no error, expected InputError"
+    assert gradients.check(replace(BASE, way="dual"), EXECUTOR) == "no error, expected InputError"
     assert gradients.check(replace(BASE, way="scales"), EXECUTOR) == "no error, expected InputError"
     assert gradients.check(replace(BASE, way="autocast"), EXECUTOR) == "torch.float32, expected torch.bfloat16"
 
@@ -96,7 +98,7 @@ def test_every_layout_of_x_and_w_is_tried():
 )
 def test_middle_extents_leave_no_wide_gap(sizes, first, last, factor):
     ordered = (first, *sizes, last)
-    assert all(a < b <= factor * a for a, b in zip(ordered, ordered[1:], strict=False))
+    assert all(a < b <= factor * a for a, b in itertools.pairwise(ordered))
 
 
 def test_write_into_an_operand_is_caught(monkeypatch):
@@ -109,7 +111,14 @@ def test_write_into_an_operand_is_caught(monkeypatch):
     monkeypatch.setattr(gemm, "_rounded", writes)
     d = replace(DRAW, shape=replace(DRAW.shape, m=20))
     assert gemm_properties.output(d, INT8KIT).startswith("the operand sx was written: ")
-    case = replace(operator_tables.base("scaled_mm"), scales="signed")
+
+    def writes_later(operands, *rest):
+        result = whole(operands, *rest)
+        operands.sx.zero_()
+        return result
+
+    monkeypatch.setattr(gemm, "_rounded", writes_later)
+    case = operator_tables.base("scaled_mm")
     assert operators.check(case, EXECUTOR).startswith("the kernel half: the operand sx was written: ")
 
 

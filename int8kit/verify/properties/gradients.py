@@ -7,6 +7,7 @@
     vmap        torch.vmap over x, over the bias, over both           the bits of one call after the other
     autocast    x in fp32, under autocast to another dtype            the reference of x in that dtype
     tangent     torch.func.jvp                                        InputError
+    dual        torch.autograd.forward_ad.make_dual                   InputError
     scales      sw requires a gradient                                InputError
 
 A row of the incoming gradient has one number, and the weights of a gate and of its up have no column in common. So
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from int8kit import ops, reference
 from int8kit.errors import InputError
@@ -31,7 +33,7 @@ from int8kit.verify.executors import Executor
 from int8kit.verify.implementations import Implementation
 
 SECOND = 1e-3
-WAYS = ("backward", "func", "second", "vmap", "autocast", "tangent", "scales")
+WAYS = ("backward", "func", "second", "vmap", "autocast", "tangent", "dual", "scales")
 NEEDS = ("x", "bias", "x,bias")
 _PUBLIC: dict[str, Callable[..., torch.Tensor]] = {"linear": ops.int8_linear, "linear_swiglu": ops.int8_linear_swiglu}
 
@@ -69,7 +71,7 @@ def check(c: GradientCase, on: Executor | Implementation) -> str | None:
         return None
     way: dict[str, Callable[[GradientCase, str], str | None]] = {
         "backward": _backward, "func": _func, "second": _second, "vmap": _vmap, "autocast": _autocast,
-        "tangent": _refused, "scales": _refused,
+        "tangent": _refused, "dual": _refused, "scales": _refused,
     }  # fmt: skip
     return way[c.way](c, on.device)
 
@@ -228,6 +230,9 @@ def _refused(c: GradientCase, device: str) -> str | None:
     try:
         if c.way == "scales":
             _call(c, a, sw=a["sw"].requires_grad_())
+        elif c.way == "dual":
+            with forward_ad.dual_level():
+                _call(c, a, **{name: forward_ad.make_dual(a[name], torch.ones_like(a[name]))})
         else:
             torch.func.jvp(lambda t: _call(c, a, **{name: t}), (a[name],), (torch.ones_like(a[name]),))
     except InputError:
