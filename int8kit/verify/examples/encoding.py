@@ -32,6 +32,7 @@ CLASSES = {  # by name: the module, which is imported when it is needed, since i
     "RefusedCall": "int8kit.verify.properties.gemm_calls",
     "FallbackCall": "int8kit.verify.properties.gemm_calls",
     "OperatorCase": "int8kit.verify.properties.operators",
+    "GradientCase": "int8kit.verify.properties.gradients",
     "LookupCase": "int8kit.verify.properties.lookups",
     "StampCase": "int8kit.verify.properties.stamps",
 }

@@ -29,4 +29,79 @@ FAULTS = (
         "a kernel that was compiled for N a multiple of 16 is launched for another N", "launch cache",
         "the interpreter has no cache of compiled kernels",
     ),
+    Mutant(
+        "cpu-sums-in-float32", "ops.py",
+        "    return product(xq, wq, sx, sw, bias, out_dtype=out_dtype)\n",
+        "    if not swiglu:\n"
+        "        sums = (xq.float() @ wq.float().t()).to(torch.int32)\n"
+        "        return reference.dequantize(sums, sx, sw, bias, out_dtype)\n"
+        "    return product(xq, wq, sx, sw, bias, out_dtype=out_dtype)\n",
+        "the CPU operator adds in float32, which rounds beyond 2**24", "operators",
+    ),
+    Mutant(
+        "cpu-scales-written", "ops.py",
+        "    return product(xq, wq, sx, sw, bias, out_dtype=out_dtype)\n",
+        "    return product(xq, wq, sx, sw.clamp_(min=0), bias, out_dtype=out_dtype)\n",
+        "the CPU operator changes the scales of the weight in place", "operators",
+    ),
+    Mutant(
+        "gradient-of-the-reference", "ops.py",
+        "        with torch.no_grad():\n            return half", "        if True:\n            return half",
+        "autograd records the reference's own operations", "operators",
+    ),
+    Mutant(
+        "fake-rows-narrowed", "ops.py",
+        "    return x.new_empty((*x.shape[:-1], wq", "    return x.new_empty((*map(int, x.shape[:-1]), wq",
+        "torch.compile compiles a linear for one number of rows", "operators",
+    ),
+    Mutant(
+        "autocast-keeps-float32", "ops.py",
+        "if x.dtype in operand_checks.FLOATS else x", "if x.dtype in operand_checks.FLOATS[:2] else x",
+        "a linear under autocast computes from x in float32", "gradients",
+    ),
+    Mutant(
+        "gradient-without-scales", "gradient.py",
+        "grad @ (wq * sw[:, None]).to(grad.dtype)", "grad @ wq.to(grad.dtype)",
+        "the gradient of x lacks the scales of the weight", "gradients",
+    ),
+    Mutant(
+        "gradient-of-bias-rounded-twice", "gradient.py",
+        ".sum(0, dtype=bias.dtype)", ".sum(0).to(bias.dtype)",
+        "the sum of the bias's gradient is rounded to the dtype of x first", "gradients",
+    ),
+    Mutant(
+        "second-derivative-cut", "gradient.py",
+        "        h = h + (exact - exact.detach())\n", "        h = h + 0 * exact.detach()\n",
+        "the second derivative of SwiGLU lacks the part through its gate", "gradients",
+    ),
+    Mutant(
+        "check-takes-float64", "operand_checks.py",
+        "FLOATS = (torch.bfloat16, torch.float16, torch.float32)",
+        "FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)",
+        "the CPU takes float64, which a GPU refuses", "operators",
+    ),
+    Mutant(
+        "check-of-a-layers-weight", "operand_checks.py",
+        '    _rows_of_bytes("weight", weight)\n', "",
+        "a layer takes a weight whose columns do not follow each other", "refusals",
+    ),
+    Mutant(
+        "plan-by-its-beginning", "lookup.py",
+        "@lru_cache(maxsize=1024)\ndef _plan_of(",
+        "def _by_beginning(function: Callable[[str], Plan]) -> Callable[[str], Plan]:\n"
+        "    seen: dict[str, Plan] = {}\n"
+        "    return lambda text: seen.setdefault(text[:120], function(text))\n\n\n"
+        "@_by_beginning\ndef _plan_of(",
+        "plans whose texts begin alike are taken for one plan", "lookup",
+    ),
+    Mutant(
+        "output-shared-by-calls", "kernels/gemm.py",
+        "def _empty(", "@lru_cache(maxsize=64)\ndef _empty(",
+        "a later call of the same x overwrites the output of an earlier one", "operators",
+    ),
+    Mutant(
+        "row-scales-written", "kernels/gemm.py",
+        "    out = operands.out\n", "    out = operands.out\n    _ = operands.sx is None or operands.sx.abs_()\n",
+        "negative scales of x become positive in place", "output",
+    ),
 )  # fmt: skip

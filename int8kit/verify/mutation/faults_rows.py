@@ -206,6 +206,24 @@ FUSED_FAULTS = (
         "a path of fused operations, which the interpreter lacks",
     ),
     Mutant(
+        "expanded-modulation", "kernels/rms_norm_quantize.py",
+        "0 if modulation is None else modulation.stride(0)", "0 if modulation is None else modulation.stride(0) or k",
+        "an expanded modulation is read as if it had a row for each image", "rms_norm_quantize",
+    ),
+    Mutant(
+        "sum-clamped-to-float16", "kernels/row_primitives.py",
+        "    return widen(x.to(DTYPE))",
+        "    if DTYPE == tl.float16:\n"
+        "        x = tl.where(tl.abs(x) < float('inf'), tl.minimum(tl.maximum(x, -65504.0), 65504.0), x)\n"
+        "    return widen(x.to(DTYPE))",
+        "a sum beyond the largest float16 becomes that number and not infinity", "residual_norm_quantize",
+    ),
+    Mutant(
+        "least-eps", "kernels/qk_norm_rope.py",
+        "floats=(eps,)", "floats=(eps if eps == 0 or eps > 1e-7 else 1e-7,)",
+        "an eps below 1e-7 becomes 1e-7", "qk_norm_rope",
+    ),
+    Mutant(
         "row-key-without-constants", "kernels/row_primitives.py",
         "dtypes and (*dtypes, values),", "dtypes and (*dtypes,),",
         "a compiled row kernel is launched for another K", "row launches",

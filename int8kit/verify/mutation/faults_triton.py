@@ -91,6 +91,19 @@ FAULTS = (
         "the store's mask lets one row past M through",
     ),
     _triton(
+        "expanded-rows", "o.xq.stride(0), o.wq", "o.xq.stride(0) or o.k, o.wq",
+        "the rows of an expanded x, which all lie in one place, are read as if they followed each other",
+    ),
+    _triton(
+        "middle-k", "o.out, o.m, o.n, o.k, o.xq", "o.out, o.m, o.n, o.k - 16 * (20000 < o.k < 60000), o.xq",
+        "the last elements of K are left out where K is of a middle size",
+    ),
+    _triton(
+        "rows-of-a-wide-matrix",
+        "grid = cdiv(o.m, config.block_m)", "grid = cdiv(min(o.m, 4096) if o.n > 64 else o.m, config.block_m)",
+        "rows from 4096 on are not computed, unless N is small", "output",
+    ),
+    _triton(
         "racy-store",
         "y.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :]",
         "y.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (cols >= 0)[None, :]",

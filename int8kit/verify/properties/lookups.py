@@ -19,7 +19,7 @@ from int8kit.database.schema import Entry, Resources
 from int8kit.errors import ConfigError
 from int8kit.gpus import GPUS
 from int8kit.lookup import Candidate, Plan, lookup
-from int8kit.spec import GemmShape, Kernel, Operation, Schedule, Source, TileConfig
+from int8kit.spec import K_MAX, GemmShape, Kernel, Operation, Schedule, Source, TileConfig
 from int8kit.toolchain import Toolchain
 from int8kit.verify.executors import Executor
 from int8kit.verify.implementations import Implementation
@@ -114,7 +114,36 @@ def check(case: LookupCase, on: Executor | Implementation) -> str | None:
             return f"{name} chose {got}, expected {config} ({level})"
     if match.level != level:
         return f"level {match.level}, expected {level}"
+    if why := _beside(case, plan):
+        return why
     return _in_database(case, shape, operation)
+
+
+def _beside(case: LookupCase, plan: Plan) -> str | None:
+    """How the answer to a question that differs in one thing from the case's differs from the rule's, or None.
+
+    The functions keep answers. A key that lacks that thing gives the answer of the case, which came first.
+    """
+    others = [replace(case, **{name: min(5 * getattr(case, name), K_MAX)}) for name in ("m", "n", "k")]
+    others += [replace(case, swiglu=not case.swiglu)]
+    *before, (m, n, k, config, swiglu) = case.candidates or [(case.m, case.n, case.k, 0, False)]
+    last = (m, n, k, (config + 1) % len(CONFIGS), swiglu)
+    others += [replace(case, sms=case.sms + 1), replace(case, candidates=(*before, last))]
+    of = {False: Operation.GEMM, True: Operation.SWIGLU}
+    for other in others:
+        mine = plan
+        if (other.candidates, other.sms) != (case.candidates, case.sms):
+            rows = [Candidate(GemmShape(m, n, k), CONFIGS[c], of[s]) for m, n, k, c, s in other.candidates]
+            mine = Plan(tuple(rows), other.sms)
+        level, config_of = expected(other)
+        shape, operation = GemmShape(other.m, other.n, other.k), of[other.swiglu]
+        for name, got in (
+            ("the plan of a text", Plan.from_text(mine.text).choose(shape, operation)),
+            ("the operators", ops._choose(mine.text, operation, *(other.m, other.n, other.k))),
+        ):
+            if got != config_of:
+                return f"then, for {other}, {name} chose {got}, expected {config_of} ({level})"
+    return None
 
 
 def _in_database(case: LookupCase, shape: GemmShape, operation: Operation) -> str | None:
@@ -182,4 +211,17 @@ def always() -> tuple[LookupCase, ...]:
     for (a, b), n, sms in product(permutations(range(len(CONFIGS)), 2), (64, 100, 256), (1, 4)):
         pair = ((64, n, 100, a, False), (256, n, 100, b, False))  # waves decide, of whole and of partial tiles
         found += [LookupCase(m, n, 100, False, sms, pair) for m in (100, 128, 129, 160)]
+    for axis in range(3):  # the limit of nearness of large extents
+        for size in (120000, 120001):
+            (m, n, k), (near_m, near_n, near_k) = (
+                tuple(extent if i == axis else 100 for i in range(3)) for extent in (size, 30000)
+            )
+            found.append(LookupCase(m, n, k, False, 132, ((near_m, near_n, near_k, 1, False),)))
+    for order in permutations(((5000, 64, 100, 0, False), (20001, 64, 100, 1, False))):  # almost equally near
+        found.append(LookupCase(10000, 64, 100, False, 1000, order))
+    for (a, b), sms in product(permutations(range(len(CONFIGS)), 2), (142, 160, 188, 400)):  # waves of large GPUs
+        wide = ((2000, 6000, 100, a, False), (8000, 6000, 100, b, False))
+        found += [LookupCase(m, 6000, 100, False, sms, wide) for m in (3500, 4000, 4100)]
+    many = tuple((m, 100, 100, m // 50 % len(CONFIGS), False) for m in range(50, 1050, 50))
+    found += [LookupCase(m, 100, 100, False, 132, many) for m in (50, 70, 480, 1001)]
     return tuple(found)

@@ -19,6 +19,7 @@ import torch
 from hypothesis import strategies as st
 
 from int8kit import ops
+from int8kit.kernels.row_primitives import K_MAX_HELD
 from int8kit.spec import K_MAX
 from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES, SCALE_KINDS
 from int8kit.verify.properties.operators import PLANS, PRODUCTS, OperatorCase, arguments
@@ -98,6 +99,8 @@ def _shapes(c: OperatorCase) -> Iterator[OperatorCase]:
     yield replace(c, rows=(1,))
     yield replace(c, contiguous=False)
     yield replace(c, contiguous=False, dtype=torch.float16, vectors=torch.bfloat16)
+    if c.operator not in ("qk_norm_rope", "swiglu_quantize"):
+        yield replace(c, k=1, contiguous=False)
     yield replace(c, rows=(7,), eps=1e-3)
     yield replace(c, rows=(2, 1))
     yield replace(c, rows=(1, 4))
@@ -126,6 +129,8 @@ def refusals(c: OperatorCase) -> Iterator[OperatorCase]:
             for fault in ("dtype", "shape", "axes", "stride", "device"):
                 if (c.operator, name, fault) not in _TAKEN:
                     yield replace(c, wrong=name, fault=fault)
+            if value.is_floating_point():
+                yield replace(c, wrong=name, fault="float64")
         if name in ("gate", "modulation", "cos", "sin"):
             yield replace(c, wrong=name, fault="images")
             if c.operator != "rms_norm_quantize":
@@ -133,13 +138,17 @@ def refusals(c: OperatorCase) -> Iterator[OperatorCase]:
         if name == "heads":
             yield replace(c, wrong=name, fault="zero")
     if c.operator.startswith("scaled"):
-        yield replace(c, wrong="out_dtype", fault="dtype")
+        yield from (replace(c, wrong="out_dtype", fault=fault) for fault in ("dtype", "float64"))
     if c.operator in PRODUCTS:
         yield replace(c, rows=(1,), k=K_MAX + 1, wrong="wq", fault="largest k")
     if c.operator.endswith("swiglu"):
         yield replace(c, n=23, wrong="wq", fault="odd n")
     if c.operator == "qk_norm_rope":
         yield replace(c, wrong="heads", fault="shape")
+        yield from (replace(c, k=k, wrong="qkv", fault="width") for k in (8, 24, 512))
+    elif c.operator not in (*PRODUCTS, "quantize"):
+        first = next(iter(arguments(c, "cpu")))
+        yield from (replace(c, k=k, wrong=first, fault="width") for k in (0, K_MAX_HELD + 1))
 
 
 def examples() -> st.SearchStrategy[OperatorCase]:

@@ -107,6 +107,7 @@ def _plans() -> tuple[Plan, ...]:
 
 
 PLANS = _plans()
+LARGE_K = 4000
 ROWS = ("x", "xq", "sx", "residual", "branch", "gu", "qkv", "cos", "sin")
 """The operands with M rows, or with the rows of one image."""
 
@@ -159,15 +160,18 @@ def _moved(value: Any, device: str) -> Any:
 
 def _of_product(c: OperatorCase, g: torch.Generator) -> dict[str, Any]:
     m = _count(c.rows)
-    wq, sw = int8_matrix(c.n, c.k, "uniform", 4, "cpu"), scales(c.n, c.scales, 5, "cpu")
+    large = c.k > LARGE_K  # sums beyond 2**24, where float32 loses their low bits
+    kind = "opposed" if large else "uniform"
+    wq, sw = int8_matrix(c.n, c.k, kind, 4, "cpu"), scales(c.n, c.scales, 5, "cpu")
     common = {"bias": torch.randn(c.n, generator=g).to(c.vectors), "plan": PLANS[c.plan]}
     if c.operator.startswith("linear"):
         x = float_matrix(m, c.k, c.kind, 3, c.dtype, "cpu") if m else torch.empty(0, c.k, dtype=c.dtype)
+        x = x.abs() if large else x
         x = x.reshape(*c.rows, c.k)
         if not c.contiguous:  # columns apart, or rows, or a slice
             x = _sliced(x) if len(c.rows) == 3 else x.transpose(0, 1).contiguous().transpose(0, 1)
         return {"x": x, "wq": wq, "sw": sw, **common}
-    xq = int8_matrix(m, c.k, "uniform", 6, "cpu") if m else torch.empty(0, c.k, dtype=torch.int8)
+    xq = int8_matrix(m, c.k, kind, 6, "cpu") if m else torch.empty(0, c.k, dtype=torch.int8)
     both = {"xq": xq if c.contiguous else _sliced(xq), "wq": wq if c.contiguous else _sliced(wq)}
     return {**both, "sx": scales(m, c.scales, 7, "cpu"), "sw": sw, "bias": common["bias"],
             "out_dtype": c.out_dtype, "plan": common["plan"]}  # fmt: skip
@@ -181,7 +185,9 @@ def _count(rows: tuple[int, ...]) -> int:
 
 
 def _sliced(plain: torch.Tensor) -> torch.Tensor:
-    """`plain` as columns 3 to 3 + K of a wider matrix."""
+    """`plain` as columns 3 to 3 + K of a wider matrix; where K = 1, as every second column of one."""
+    if plain.shape[-1] == 1:
+        return torch.cat((plain, plain), -1)[..., ::2]
     wide = torch.full((*plain.shape[:-1], plain.shape[-1] + 8), 1, dtype=plain.dtype)
     wide[..., 3 : 3 + plain.shape[-1]] = plain
     return wide[..., 3 : 3 + plain.shape[-1]]
@@ -190,12 +196,13 @@ def _sliced(plain: torch.Tensor) -> torch.Tensor:
 def _wrong(value: Any, fault: str) -> Any:
     """`value` with a fault of FAULTS."""
     if isinstance(value, torch.dtype):
-        return torch.int16
+        return torch.int16 if fault == "dtype" else torch.float64
     if isinstance(value, int):
         return 0 if fault == "zero" else value + 2
     found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "dtype": lambda t: t.to(torch.float64 if t.dtype is torch.int8 else torch.int32),
         "shape": lambda t: torch.cat((t, t[..., :1]), -1),
+        "float64": lambda t: t.double(),
         "axes": lambda t: t[None],
         "stride": lambda t: t.repeat_interleave(2, -1)[..., ::2],
         "device": lambda t: t.to("meta"),
@@ -203,6 +210,7 @@ def _wrong(value: Any, fault: str) -> Any:
         "one row": lambda t: t[:1],  # beside a table with several
         "odd n": lambda t: t,  # of the case itself, as are the next ones
         "largest k": lambda t: t,
+        "width": lambda t: t,
     }
     return found[fault](value)
 

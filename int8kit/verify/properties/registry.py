@@ -24,6 +24,7 @@ from int8kit.verify.properties import (
     exhaustive,
     gemm,
     gemm_calls,
+    gradients,
     launch_cache,
     lookups,
     operator_tables,
@@ -221,6 +222,10 @@ PROPERTIES: dict[str, Property] = {
             "operators", "each half of a torch operator has the bits and the layout of the reference",
             operators.check, strategy=lambda tiles, budget: operator_tables.examples(),
             always=lambda tiles, budget: operator_tables.always(),
+        ),
+        _all_of_int8kit(
+            "gradients", "derivatives of the linears, and x under autocast, are as defined", gradients.check,
+            strategy=lambda tiles, budget: gradients.examples(), always=lambda tiles, budget: gradients.always(),
         ),
         _all_of_int8kit(
             "lookup", "a plan and its text choose the configuration that the rule names", lookups.check,

@@ -218,11 +218,12 @@ def _with_special(data: torch.Tensor) -> torch.Tensor:
 
 
 def _with_extremes(data: torch.Tensor) -> torch.Tensor:
-    """`data` times a number from 2**-12 to 2**12 in each element, and then 1, -1, -0 and a subnormal number.
+    """`data` times a power of two in each element, the largest near the end of fp16, and 1, -1, -0 and a subnormal.
 
     A NaN or an infinity would hide the rest of the row: its scale is NaN.
     """
-    spread = data * 2.0 ** ((torch.arange(data.numel()) * 5).reshape(data.shape) % 25 - 12)
+    most = 13 if data.dtype is torch.float16 else 30
+    spread = data * 2.0 ** ((torch.arange(data.numel()) * 5).reshape(data.shape) % (2 * most + 1) - most)
     first = spread if spread.dim() == 1 else spread[0]
     values = torch.tensor((1.0, -1.0, -0.0, torch.finfo(data.dtype).smallest_normal / 4), dtype=data.dtype)
     first[: len(values)] = values[: len(first)]
