@@ -64,6 +64,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
 
 
 def _is_long(item):
+    """Whether a test is marked long, or compiles kernels for the present GPU."""
+    if "gpu" in item.path.parts and torch.cuda.is_available():
+        return True
     return any(item.get_closest_marker(name) for name in ("slow", "process"))
 
 

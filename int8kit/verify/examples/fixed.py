@@ -34,7 +34,7 @@ RANGES: Mapping[str, tuple[int, int]] = MappingProxyType(
 
 BIAS_DTYPES = (None, *OUT_DTYPES)
 MIDDLE_K = (5100, 7333, 10500, 15200, 21999, 31111, 44800, 64001, 92222)
-MIDDLE_M_N = (250, 511, 1050, 2222, 4500, 9100, 18500, 37000)
+MIDDLE_M_N = (250, 511, 1050, 2150, 4400, 8900, 18000, 36000)
 """Extents between the drawn ones and the largest of RANGES."""
 
 SMALL_TILES = (  # many tiles, swizzle groups and k-steps in a small matrix

@@ -197,7 +197,7 @@ PROPERTIES: dict[str, Property] = {
             "launch cache", "a launch never runs the kernel of another launch", launch_cache.check, _needs_a_cache,
             strategy=lambda tiles, budget: sampled_from(tuple(launch_cache.pairs(tiles))),
             always=lambda tiles, budget: launch_cache.pairs(tiles) if budget.large_k else (),  # no cache, no need
-            cost=50, scope="int8kit", mutants_of=tuple(Kernel),
+            cost=50, scope="int8kit", mutants_of=tuple(Kernel), shares=4,
         ),
         Property("configuration", "any two configurations give the same bits", gemm.configuration,
                  _needs_configurations, strategy=_two_configurations),
