@@ -1,0 +1,105 @@
+"""The blocks of Ideogram 4 by the stock model's own operations, on rows in runs.
+
+    x = run(layers, x, modulations, prompt, joined=..., masked=..., compiled=...)
+
+All variants without fused row kernels take this way: bf16, fp8, nf4, fake-quant, and unfused INT8. Each operation and
+its order are the stock block's, so a difference comes from a GEMM or an attention of another size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from int8kit.runtime import attention, tied_weights
+from int8kit.runtime.joined import scaled
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+def run(
+    layers: Sequence[Any],
+    x: torch.Tensor,
+    modulations: Sequence[Tensors],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    lengths: tuple[int, ...],
+    *,
+    joined: bool,
+    masked: int,
+    compiled: bool,
+) -> torch.Tensor:
+    """The residual stream [M, W] after all blocks. modulations: for each block scale, gate, scale, gate, each [S, W].
+
+    joined: plain linears that read the same input run as one GEMM. masked: see `attention.attend`. compiled: the block
+    runs through torch.compile.
+    """
+    step = _compiled() if compiled else block
+    for layer, modulation in zip(layers, modulations, strict=True):
+        weights = _joined_weights(layer) if joined else (None, None)
+        x = step(layer, x, modulation, cos, sin, lengths, weights, masked)
+    return x
+
+
+def block(
+    layer: Any,
+    x: torch.Tensor,
+    modulation: Tensors,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    lengths: tuple[int, ...],
+    weights: tuple[torch.Tensor | None, torch.Tensor | None],
+    masked: int,
+) -> torch.Tensor:
+    """One block: [M, W] -> [M, W]. weights: the joined ones of q, k, v and of w1, w3; None: each linear by itself."""
+    scale, gate, ffn_scale, ffn_gate = modulation
+    module, feed_forward = layer.attention, layer.feed_forward
+    h = scaled(layer.attention_norm1(x), 1.0 + scale)
+    if weights[0] is None:
+        q, k, v = module.to_q(h), module.to_k(h), module.to_v(h)
+    else:
+        q, k, v = torch.nn.functional.linear(h, weights[0]).chunk(3, -1)
+    q, k = (
+        _rotated(norm(part.unflatten(-1, (module.num_heads, -1))), cos, sin)
+        for norm, part in ((module.norm_q, q), (module.norm_k, k))
+    )
+    h = module.to_out[0](attention.attend(q, k, v, lengths, module.num_heads, masked))
+    x = x + scaled(layer.attention_norm2(h), gate)
+    h = scaled(layer.ffn_norm1(x), 1.0 + ffn_scale)
+    if weights[1] is None:
+        first, third = feed_forward.w1(h), feed_forward.w3(h)
+    else:
+        first, third = torch.nn.functional.linear(h, weights[1]).chunk(2, -1)
+    h = feed_forward.w2(torch.nn.functional.silu(first) * third)
+    return x + scaled(layer.ffn_norm2(h), ffn_gate)
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE of heads x [M, H, D] by tables [M, D] -> [M, H D]."""
+    first, second = x.chunk(2, -1)
+    turned = torch.cat((-second, first), -1)
+    return ((x * cos[:, None]) + (turned * sin[:, None])).flatten(-2)
+
+
+def _joined_weights(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The joined weights of q, k, v and of w1, w3, if all of them are plain linears without a bias."""
+    first, second = (
+        [layer.attention.to_q, layer.attention.to_k, layer.attention.to_v],
+        [layer.feed_forward.w1, layer.feed_forward.w3],
+    )
+    return _joined(first), _joined(second)
+
+
+def _joined(linears: Sequence[Any]) -> torch.Tensor | None:
+    if all(type(linear) is torch.nn.Linear and linear.bias is None for linear in linears):
+        return tied_weights.side_by_side(linears)
+    return None
+
+
+@functools.cache
+def _compiled() -> Callable[..., torch.Tensor]:
+    """`block` by torch.compile, for any number of rows."""
+    return torch.compile(block, dynamic=True)

@@ -1,0 +1,66 @@
+"""One weight in the memory of several linears, so that a joined GEMM costs no second copy.
+
+    side_by_side([q, k, v])  ->  [3 N, K], whose parts are the weights of the three
+    in_turn(gate, up)        ->  [2 F, K], whose row 2 j is row j of the gate, and row 2 j + 1 row j of the up
+
+The linears stay as they are: names, state dicts and adapters see no change. Their weights become views of one tensor.
+`Module.to` parts them again, and the next call joins them again. Of each call, one weight exists twice for a moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def side_by_side(linears: Sequence[torch.nn.Linear]) -> torch.Tensor:
+    """The joined weight [sum of N, K] of `linears` with weights [N, K] of one dtype, on one device."""
+    weights = [linear.weight for linear in linears]
+    rows = sum(len(weight) for weight in weights)
+    if not _are_adjacent(weights):
+        with torch.inference_mode(False), torch.no_grad():
+            whole = torch.cat([weight.detach() for weight in weights])
+            for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
+                weight.data = part
+    first = weights[0].detach()
+    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1), first.storage_offset())
+
+
+def in_turn(gate: torch.nn.Linear, up: torch.nn.Linear) -> torch.Tensor:
+    """The joined weight [2 F, K] of two linears with weights [F, K], whose rows alternate."""
+    weights = [gate.weight, up.weight]
+    rows, width = gate.weight.shape
+    if not _alternate(weights):
+        with torch.inference_mode(False), torch.no_grad():
+            whole = torch.stack([weight.detach() for weight in weights], 1)
+            for index, weight in enumerate(weights):
+                weight.data = whole[:, index]
+    first = gate.weight.detach()
+    return first.as_strided((2 * rows, width), (width, 1), first.storage_offset())
+
+
+def _are_adjacent(weights: Sequence[torch.Tensor]) -> bool:
+    """Whether each weight begins in memory where the one before ends."""
+    end = weights[0].storage_offset()
+    memory = weights[0].untyped_storage().data_ptr()
+    for weight in weights:
+        if (
+            weight.untyped_storage().data_ptr() != memory
+            or weight.storage_offset() != end
+            or not weight.is_contiguous()
+        ):
+            return False
+        end += weight.numel()
+    return True
+
+
+def _alternate(weights: Sequence[torch.Tensor]) -> bool:
+    """Whether the rows of two weights alternate in memory."""
+    first, second = weights
+    width = first.shape[1]
+    return (
+        first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        and first.stride() == second.stride() == (2 * width, 1)
+        and second.storage_offset() == first.storage_offset() + width
+    )
