@@ -108,7 +108,7 @@ def optimize(
             former: dict[Int8Linear, torch.nn.Module | None] = {getattr(p.parent, p.leaf): p.linear for p in gone}
             new[name] = _Record(replaced, left, former, notes[name])
             _park(gone, model)
-            if not fuse.fused(model) and not lora.has_adapters(model) and fuse.fuse(model):
+            if not fuse.fused(model) and fuse.fuse(model, gpu):
                 fused.append(model)
         lora.prepare(pipe)
     except BaseException:

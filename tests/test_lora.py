@@ -10,7 +10,6 @@ from int8kit import models, optimize, reference, restore
 from int8kit.adapters import peft_layers
 from int8kit.errors import InputError
 from int8kit.integrations import lora
-from int8kit.runtime import fuse
 
 BLOCK = (
     "attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "feed_forward.w1", "feed_forward.w2",
@@ -311,19 +310,6 @@ def test_models_check_by_themselves(pipe):
     }
     model.load_lora_adapter(kohya, adapter_name="y")
     assert torch.equal(model.layers[0].attention.to_q.lora_B["y"].weight, B)
-
-
-def test_joined_models_refuse_a_lora(pipe):
-    unregister = fuse.register("Ideogram4Transformer2DModel", lambda model: lambda: None)
-    try:
-        fuse.fuse(pipe.transformer)
-        with pytest.raises(InputError, match=r"linears are joined now; call int8kit\.runtime\.fuse\.undo\(model\)"):
-            pipe.load_lora_weights(dict(GOOD))
-        fuse.undo(pipe.transformer)
-        pipe.load_lora_weights(dict(GOOD))
-        assert hasattr(pipe.transformer.layers[0].attention.to_k, "lora_A")
-    finally:
-        unregister()
 
 
 def test_release_gives_the_loaders_back(pipe):

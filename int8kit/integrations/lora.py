@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 
 from int8kit.errors import InputError
-from int8kit.runtime import fuse
 
 IDEOGRAM4 = "Ideogram4Transformer2DModel"
 PREFIXES = ("transformer.", "diffusion_model.", "conditional_transformer.")
@@ -97,11 +96,6 @@ def _load_adapter(
     model: Any, source: Any, prefix: str | None = "transformer", hotswap: bool = False, **options: Any
 ) -> None:
     """`model.load_lora_adapter` that refuses keys without a linear, and casts A and B to the model's dtype."""
-    if fuse.fused(model):
-        raise InputError(
-            f"a LoRA for {type(model).__name__}, whose linears are joined now; call int8kit.runtime.fuse.undo(model) "
-            "before you load it"
-        )
     before = set(getattr(model, "peft_config", ()))
     if isinstance(source, dict) and source and all(key.startswith(TEXT_ENCODERS) for key in source):
         return  # the pipeline gives these to the text encoders next

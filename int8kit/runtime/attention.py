@@ -57,7 +57,7 @@ def attend(
     if len(set(lengths)) == 1:
         return _batch(q, k, v, len(lengths), heads)
     runs_of = (t.split(list(lengths)) for t in (q, k, v))
-    return torch.cat([_batch(*run, 1, heads) for run in zip(*runs_of, strict=True)])
+    return torch.cat([_batch(q, k, v, 1, heads) for q, k, v in zip(*runs_of, strict=True)])
 
 
 def _batch(

@@ -9,7 +9,6 @@ or w3 is inside silu, so these two then run one after the other. Every other lin
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,7 +51,7 @@ def side_by_side(parts: Sequence[Any], given: Inputs, plans: Plans) -> torch.Ten
     if len(bases) < len(parts):
         return torch.cat([part(given.normed()) for part in parts], -1)
     weight = tied_weights.side_by_side(bases)
-    scales = _kept(bases, "scales", lambda: torch.cat([base.weight_scale for base in bases]))
+    scales = tied_weights.side_by_side(bases, "weight_scale")
     bias = _side_by_side_bias(bases)
     joined = ops.scaled_mm(given.q, weight, given.s, scales, bias, out_dtype=given.dtype, plan=plan_of(weight, plans))
     for part, out in zip(parts, joined.chunk(len(parts), -1), strict=True):
@@ -62,13 +61,14 @@ def side_by_side(parts: Sequence[Any], given: Inputs, plans: Plans) -> torch.Ten
 
 def gated(gate: Any, up: Any, given: Inputs, plans: Plans) -> torch.Tensor:
     """silu(gate(x)) * up(x), [M, F]."""
-    if not (type(gate) is type(up) is Int8Linear and (gate.bias is None) is (up.bias is None)):
+    pair = [base for part in (gate, up) if (base := _int8_base(part)) is not None and not _active(part)]
+    if len(pair) < 2 or (pair[0].bias is None) is not (pair[1].bias is None):
         hidden: torch.Tensor = torch.nn.functional.silu(gate(given.normed())) * up(given.normed())
         return hidden
-    weight = tied_weights.in_turn(gate, up)
-    pair = [gate, up]
-    scales = _kept(pair, "scales", lambda: torch.stack([one.weight_scale for one in pair], 1).flatten())
-    bias = None if gate.bias is None else torch.stack([gate.bias, up.bias], 1).flatten()  # type: ignore[list-item]
+    weight = tied_weights.in_turn(*pair)
+    scales = torch.stack([one.weight_scale for one in pair], 1).flatten()  # the kernel reads them without a stride
+    biases: list[torch.Tensor] = [one.bias for one in pair if one.bias is not None]
+    bias = torch.stack(biases, 1).flatten() if biases else None
     return ops.scaled_mm_swiglu(
         given.q, weight, given.s, scales, bias, out_dtype=given.dtype, plan=plan_of(weight, plans)
     )
@@ -94,20 +94,26 @@ def _int8_base(part: Any) -> Int8Linear | None:
     base = getattr(part, "base_layer", None)
     if type(base) is not Int8Linear or not hasattr(part, "lora_A"):
         return None
-    if getattr(part, "lora_variant", None) or (part.disable_adapters and part.merged):
-        return None  # such as DoRA; or peft takes a merged adapter out when the layer runs
+    if getattr(part, "lora_variant", None):  # such as DoRA
+        return None
+    if part.disable_adapters and part.merged:
+        part.unmerge()  # as peft's own forward does
     return base
+
+
+def _active(part: Any) -> list[str]:
+    """The LoRAs whose side path adds to the output of a linear now."""
+    if type(part) is Int8Linear or part.disable_adapters or part.merged:
+        return []
+    return [name for name in part.active_adapters if name in part.lora_A]
 
 
 def _add_adapters(part: Any, given: Inputs, out: torch.Tensor) -> None:
     """Add the active LoRAs of a linear to its output `out`, in place."""
-    if type(part) is Int8Linear or part.disable_adapters or part.merged:
-        return
-    for name in part.active_adapters:
-        if name in part.lora_A:
-            a, b = part.lora_A[name], part.lora_B[name]
-            x = part.lora_dropout[name](given.normed().to(a.weight.dtype))
-            out += b(a(x)) * part.scaling[name]
+    for name in _active(part):
+        a, b = part.lora_A[name], part.lora_B[name]
+        x = part.lora_dropout[name](given.normed().to(a.weight.dtype))
+        out += b(a(x)) * part.scaling[name]
 
 
 def _side_by_side_bias(bases: Sequence[Int8Linear]) -> torch.Tensor | None:
@@ -116,19 +122,3 @@ def _side_by_side_bias(bases: Sequence[Int8Linear]) -> torch.Tensor | None:
         return None
     zeros = [base.weight_scale.new_zeros(base.out_features) if base.bias is None else base.bias for base in bases]
     return torch.cat([bias.float() for bias in zeros])
-
-
-_KEPT: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, tuple[Any, torch.Tensor]]] = weakref.WeakKeyDictionary()
-
-
-def _kept(layers: Sequence[Int8Linear], what: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """A tensor made of the layers' scales, kept until one of these is another tensor or has other values."""
-    scales = [layer.weight_scale for layer in layers]
-    if any(scale.is_inference() for scale in scales):  # they count no versions
-        return make()
-    key = tuple((id(scale), scale.data_ptr(), scale._version) for scale in scales)
-    kept = _KEPT.setdefault(layers[0], {})
-    if what not in kept or kept[what][0] != key:
-        with torch.inference_mode(False), torch.no_grad():
-            kept[what] = key, make()
-    return kept[what][1]

@@ -10,24 +10,24 @@ The linears stay as they are: names, state dicts and adapters see no change. The
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 
-def side_by_side(linears: Sequence[torch.nn.Linear]) -> torch.Tensor:
-    """The joined weight [sum of N, K] of `linears` with weights [N, K] of one dtype, on one device."""
-    weights = [linear.weight for linear in linears]
-    rows = sum(len(weight) for weight in weights)
-    if not _are_adjacent(weights):
+def side_by_side(linears: Sequence[torch.nn.Module], name: str = "weight") -> torch.Tensor:
+    """The joined tensor [sum of N, ...] of tensors [N, ...] of `linears`, of one dtype and on one device."""
+    parts: list[torch.Tensor] = [getattr(linear, name) for linear in linears]
+    if not _are_adjacent(parts):
         with torch.inference_mode(False), torch.no_grad():
-            whole = torch.cat([weight.detach() for weight in weights])
-            for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
-                weight.data = part
-    first = weights[0].detach()
-    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1), first.storage_offset())
+            whole = torch.cat([part.detach() for part in parts])
+            for tensor, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+                tensor.data = rows
+    first = parts[0].detach()
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride(), first.storage_offset())
 
 
-def in_turn(gate: torch.nn.Linear, up: torch.nn.Linear) -> torch.Tensor:
+def in_turn(gate: Any, up: Any) -> torch.Tensor:
     """The joined weight [2 F, K] of two linears with weights [F, K], whose rows alternate."""
     weights = [gate.weight, up.weight]
     rows, width = gate.weight.shape
@@ -41,7 +41,7 @@ def in_turn(gate: torch.nn.Linear, up: torch.nn.Linear) -> torch.Tensor:
 
 
 def _are_adjacent(weights: Sequence[torch.Tensor]) -> bool:
-    """Whether each weight begins in memory where the one before ends."""
+    """Whether each tensor begins in memory where the one before ends."""
     end = weights[0].storage_offset()
     memory = weights[0].untyped_storage().data_ptr()
     for weight in weights:
@@ -64,3 +64,12 @@ def _alternate(weights: Sequence[torch.Tensor]) -> bool:
         and first.stride() == second.stride() == (2 * width, 1)
         and second.storage_offset() == first.storage_offset() + width
     )
+
+
+def part(modules: Sequence[torch.nn.Module]) -> None:
+    """Give each linear among `modules` whose rows are not adjacent a weight of its own again."""
+    for module in modules:
+        weight = module._parameters.get("weight")
+        if weight is not None and not weight.is_contiguous():
+            with torch.inference_mode(False), torch.no_grad():
+                weight.data = weight.detach().contiguous()
