@@ -24,7 +24,10 @@ def side_by_side(linears: Sequence[torch.nn.Module], name: str = "weight") -> to
             for tensor, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
                 tensor.data = rows
     first = parts[0].detach()
-    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride(), first.storage_offset())
+    joined: torch.Tensor = first.as_strided(
+        (sum(map(len, parts)), *first.shape[1:]), first.stride(), first.storage_offset()
+    )
+    return joined
 
 
 def in_turn(gate: Any, up: Any) -> torch.Tensor:
