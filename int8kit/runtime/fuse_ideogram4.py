@@ -23,7 +23,6 @@ from int8kit.database import store
 from int8kit.runtime import packed_rows, tied_weights
 from int8kit.runtime.fuse import NotFused, Undo
 from int8kit.runtime.fused_ideogram4 import FusedIdeogram4, Prompt
-from int8kit.runtime.ideogram4 import UnmaskedAttention
 
 QUIET = "quiet"
 """A reason without a warning: the caller asked for the stock forward's own behaviour."""
@@ -180,8 +179,11 @@ def why_stock(
             return f"{name} has a hook, of an offload or of a cache"
     for layer in model.layers:
         processor = layer.attention.processor
-        own = type(processor) in (Ideogram4AttnProcessor, UnmaskedAttention)
-        if not own or processor._attention_backend is not None or processor._parallel_config is not None:
+        if (
+            type(processor) is not Ideogram4AttnProcessor
+            or processor._attention_backend is not None
+            or processor._parallel_config is not None
+        ):
             return "its attention has another processor or back end"
     return None
 

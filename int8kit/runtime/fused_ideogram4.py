@@ -77,6 +77,12 @@ class FusedIdeogram4:
         layers = self.model.layers
         return self.repairs.fused_rows and any(joined.is_int8(part) for part in _linears(layers[0]))
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the blocks."""
+        device: torch.device = self.model.embed_image_indicator.weight.device
+        return device
+
     @torch.no_grad()
     def prompt(self, features: torch.Tensor, positions: torch.Tensor, rows: Rows) -> Prompt:
         """The prompts of a batch. features: [texts, F] of the text rows in order; positions: [M, 3] of all rows."""

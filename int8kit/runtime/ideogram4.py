@@ -1,61 +1,35 @@
-"""Ideogram 4 on INT8 linears: diffusers' `Ideogram4Pipeline`, placed so that it fits one GPU with 24 GB.
+"""Ideogram 4 from diffusers' `Ideogram4Pipeline`: loading, prompts, the linears of a variant, and decoding.
 
-    load(model)         -> the stock pipeline, on the CPU
-    prepare(pipe, ...)  -> an Int8Pipeline with an encoded prompt and two INT8 transformers, on the device
+    pipe = load(model)                                  the stock pipeline, on the CPU
+    features = [encode(pipe, prompt, device), ...]      text features of each prompt
+    parts = prepare(pipe, variant, repairs, ...)        both transformers on the device, with their fused forwards
+    images = decode(pipe, latents, height, width)
 
-Memory: the text encoder (16 GB in bf16) and the two INT8 transformers (20 GB) are never on the GPU together. The prompt
-is encoded first, then the encoder returns to the CPU.
-
-Text slots: one per token of the prompt. The stock pipeline has 2048 and masks the unused ones. At 1024 px
-that takes half as long again.
-
-Attention mask: without padding, the mask of one prompt is true everywhere, so it is removed. Torch's flash attention,
-which accepts no mask, then runs on consumer GPUs.
+Memory: the text encoder (16 GB in bf16) and the two INT8 transformers (20 GB) are never on the GPU together. The
+prompts are encoded first, then the encoder returns to the CPU.
 """
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers import Ideogram4Pipeline
-from diffusers.models.transformers.transformer_ideogram4 import Ideogram4Attention, Ideogram4AttnProcessor
 
 from int8kit import models
-from int8kit.database.database import Choice, Database
 from int8kit.errors import FileError, InputError
+from int8kit.layers import Int8Linear
 from int8kit.lookup import Plan
 from int8kit.models import PATCH
-from int8kit.quantization import replace_linears
+from int8kit.runtime import variants
+from int8kit.runtime.fused_ideogram4 import FusedIdeogram4
+from int8kit.runtime.repairs import Repairs
 from int8kit.spec import GemmShape
-from int8kit.toolchain import Toolchain
 
 MAX_TEXT_TOKENS = 2048
 BRANCHES = {"cond": "transformer", "uncond": "unconditional_transformer"}
-
-
-class UnmaskedAttention(Ideogram4AttnProcessor):
-    """Stock attention without its mask, for one prompt without padding, where the mask is true everywhere."""
-
-    def __call__(self, attn: Any, hidden_states: Any, attention_mask: Any, image_rotary_emb: Any) -> Any:
-        """Output of the stock processor without a mask; `attention_mask` is ignored."""
-        return super().__call__(attn, hidden_states, None, image_rotary_emb)
-
-
-class Int8Pipeline(Ideogram4Pipeline):
-    """Stock pipeline with an encoded prompt. It runs on `run_device`, regardless of the devices of its parts."""
-
-    encoded: tuple[torch.Tensor, ...]
-    run_device: torch.device
-
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        """The prompt as encoded by `prepare`; all arguments are ignored."""
-        return self.encoded
-
-    @property
-    def _execution_device(self) -> torch.device:
-        return self.run_device
 
 
 def load(model: str) -> Any:
@@ -86,52 +60,75 @@ def count_tokens(pipe: Any, prompt: str) -> int:
     return tokens
 
 
-def unmask(transformer: torch.nn.Module) -> None:
-    """Make every attention of `transformer` ignore its mask."""
-    for module in transformer.modules():
-        if isinstance(module, Ideogram4Attention):
-            module.set_processor(UnmaskedAttention())
+@torch.no_grad()
+def encode(pipe: Any, prompts: Sequence[str], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """The text features [tokens, F] of each prompt, in the transformer's dtype. Returns the encoder to the CPU.
+
+    Each prompt is encoded by itself, so that its features do not depend on the others.
+    """
+    pipe.text_encoder.to(device)
+    made: dict[str, torch.Tensor] = {}
+    for prompt in prompts:
+        if prompt not in made:
+            tokens = count_tokens(pipe, prompt)
+            features = Ideogram4Pipeline.encode_prompt(pipe, prompt, 0, 0, tokens, device)[0]
+            made[prompt] = features[0].to(pipe.transformer.dtype)
+    pipe.text_encoder.to("cpu")
+    return tuple(made[prompt] for prompt in prompts)
 
 
 def prepare(
     pipe: Any,
-    prompt: str,
-    case: models.Case,
-    database: Database,
+    variant: str,
+    repairs: Repairs,
+    plans: Callable[[int, int], Plan],
     device: torch.device,
-    toolchain: Toolchain,
-) -> tuple[Int8Pipeline, list[tuple[Choice, int]]]:
-    """Encode the prompt, quantize both transformers, and move them and the VAE to `device`.
+    *,
+    compiled: bool = False,
+) -> tuple[FusedIdeogram4, FusedIdeogram4]:
+    """Give both transformers the linears of `variant`, and move them and the VAE to `device`.
 
-    Returns the pipeline and, for each GEMM shape of a step, the choice from the database and the number of layers of
-    that shape. The database is not used after this call.
+    plans: the plan of a weight [n, k]. Returns the forwards of the conditional and the unconditional branch.
     """
-    int8 = Int8Pipeline(**pipe.components)
-    int8.run_device = device
-    encoder = int8.text_encoder.to(device)
-    grid = case.height // PATCH, case.width // PATCH
-    with torch.no_grad():
-        encoded = Ideogram4Pipeline.encode_prompt(int8, prompt, *grid, case.text_slots, device)
-    # Stock keeps float32 features of both branches through the loop, beside bf16 copies: 1.8 GB at 1024 px.
-    int8.encoded = (encoded[0].to(int8.transformer.dtype), *encoded[1:])
-    encoder.to("cpu")
-
-    model = models.MODELS["ideogram4"]
-    rows = {"cond": case.batch * (case.text_slots + case.image_tokens), "uncond": case.batch * case.image_tokens}
-    plans: dict[tuple[int, int], Plan] = {}
-
-    def plan(n: int, k: int) -> Plan:
-        if (n, k) not in plans:
-            plans[n, k] = database.plan(n, k, toolchain)
-        return plans[n, k]
-
-    layers: dict[GemmShape, int] = {}
-    for branch, part in BRANCHES.items():
-        transformer = getattr(int8, part)
-        for layer in replace_linears(transformer, model.quantizes, plan, device).values():
-            shape = GemmShape(rows[branch], layer.out_features, layer.in_features)
-            layers[shape] = layers.get(shape, 0) + 1
-        unmask(transformer)
+    quantizes = models.MODELS["ideogram4"].quantizes
+    made = []
+    for part in BRANCHES.values():
+        transformer = getattr(pipe, part)
+        variants.convert(transformer, variant, quantizes, plans, device, compiled=compiled)
         transformer.to(device)
-    int8.vae.to(device)
-    return int8, [(database.resolve(shape, toolchain), count) for shape, count in sorted(layers.items())]
+        made.append(FusedIdeogram4(transformer, repairs, plans=plans, compiled=compiled))
+    pipe.vae.to(device)
+    cond, uncond = made
+    return cond, uncond
+
+
+def gemms(branch: FusedIdeogram4, rows: int, texts: int) -> dict[GemmShape, int]:
+    """The INT8 GEMMs of one forward and the number of each. rows: of the sequence; texts: of the text projection."""
+    joins = branch.is_fused and branch.repairs.joined
+    joined = {"to_q": 3, "to_k": 0, "to_v": 0, "w1": 2, "w3": 0} if joins else {}
+    found: dict[GemmShape, int] = {}
+    for name, layer in branch.model.named_modules():
+        factor = joined.get(name.rpartition(".")[2], 1)
+        if not isinstance(layer, Int8Linear) or not factor:
+            continue
+        m = texts if name == "llm_cond_proj" else rows
+        if m:
+            shape = GemmShape(m, layer.out_features * factor, layer.in_features)
+            found[shape] = found.get(shape, 0) + 1
+    return found
+
+
+@torch.no_grad()
+def decode(pipe: Any, latents: torch.Tensor, height: int, width: int, output_type: str = "pil") -> list[Any]:
+    """The images of latents [B, T, C], one at a time: each needs much memory, and none depends on the others."""
+    vae, patch = pipe.vae, pipe.patch_size
+    mean = vae.bn.running_mean.view(1, 1, -1).to(latents)
+    std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps).view(1, 1, -1).to(latents)
+    rows, columns = height // PATCH, width // PATCH
+    images = []
+    for one in latents.split(1):
+        z = (one * std + mean).view(1, rows, columns, patch, patch, -1)
+        z = z.permute(0, 5, 1, 3, 2, 4).reshape(1, -1, rows * patch, columns * patch)
+        decoded = vae.decode(z.to(vae.dtype), return_dict=False)[0]
+        images += list(pipe.image_processor.postprocess(decoded.float(), output_type=output_type))
+    return images

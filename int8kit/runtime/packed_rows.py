@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from int8kit.models import IMAGE, IMAGE_POSITION_OFFSET, TEXT
+from int8kit.models import IMAGE, IMAGE_POSITION_OFFSET, PAD, TEXT
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,34 @@ def pack(segments: torch.Tensor, indicator: torch.Tensor, *, trim: bool = True) 
     return _rows(every, kinds.flatten()[every], lengths, samples, indicator.device)
 
 
-def tight(texts: Sequence[int], images: int, device: torch.device) -> Rows:
-    """The rows of samples without padding: for each, `texts` text rows and then `images` image rows."""
-    kinds = torch.cat([torch.cat([torch.full((n,), TEXT), torch.full((images,), IMAGE)]) for n in texts])
-    return _rows(torch.arange(len(kinds)), kinds, [n + images for n in texts], list(range(len(texts))), device)
+def tight(texts: Sequence[int], images: int, device: torch.device, slots: int = 0) -> Rows:
+    """The rows of samples in order: for each, padding up to `slots`, `texts` text rows, and `images` image rows.
+
+    The padding of a sample is a run of its own. With slots = 0 there is none.
+    """
+    kinds, lengths, samples = [], [], []
+    for sample, n in enumerate(texts):
+        padding = max(slots - n, 0)
+        kinds += [torch.full((padding,), PAD), torch.full((n,), TEXT), torch.full((images,), IMAGE)]
+        for length in (padding, n + images):
+            if length:
+                lengths.append(length)
+                samples.append(sample)
+    every = torch.cat(kinds)
+    return _rows(torch.arange(len(every)), every, lengths, samples, device)
 
 
-def positions(texts: Sequence[int], height: int, width: int) -> torch.Tensor:
+def positions(texts: Sequence[int], height: int, width: int, slots: int = 0) -> torch.Tensor:
     """Positions [M, 3] of the rows of `tight` on the CPU: (i, i, i) for text, (0, y, x) with an offset for an image.
 
-    height, width: of the image, in image tokens.
+    height, width: of the image, in image tokens. Padding has position 0.
     """
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     image = torch.stack([torch.zeros_like(y), y, x], -1).flatten(0, 1) + IMAGE_POSITION_OFFSET
-    parts = [part for n in texts for part in (torch.arange(n)[:, None].expand(n, 3), image)]
+    parts = []
+    for n in texts:
+        padding = torch.zeros(max(slots - n, 0), 3, dtype=torch.long)
+        parts += [padding, torch.arange(n)[:, None].expand(n, 3), image]
     return torch.cat(parts)
 
 
