@@ -1,7 +1,8 @@
 """Int8 weights from linears of other libraries: bitsandbytes, torchao, quanto, fp8 and int8 with scales.
 
-    why_left(linear)   ->  "" or the reason for which the weight alone does not define the linear
-    quantized(linear)  ->  (weight [N, K] int8, weight_scale [N] fp32)
+    why_left(linear)      ->  "" or the reason for which the weight alone does not define the linear
+    quantized(linear)     ->  (weight [N, K] int8, weight_scale [N] fp32)
+    float_weight(linear)  ->  weight [N, K] of floats
 
 A weight that is int8 with a scale per output channel keeps its integers and its scales. Any other known format is
 dequantized first. An unknown format is refused in one line, and never taken for a weight. No library is imported
@@ -77,15 +78,7 @@ def quantized(linear: torch.nn.Linear, device: torch.device | str | None = None)
     Raises InputError for a linear that `why_left` refuses, a weight on meta, an unknown format and a weight that is not
     finite.
     """
-    if reason := why_left(linear):
-        raise InputError(f"cannot take the weight of this linear: {reason}")
-    device = None if device is None else usable(device)
-    weight = linear.weight.detach()
-    if weight.is_meta:
-        raise InputError("the weight is on the device meta and has no values; load or move the weights first")
-    found = _bitsandbytes(linear)
-    if found is None:
-        found = _beside(linear, weight)
+    found, device = _read(linear, device)
     if isinstance(found, torch.Tensor):
         _check_shape(linear, found)
         moved = found if device is None else found.to(device)
@@ -97,6 +90,35 @@ def quantized(linear: torch.nn.Linear, device: torch.device | str | None = None)
         rows = int((~scale.isfinite()).sum())
         raise InputError(f"{rows} of {len(scale)} rows of the weight hold a NaN or an infinity; load the weights again")
     return wq, scale
+
+
+def float_weight(linear: torch.nn.Linear, device: torch.device | str | None = None) -> torch.Tensor:
+    """The weight [N, K] of `linear` in bf16, fp16, fp32 or fp64, on `device` if given. Int8 with scales gives fp32.
+
+    A plain weight on the same device is returned as it is, without a copy. Raises InputError as `quantized` does, but
+    the values are not looked at.
+    """
+    found, device = _read(linear, device)
+    if isinstance(found, torch.Tensor):
+        _check_shape(linear, found)
+        return found if device is None else found.to(device)
+    _check_shape(linear, found[0])
+    wq, scale = (part if device is None else part.to(device) for part in found)
+    return wq * scale[:, None]
+
+
+def _read(
+    linear: torch.nn.Linear, device: torch.device | str | None
+) -> tuple[torch.Tensor | Int8, torch.device | None]:
+    """The weight of `linear` where it lies, in floats or in int8 with scales, and the checked `device`."""
+    if reason := why_left(linear):
+        raise InputError(f"cannot take the weight of this linear: {reason}")
+    device = None if device is None else usable(device)
+    weight = linear.weight.detach()
+    if weight.is_meta:
+        raise InputError("the weight is on the device meta and has no values; load or move the weights first")
+    found = _bitsandbytes(linear)
+    return (_beside(linear, weight) if found is None else found), device
 
 
 def usable(device: torch.device | str) -> torch.device:
@@ -138,7 +160,7 @@ def _bitsandbytes(linear: torch.nn.Linear) -> torch.Tensor | Int8 | None:
     weight: Any = linear.weight
     state = getattr(weight, "quant_state", None)
     if state is not None:
-        return _four_bits(weight.data, state)
+        return four_bits(weight.data, state)
     if is_of(weight, "bitsandbytes", "Params4bit") and not weight.is_floating_point():
         raise InputError(f"a 4-bit weight of bitsandbytes without its quant_state: it cannot be read; {_PLAIN}")
     if is_of(weight, "bitsandbytes", "Int8Params") and weight.dtype is torch.int8:
@@ -150,8 +172,8 @@ def _bitsandbytes(linear: torch.nn.Linear) -> torch.Tensor | Int8 | None:
     return None
 
 
-def _four_bits(packed: torch.Tensor, state: Any) -> torch.Tensor:
-    """The float weight of a packed NF4 or FP4 weight, of the dtype and shape that `state` holds."""
+def four_bits(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """The float weight of a packed NF4 or FP4 weight, of the dtype and shape that its `quant_state` holds."""
     import bitsandbytes
 
     if packed.is_cuda or state.shape[-1] % state.blocksize == 0:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from int8kit import InputError, Int8Linear, quantize_, reference
-from int8kit.foreign_weights import quantized, why_left
+from int8kit.foreign_weights import float_weight, quantized, why_left
 
 FP8 = torch.float8_e4m3fn
 
@@ -274,3 +274,19 @@ def test_quantize_names_a_wrong_argument(settings, words):
         quantize_(model, **settings)
     assert "\n" not in str(end.value)
     assert type(model[0]) is torch.nn.Linear
+
+
+def test_float_weights():
+    plain = linear(weight_of().bfloat16())
+    assert float_weight(plain).data_ptr() == plain.weight.data_ptr()
+    scale = torch.rand(32) + 0.5
+    for weight in (weight_of().to(FP8), (100 * weight_of()).to(torch.int8)):
+        made = float_weight(linear(weight, weight_scale=scale), "cpu")
+        assert torch.equal(made, weight.float() * scale[:, None])
+        with pytest.raises(InputError, match="no scale"):
+            float_weight(linear(weight))
+    with pytest.raises(InputError, match="on the device meta"):
+        float_weight(torch.nn.Linear(64, 32, device="meta"))
+    plain.out_features = 16
+    with pytest.raises(InputError, match=r"a weight \[32, 64\] of bfloat16: expected \[16, 64\]"):
+        float_weight(plain)
