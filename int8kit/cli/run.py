@@ -13,7 +13,11 @@ from int8kit.errors import InputError
 
 
 def run(
-    prompt: Annotated[str, typer.Option(help="Text of the image.")] = "a red bicycle against a white brick wall",
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Text of an image. Repeatable. Default: a red bicycle.", show_default=False),
+    ] = None,
+    images: Annotated[int, typer.Option(help="Number of images of each prompt, with seeds that follow.")] = 1,
     model: Annotated[
         str, typer.Option(help="tiny, a local folder in diffusers' layout, or the hub id of an Ideogram 4.")
     ] = "tiny",
@@ -22,6 +26,15 @@ def run(
     steps: Annotated[int | None, typer.Option(help="Number of steps. Default: the preset's; 4 for tiny.")] = None,
     guidance: Annotated[float | None, typer.Option(help="One guidance scale instead of the preset's schedule.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the initial noise.")] = 0,
+    variant: Annotated[
+        str, typer.Option(help="Linears: int8, bf16, fp8, nf4, fake-quant or unfused, in the same pipeline.")
+    ] = "int8",
+    without: Annotated[
+        list[str] | None, typer.Option(metavar="REPAIR", help="Switch a repair off, such as trim-text. Repeatable.")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Run the blocks of a variant without int8kit's kernels in torch.compile.")
+    ] = False,
     gpu: Annotated[
         str | None, typer.Option(help="GPU whose database is used. Default: the present one, else rtx3090.")
     ] = None,
@@ -52,14 +65,18 @@ def run(
     if output.suffix.lower() != ".png":
         raise InputError(f"--output {str(output)!r}: the image is a PNG; name it {output.stem or 'image'}.png")
     request = generate.ImageRequest(
-        prompt=prompt,
+        tuple(prompt or ("a red bicycle against a white brick wall",)),
         model=model,
         height=height,
         width=width,
         preset=preset,
         steps=4 if tiny and steps is None else steps,
         guidance=guidance,
+        images=images,
         seed=seed,
+        variant=variant,
+        without=tuple(without or ()),
+        compile=compiled,
         gpu=gpu,
         database=database,
         strict=strict,
@@ -68,7 +85,8 @@ def run(
     named = gpus.get(gpu) if gpu is not None else None
     if database is not None:
         store.load(database, named.alias if named else None)
-    files.check_target(output, ours=generate.is_ours, force=force)
+    for target in generate.targets(output, len(request.prompts) * images):
+        files.check_target(target, ours=generate.is_ours, force=force)
     with stages() as stage:
         step = stage("importing diffusers and transformers", 1)
         quiet_libraries()
@@ -79,12 +97,14 @@ def run(
             f"{len(unproven)} of {layout.count(len(outcome.choices), 'configuration')} not proven with the present "
             "kernels; see `int8kit verify`"
         )
-    generate.save(outcome, output)
+    paths = generate.save(outcome, output)
     took = {key: value for key, value in vars(outcome).items() if key.endswith(("_s", "_ms", "_gib"))}
     choices = [
         {"m": c.shape.m, "n": c.shape.n, "k": c.shape.k, "layers": count, "config": vars(c.config), "level": c.level,
          "why": c.provenance, "verified": c.is_verified} for c, count in outcome.choices
     ]  # fmt: skip
-    document = {"image": str(output), "device": outcome.device, "text_tokens": outcome.tokens, **took,
+    document = {"images": list(map(str, paths)), "device": outcome.device, "variant": variant, "fused": outcome.fused,
+                "attention": outcome.attention, "text_tokens": list(outcome.tokens), **took,
+                "until_first_step_s": outcome.until_first_step_s,
                 "databases": list(map(str, outcome.databases)), "configurations": choices}  # fmt: skip
-    show(document, f"{tables.run_tables(outcome)}\n\nwrote {output}", as_json)
+    show(document, f"{tables.run_tables(outcome)}\n\nwrote {', '.join(map(str, paths))}", as_json)

@@ -14,7 +14,7 @@ from int8kit.toolchain import Toolchain
 
 if TYPE_CHECKING:  # a verb needs only the packages of its stage
     from int8kit.doctor import Finding
-    from int8kit.runtime.generate import GeneratedImage
+    from int8kit.runtime.generate import GeneratedImages
     from int8kit.runtime.layer_errors import Branch
     from int8kit.verify.compare_implementations import Column
     from int8kit.verify.mutation.campaign import Verdict
@@ -251,16 +251,22 @@ def doctor_table(findings: Iterable[Finding]) -> str:
     return "\n".join(lines)
 
 
-def run_tables(outcome: GeneratedImage) -> str:
+def run_tables(outcome: GeneratedImages) -> str:
     """The configurations of an image, and the time and memory that it took."""
     rows = [(c.shape, n, c.config, c.level, "yes" if c.is_verified else "no", c.provenance) for c, n in outcome.choices]
     head = ("M x N x K", "layers", "tile", "level", "proven", "why")
     configs = fit(rows, head, drop=("why",), wrap="why", left="tile,level,proven,why")
+    blocks = "int8kit's kernels" if outcome.fused else "torch"
     took = [
+        ("start and imports", f"{outcome.start_s:.2f} s"),
         ("load", f"{outcome.load_s:.2f} s"),
-        ("encode and quantize", f"{outcome.prepare_s:.2f} s"),
-        (count(outcome.steps, "step"), f"{outcome.denoise_s:.2f} s (median {outcome.step_ms:.0f} ms)"),
+        ("encode the prompts", f"{outcome.encode_s:.2f} s"),
+        (f"prepare the linears, {outcome.request.variant}", f"{outcome.prepare_s:.2f} s"),
+        ("text projection, adaLN, noise", f"{outcome.ahead_s:.2f} s"),
+        ("first step", f"{outcome.first_step_s:.2f} s, {outcome.until_first_step_s:.2f} s from the start"),
+        (count(outcome.steps, "step"), f"{outcome.denoise_s:.2f} s (median after the first {outcome.step_ms:.0f} ms)"),
         ("decode", f"{outcome.decode_s:.2f} s"),
+        ("blocks, attention", f"{blocks}, {outcome.attention}"),
         ("peak memory", f"{outcome.peak_gib:.2f} GiB ({outcome.device})"),
     ]
     return f"{configs}\n\n{tabulate(took, disable_numparse=True)}"

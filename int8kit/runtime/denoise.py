@@ -85,7 +85,10 @@ class FusedBranches:
         return self._velocity(1, latents, step)
 
     def release(self) -> int:
-        """Move weights that the steps do not need to the CPU -> their bytes. None if a repair is off that hoists them."""
+        """Move weights that the steps do not need to the CPU -> their bytes.
+
+        It moves none if a repair is off that computes ahead of the steps.
+        """
         repairs = self._models[0].repairs
         if not (repairs.text_once and repairs.modulation_ahead):
             return 0

@@ -40,7 +40,8 @@ def in_turn(gate: Any, up: Any) -> torch.Tensor:
             for index, weight in enumerate(weights):
                 weight.data = whole[:, index]
     first = gate.weight.detach()
-    return first.as_strided((2 * rows, width), (width, 1), first.storage_offset())
+    joined: torch.Tensor = first.as_strided((2 * rows, width), (width, 1), first.storage_offset())
+    return joined
 
 
 def _are_adjacent(weights: Sequence[torch.Tensor]) -> bool:
