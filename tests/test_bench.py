@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from int8kit import gpus, shapes_file
-from int8kit.bench import contestants, gemm
+from int8kit.bench import contestants, gemm, results
 from int8kit.bench.contestants import Contestant
 from int8kit.cli import tables
+from int8kit.database import store
 from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
 from int8kit.spec import GemmShape
 from int8kit.timing import captured, gpu_state, interleave
 from int8kit.timing.captured import PreparedContestant
 from int8kit.timing.interleave import Times
 from int8kit.timing.operands import COPIES_MAX, TimingOperands, differing, poison, poisoned, weight_copies
+from int8kit.toolchain import ANY_TOOLCHAIN
 
 H200 = gpus.get("h200")
 SHAPE = GemmShape(33, 64, 96)
@@ -117,10 +119,26 @@ def test_document(result):
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert next(iter(document)) == "format"
     assert document["complete"]
-    row = document["shapes"][0]["rows"][1]
-    assert (row["p20_us"], row["p50_us"], row["p80_us"], row["timed_by"]) == (16, 20, 24, "host")
+    details, [row, *others] = document["details"], document["rows"][1:]
+    assert (row["p20"], row["p50"], row["p80"], row["unit"], row["rounds"]) == (16, 20, 24, "us", 3)
+    assert (row["shape"], row["m"], row["n"], row["k"], row["timed_by"]) == (0, 33, 64, 96, "host")
     assert row["tops"] == round(SHAPE.flops / 20 / 1e6, 1)
-    assert document["contestants"][0]["what"]
+    assert [other["shape"] for other in others] == sorted(other["shape"] for other in others)
+    assert len(document["rows"]) == sum(len(shape["rows"]) for shape in result.shapes)
+    assert [set(shape) for shape in details["shapes"]] == [{"m", "n", "k", "elements", "gpu_state", "absent"}] * 2
+    assert details["contestants"][0]["what"]
+    assert details["contestants"][0]["entries"] == len(store.merged_view(H200, ANY_TOOLCHAIN)[0].entries)
+    assert (details["gpu"], details["int8_tops"], details["rounds"]) == ("NVIDIA H200", H200.int8_tops, 3)
+    assert document["policy"]["timing"] == interleave.shared_policy()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("bench-result")
+def test_a_document_is_a_result_file(result, tmp_path):
+    results.write(tmp_path / "r.json", result.document())
+    read = results.read(tmp_path / "r.json")
+    assert (read.benchmark, read.device, read.gpu, read.complete) == ("gemm", "cpu", None, True)
+    assert [row.p50 for row in read.rows] == [row["p50"] for shape in result.shapes for row in shape["rows"]]
 
 
 @pytest.mark.slow
@@ -146,7 +164,7 @@ def test_ratios_and_ties():
     own, other = (Contestant(name, "gemm", "", right, ours=name == "a") for name in "ab")
 
     def times(us):
-        return dict(zip(("p20_us", "p50_us", "p80_us"), us, strict=True))
+        return dict(zip(("p20", "p50", "p80"), us, strict=True))
 
     def shape(m, a, b):
         rows = [
@@ -206,7 +224,8 @@ def test_an_interrupt_keeps_the_finished_shapes(tmp_path):
     )
     assert heard == ["[1/2] 33x64x96: a gemm 10.0 us; 0 absent"]
     kept = json.loads((tmp_path / "b.json").read_text())
-    assert (kept["format"], kept["complete"], len(kept["shapes"])) == (gemm.FORMAT, False, 1)
+    assert (kept["format"], kept["benchmark"]) == (results.FORMAT, "gemm")
+    assert (kept["complete"], len(kept["details"]["shapes"]), len(kept["rows"])) == (False, 1, 1)
     with pytest.raises(KeyboardInterrupt):
         result.conclude()
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from int8kit.bench import fused, model
+from int8kit.bench import fused, model, results
 from int8kit.cli import tables
 from int8kit.errors import InputError, UnknownName
 
@@ -23,12 +23,16 @@ def test_a_forward_of_the_tiny_model_in_every_variant(quiet_interpreter, monkeyp
     document = model.measure(setting, note=notes.append)
     assert document == json.loads(json.dumps(document))
     variants = [model.BF16_STOCK, model.BF16_TIGHT, model.INT8_STOCK, model.INT8_TIGHT, model.INT8_UNMASKED]
-    assert list(document["ms"]) == variants
-    assert all(ms > 0 for ms in document["ms"].values())
+    assert [row["name"] for row in document["rows"]] == variants
+    assert all(0 < row["p20"] <= row["p50"] <= row["p80"] for row in document["rows"])
+    assert {(row["unit"], row["rounds"]) for row in document["rows"]} == {("ms", 1)}
+    assert not any("peak_gib" in row for row in document["rows"])
     assert [note.rpartition(":")[0] for note in notes] == variants
     assert len(replaced) == 1
-    assert (document["model"], document["size"], document["device"]) == ("tiny", "64x64", "cpu")
-    assert document["database"] > 0
+    assert document["details"] == {"model": "tiny", "size": "64x64", "text_tokens": 5}
+    assert (document["benchmark"], document["device"]) == ("model", "cpu")
+    assert document["policy"]["database"]["files"] == ["rtx3090.json"]
+    assert document["policy"]["database"]["entries"] > 0
     table = tables.bench_model_table(document).splitlines()[2:]
     assert [row.rpartition("  ")[0].strip() for row in table] == variants
 
@@ -47,7 +51,7 @@ def test_a_full_size_model_needs_a_gpu():
 def test_fused_kernels_dry_run(quiet_interpreter):
     heard = []
     document = fused.measure(only=["swiglu_quantize"], dry_run=True, on_record=heard.append)
-    assert document["runs"] == heard
+    assert document["rows"] == heard
     assert [run["variant"] for run in heard] == ["copy", *map(str, fused.SWIGLU_TILES), "eager"]
     assert {(run["kernel"], run["m"]) for run in heard} == {("swiglu_quantize", 3)}
     assert {run["bytes"] for run in heard} == {5 * 3 * 256 + 4 * 3}
@@ -63,15 +67,17 @@ def test_fused_kernels_dry_run(quiet_interpreter):
 def test_bench_fused_prints_a_table_and_writes_a_document(quiet_interpreter, tmp_path, verb):
     out = tmp_path / "out" / "fused.json"
     only = ("--only", "rms_norm_quantize", "--only", "qk_norm_rope")
+    out.parent.mkdir()
+    out.write_text('{"format": "int8kit.bench-fused/1"}')  # of an earlier version
     for _ in range(2):  # a second call may overwrite the first one's file
         table, _ = verb("bench", "fused", "--dry-run", *only, "-o", out)
     document = json.loads(out.read_text())
-    assert document["format"] == fused.FORMAT
-    assert document["dry_run"]
-    assert {run["kernel"] for run in document["runs"]} == {"rms_norm_quantize", "qk_norm_rope"}
-    assert all(run["us"] > 0 and {"tb_s", "of_copy", "bytes"} <= set(run) for run in document["runs"])
-    assert len(table.splitlines()) == 2 + len(document["runs"])
-    assert json.loads(verb("bench", "fused", "--dry-run", *only, "--json")[0])["format"] == fused.FORMAT
+    assert (document["format"], document["benchmark"]) == (results.FORMAT, "fused")
+    assert document["details"]["dry_run"]
+    assert {run["kernel"] for run in document["rows"]} == {"rms_norm_quantize", "qk_norm_rope"}
+    assert all(run["p50"] > 0 and {"tb_s", "of_copy", "bytes"} <= set(run) for run in document["rows"])
+    assert len(table.splitlines()) == 2 + len(document["rows"])
+    assert json.loads(verb("bench", "fused", "--dry-run", *only, "--json")[0])["benchmark"] == "fused"
 
 
 @needs_no_gpu
@@ -81,12 +87,20 @@ def test_bench_model_passes_its_options(monkeypatch, tmp_path, verb):
     def measure(setting, note):
         heard.append(setting)
         note("bf16: 1.5 ms")
-        return {"format": model.FORMAT, "ms": {"bf16": 1.5}, "peak_gib": {}}
+        return {"benchmark": "model", "rows": [{"name": "bf16", "p50": 1.5}, {"name": "int8", "p50": 1}]}
 
     monkeypatch.setattr(model, "measure", measure)
     options = ("--size", "64x32", "--text-tokens", "5", "--rounds", "2", "--gpu", "H200")
     table, err = verb("bench", "model", "tiny", *options, "-o", tmp_path / "m.json")
     assert heard == [model.ModelSetting("tiny", 32, 64, text_tokens=5, rounds=2, gpu="H200")]
     assert "1.5 ms" in err
-    assert table.splitlines()[2].split() == ["bf16", "1.5"]
-    assert json.loads((tmp_path / "m.json").read_text())["format"] == model.FORMAT
+    assert [line.split() for line in table.splitlines()[2:]] == [["bf16", "1.5"], ["int8", "1.0"]]
+    assert json.loads((tmp_path / "m.json").read_text())["format"] == results.FORMAT
+
+
+def test_the_table_of_a_gpus_result_has_its_peak_memory():
+    table = tables.bench_model_table({"rows": [{"name": "bf16", "p50": 1.5, "peak_gib": 21.456}]})
+    assert [line.split() for line in table.splitlines()[::2]] == [
+        ["variant", "ms", "peak", "GiB"],
+        ["bf16", "1.5", "21.46"],
+    ]

@@ -150,8 +150,8 @@ def test_dry_run(tmp_path):
     document = json.loads(done.stdout.splitlines()[-1])
     assert document == json.loads((tmp_path / "out" / "b.json").read_text())
     assert document["complete"]
-    assert {c["name"] for c in document["contestants"]} == {"int8kit", "int8kit-sm86", "vllm"}
-    [(_, reason)] = {(row["name"], row["reason"]) for shape in document["shapes"] for row in shape["absent"]}
+    assert {c["name"] for c in document["details"]["contestants"]} == {"int8kit", "int8kit-sm86", "vllm"}
+    [(_, reason)] = {(row["name"], row["reason"]) for shape in document["details"]["shapes"] for row in shape["absent"]}
     assert reason
     assert "did not run" in done.stdout
     done = run([sys.executable, TOOL, "--dry-run", "--only", "cublas"])

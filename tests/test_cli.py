@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from int8kit import __main__, files, interrupt, models, shapes_file, shapes_schema
-from int8kit.bench import gemm
+from int8kit.bench import gemm, results
 from int8kit.cli import main
 from int8kit.cli.terminal import RESULT_FORMAT
 from int8kit.database import store
@@ -238,17 +238,20 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
                 "differs": differs,
                 "prepare_s": 0.1,
                 "note": "",
-                "p20_us": 9.0,
-                "p50_us": 10.0,
-                "p80_us": 11.0,
+                "unit": "us",
+                "p20": 9.0,
+                "p50": 10.0,
+                "p80": 11.0,
+                "rounds": 2,
                 "tops": 1.0,
                 "peak_share": 0.1,
             }
             for c in listed
         ]
-        done = [{**vars(shape), "elements": 64, "card": None, "rows": rows, "absent": []} for shape in shapes]
-        keys = ["gpu", "health_tflops", "torch", "cuda", "driver", "triton", "rounds", "policy", "timed_by"]
-        return gemm.BenchResult(dict.fromkeys(keys, "known"), listed, len(shapes), done, error)
+        done = [{**vars(shape), "elements": 64, "gpu_state": None, "rows": rows, "absent": []} for shape in shapes]
+        header = results.header("gemm", results.Policy(timing="known"))
+        conditions = dict.fromkeys(["gpu", "health_tflops", "rounds", "timed_by"], "known")
+        return gemm.BenchResult(header, conditions, listed, len(shapes), done, error=error)
 
     monkeypatch.setattr(gemm, "benchmark", session)
     monkeypatch.setattr(os, "_exit", sys.exit)
@@ -258,7 +261,7 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
         assert ended.value.code == status
         out, err = capfd.readouterr()
         document = json.loads(out.splitlines()[-1])
-        assert {row["over"] for row in document["summary"]} == {"bf16"}
+        assert {row["over"] for row in document["details"]["summary"]} == {"bf16"}
         assert ("geometric mean" in err) is ("--json" in args)
         assert len(out.splitlines()) == 1 or not args
         assert ("differs from the reference in 7 of 64" in err) is (status == 1)

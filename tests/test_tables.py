@@ -86,19 +86,20 @@ def test_a_benchmark_fits():
     names = [("int8kit", True), ("int8kit-sm86", True), ("int_mm-eager", False)]
     contestants = [{"name": n, "kind": "linear", "ours": ours, "arithmetic": "int8"} for n, ours in names]
     rows = [
-        {"name": n, "kind": "linear", "p20_us": 1000.5, "p50_us": 1001.5, "p80_us": 1002.5, "tops": 812.0,
+        {"name": n, "kind": "linear", "p20": 1000.5, "p50": 1001.5, "p80": 1002.5, "tops": 812.0, "shape": 0,
          "peak_share": 0.41, "differs": 0, "timed_by": "graph", "note": str(default_config(GemmShape(64, 64, 64)))}
         for n, _ in names
     ]  # fmt: skip
     absent = [{"name": "fp8-row", "kind": "linear", "reason": "a long reason " * 20}]
     gpu = {"sm_mhz": 1545, "power_w": 698, "throttle": ["power cap"]}
-    shape = {"m": 18432, "n": 12288, "k": 4608, "card": gpu, "rows": rows, "absent": absent}
+    shape = {"m": 18432, "n": 12288, "k": 4608, "gpu_state": gpu, "absent": absent}
     summary = {"of": "int8kit-sm86", "over": "int_mm-eager", "kind": "linear", "shapes": 48, "geomean": 1.5,
                "min": 1.0, "min_at": "18432x12288x4608", "max": 2.0, "max_at": "18432x12288x4608", "faster": 40,
                "ties": 4, "slower": 4, "timed_differently": 0}  # fmt: skip
-    keys = ("gpu", "health_tflops", "torch", "cuda", "driver", "triton", "rounds", "policy", "timed_by")
-    document = {"conditions": dict.fromkeys(keys, "text " * 9), "shapes": [shape], "contestants": contestants,
-                "summary": [summary]}  # fmt: skip
+    details = {**dict.fromkeys(("gpu", "health_tflops", "rounds", "timed_by"), "text " * 9), "shapes": [shape],
+               "contestants": contestants, "summary": [summary]}  # fmt: skip
+    versions = dict.fromkeys(("torch", "cuda", "driver", "triton"), "text " * 9)
+    document = {"versions": versions, "policy": {"timing": "text " * 9}, "rows": rows, "details": details}
     assert_fits(tables.bench_tables(document), "int8kit-sm86", "p50 us", "geometric mean", "power cap", "40/4/4")
 
 

@@ -50,6 +50,7 @@ class Contestant:
     arithmetic: Literal["int8", "fp8", "bf16"] = "int8"  # only int8 results can equal the reference
     result: Result = "output"
     ours: bool = False  # its result must equal the reference
+    entries: int | None = None  # of the database that serves int8kit
 
 
 def only(contestants: Sequence[Contestant], names: Iterable[str]) -> list[Contestant]:
@@ -124,6 +125,7 @@ def int8kit(database: Database, arch: str | None = None) -> list[Contestant]:
     """int8kit with the configurations of `database`; arch: code of that architecture instead of the present GPU's."""
     name = f"int8kit-{arch}" if arch else "int8kit"
     code = f"{arch} code" if arch else "this GPU's code"
+    entries = len(database.entries)
 
     def choice(o: TimingOperands) -> Choice:
         return database.resolve(o.shape, gemm.toolchain())
@@ -149,8 +151,8 @@ def int8kit(database: Database, arch: str | None = None) -> list[Contestant]:
         return PreparedContestant(launches, f"{chosen.config}, {chosen.level}")
 
     return [
-        Contestant(name, "gemm", f"fused epilogue, {code}", product, ours=True),
-        Contestant(name, "linear", f"quantization and GEMM, {code}", linear, ours=True),
+        Contestant(name, "gemm", f"fused epilogue, {code}", product, ours=True, entries=entries),
+        Contestant(name, "linear", f"quantization and GEMM, {code}", linear, ours=True, entries=entries),
     ]
 
 

@@ -1,14 +1,18 @@
 """`int8kit bench fused`: the row kernels under each of their tiles, beside a copy of as many bytes and eager torch.
 
-    {"format": "int8kit.bench-fused/1", "gpu": "NVIDIA H200", "torch": "2.11.0+cu130", "dry_run": false,
-     "runs": [{"kernel": "rms_norm_quantize", "m": 4352, "variant": "c512 w1", "bytes": 60179456, "us": 28.9,
-               "us_p20": ..., "us_p80": ..., "tb_s": 2.08, "of_copy": 0.82}, ...]}
+    {"format": "int8kit.result/1", "benchmark": "fused", ...,
+     "rows": [{"name": "rms_norm_quantize 4352 c512 w1", "unit": "us", "p20": ..., "p50": 28.9, "p80": ...,
+               "rounds": 15, "kernel": "rms_norm_quantize", "m": 4352, "variant": "c512 w1", "bytes": 60179456,
+               "tb_s": 2.08, "of_copy": 0.82}, ...],
+     "details": {"dry_run": false}}
+
+`bench.results` has the fields that are left out.
 
 The sizes are Ideogram 4's: K = 4608, F = 12288, 18 heads of 256, bf16. The copy reads and writes half of a kernel's
 bytes each; "of_copy" is its time over the variant's. Eager torch ends in int8kit's own `quantize`.
 
 Each variant is a CUDA graph of calls with different inputs and outputs, which together exceed twice the L2. So neither
-the cache nor launches from Python distort a time. Variants are interleaved (`timing.interleave`); "us" is the median.
+the cache nor launches from Python distort a time. Variants are interleaved (`timing.interleave`).
 
 On a machine without a GPU, `dry_run` shows that the benchmark runs: tiny sizes, wall clock, meaningless times. It needs
 Triton's interpreter (TRITON_INTERPRET=1 before triton is imported).
@@ -25,7 +29,8 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
-from int8kit import __version__, gpus
+from int8kit import gpus
+from int8kit.bench import results
 from int8kit.errors import InputError, UnknownName
 from int8kit.kernels.launch import interpreted
 from int8kit.kernels.qk_norm_rope import HeadTile, qk_norm_rope
@@ -38,7 +43,6 @@ from int8kit.timing import interleave
 from int8kit.timing.captured import capture
 from int8kit.timing.operands import copies_past_l2
 
-FORMAT = "int8kit.bench-fused/1"
 ROUNDS = 15
 ROWS = (4352, 2504, 6144)
 NORM_TILES = [RowTile(c, w) for c, w in ((256, 1), (512, 1), (512, 2), (1024, 2), (1024, 4), (2048, 4), (2048, 8))]
@@ -76,7 +80,7 @@ class KernelCase:
 
 
 Record = dict[str, Any]
-"""One item of the document's "runs"."""
+"""One item of the document's "rows"."""
 
 
 def measure(
@@ -99,6 +103,8 @@ def measure(
     if rounds < 1 or min(row_counts, default=0) < 1:
         raise InputError(f"{rounds} rounds of M = {list(row_counts)}: expected 1 or more rounds, and M of 1 or more")
     sizes, row_counts, rounds = (DRY_SIZES, DRY_ROWS, 1) if dry_run else (Sizes(), row_counts, rounds)
+    policy = results.Policy(timing=interleave.shared_policy() if gpu else "wall clock; a dry run measures nothing")
+    header = results.header("fused", policy)
     chosen, records = set(only), []
     for m in row_counts:
         cases = kernel_cases(m, sizes, "cuda" if gpu else "cpu")
@@ -110,15 +116,7 @@ def measure(
                 for record in _measure_case(case, rounds, gpu):
                     records.append(record)
                     on_record(record)
-    return {
-        "format": FORMAT,
-        "gpu": gpu.name if gpu else None,
-        "torch": torch.__version__,
-        "int8kit": __version__,
-        "rounds": rounds,
-        "dry_run": dry_run,
-        "runs": records,
-    }
+    return results.document(header, records, details={"dry_run": dry_run}, after=results.gpu_state())
 
 
 def kernel_cases(m: int, sizes: Sizes, device: str) -> list[KernelCase]:
@@ -167,11 +165,10 @@ def _measure_case(case: KernelCase, rounds: int, gpu: gpus.Gpu | None) -> list[R
         times = _wall_clock([partial(call, *args[0]) for _, call, args in contestants], rounds)
     total, copy_us = case.read + case.write, times[0].p50
     return [
-        {
-            "kernel": case.name, "m": case.m, "variant": name, "bytes": total,
-            "us": round(t.p50, 2), "us_p20": round(t.p20, 2), "us_p80": round(t.p80, 2),
-            "tb_s": round(total / t.p50 / 1e6, 3), "of_copy": round(copy_us / t.p50, 3),
-        }
+        results.row(
+            f"{case.name} {case.m} {name}", "us", t, rounds, digits=2, kernel=case.name, m=case.m, variant=name,
+            bytes=total, tb_s=round(total / t.p50 / 1e6, 3), of_copy=round(copy_us / t.p50, 3),
+        )
         for (name, _, _), t in zip(contestants, times, strict=True)
     ]  # fmt: skip
 

@@ -1,21 +1,26 @@
 """`int8kit bench gemm`: times every contestant on every shape in interleaved rounds and writes one JSON document.
 
-    {"format": "int8kit.bench/1", "complete": true,
-     "conditions": {"gpu": "NVIDIA H200", "int8_tops": 1979, "torch": "2.11.0", "rounds": 21, "card_before": {}, ...},
-     "contestants": [{"name": "int8kit", "kind": "gemm", "arithmetic": "int8", "ours": true, ...}],
-     "shapes": [{"m": 4352, "n": 4608, "k": 4608, "elements": 20054016, "card": {"sm_mhz": 1545, "power_w": 698, ...},
-                 "rows": [{"name": "int8kit", "kind": "gemm", "timed_by": "graph", "p20_us": ..., "p50_us": ...,
-                           "p80_us": ..., "tops": ..., "peak_share": ..., "differs": 0, "prepare_s": ..., "note": ""}],
-                 "absent": [{"name": "vllm", "kind": "gemm", "reason": "..."}]}],
-     "summary": [{"of": "int8kit", "over": "bf16", "kind": "gemm", "shapes": 48, "geomean": 1.9, "min": ..., ...}]}
+    {"format": "int8kit.result/1", "benchmark": "gemm", ..., "complete": true,
+     "rows": [{"name": "int8kit", "unit": "us", "p20": ..., "p50": ..., "p80": ..., "rounds": 21, "kind": "gemm",
+               "shape": 0, "m": 4352, "n": 4608, "k": 4608, "timed_by": "graph", "tops": ..., "peak_share": ...,
+               "differs": 0, "prepare_s": ..., "note": ""}],
+     "details": {"gpu": "NVIDIA H200", "int8_tops": 1979, "sample_us": 4000, "health_tflops": 720.1, ...,
+       "contestants": [{"name": "int8kit", "kind": "gemm", "arithmetic": "int8", "ours": true, ...}],
+       "shapes": [{"m": 4352, "n": 4608, "k": 4608, "elements": 20054016,
+                   "gpu_state": {"sm_mhz": 1545, "power_w": 698, ...},
+                   "absent": [{"name": "vllm", "kind": "gemm", "reason": "..."}]}],
+       "summary": [{"of": "int8kit", "over": "bf16", "kind": "gemm", "shapes": 48, "geomean": 1.9, "min": ..., ...}]}}
 
-Meaning of the fields:
+`bench.results` has the fields that are left out above. Meaning of the others:
+
+    shape           number of the row's shape in "shapes"
+    gpu             GPU whose rates and L2 the benchmark assumes
 
     tops            operations of the matrix product per second in 10^12; the work of quantization is not counted
     peak_share      tops over the GPU's dense int8 rate, for every arithmetic
     differs         number of elements that are not bit-equal to the reference
     prepare_s       seconds until the first result; compiling and self-tuning count here and nowhere else
-    "card"          state of the GPU under load; the key kept its name from earlier documents
+    gpu_state       state of the GPU under load
     geomean ...     ratios: the other's median time over int8kit's, so above 1 int8kit is faster
     ties            shapes in which the ranges p20 to p80 of the two overlap
 """
@@ -24,7 +29,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import math
 import statistics
 import sys
@@ -37,7 +41,8 @@ from typing import Any
 
 import torch
 
-from int8kit import __version__, files
+from int8kit import files
+from int8kit.bench import results
 from int8kit.bench.contestants import Contestant
 from int8kit.errors import CheckFailed, InputError
 from int8kit.gpus import Gpu, present
@@ -49,7 +54,6 @@ from int8kit.timing.gpu_state import Sensors
 from int8kit.timing.health import check_health
 from int8kit.timing.operands import TimingOperands, differing
 
-FORMAT = "int8kit.bench/1"
 ROUNDS = 21
 GRAPH_US = 1000  # a graph takes about this long or longer, unless that needs more launches than:
 LAUNCHES_MAX = 16
@@ -83,23 +87,30 @@ class Setting:
 class BenchResult:
     """The measured shapes so far, and the error that ended the run early, if any."""
 
-    conditions: dict[str, Any]
+    header: dict[str, Any]  # `results.header`
+    conditions: dict[str, Any]  # the first of the document's details
     contestants: Sequence[Contestant]
     wanted: int  # number of shapes
-    shapes: list[dict[str, Any]] = field(default_factory=list)
+    shapes: list[dict[str, Any]] = field(default_factory=list)  # each with its rows
+    state_after: dict[str, Any] | None = None  # of the GPU, after the last shape
     error: KeyboardInterrupt | CheckFailed | None = None
 
     def document(self) -> dict[str, Any]:
         """The JSON document. "complete" says whether every shape is in it."""
         listed = [{k: v for k, v in vars(c).items() if k != "prepare"} for c in self.contestants]
-        return {
-            "format": FORMAT,
-            "complete": len(self.shapes) == self.wanted,
-            "conditions": self.conditions,
+        rows = [
+            {**row, "shape": number, **{size: shape[size] for size in ("m", "n", "k")}}
+            for number, shape in enumerate(self.shapes)
+            for row in shape["rows"]
+        ]
+        details = {
+            **self.conditions,
             "contestants": listed,
-            "shapes": self.shapes,
+            "shapes": [{key: value for key, value in shape.items() if key != "rows"} for shape in self.shapes],
             "summary": summary(self.shapes, self.contestants),
         }
+        complete = len(self.shapes) == self.wanted
+        return results.document(self.header, rows, details=details, complete=complete, after=self.state_after)
 
     def conclude(self) -> None:
         """Raise the error that ended the run, or CheckFailed if int8kit differs from the reference or did not run."""
@@ -138,7 +149,7 @@ def benchmark(
     if not 100 <= setting.sample_us <= 10_000_000:
         raise InputError(f"samples of {setting.sample_us / 1000:g} ms: expected 0.1 to 10000 ms")
     if output is not None:
-        files.check_target(output, ours=lambda p: files.is_ours(p, FORMAT), force=force)
+        files.check_target(output, ours=results.is_replaceable, force=force)
     gpu = present()
     if gpu is None:
         raise InputError("no CUDA device here: bench times kernels on one; `int8kit tune --gpu NAME` works without")
@@ -154,11 +165,11 @@ def keeper(output: Path | None, note: Callable[[str], None]) -> Callable[[BenchR
     def keep(result: BenchResult) -> None:
         last = result.shapes[-1]
         own = {c.name for c in result.contestants if c.ours}
-        times = [f"{r['name']} {r['kind']} {r['p50_us']:.1f} us" for r in last["rows"] if r["name"] in own]
+        times = [f"{r['name']} {r['kind']} {r['p50']:.1f} us" for r in last["rows"] if r["name"] in own]
         where = f"{last['m']}x{last['n']}x{last['k']}"
         note(f"[{len(result.shapes)}/{result.wanted}] {where}: {', '.join(times)}; {len(last['absent'])} absent")
         if output is not None:
-            files.write_text(output, json.dumps(result.document()) + "\n")
+            results.write(output, result.document())
 
     return keep
 
@@ -177,13 +188,14 @@ def measure_shapes(
     health: rate that `check_health` measured, in TFLOP/s, for the document.
     """
     sensors = Sensors() if setting.device == "cuda" else None
-    conditions = _conditions(gpu, setting, sensors, health)
-    result = BenchResult(conditions, contestants, len(shapes))
+    policy = results.Policy(timing=interleave.shared_policy(), seeds=(0,))  # the seed of TimingOperands
+    header = results.header("gemm", policy, device=setting.device)
+    result = BenchResult(header, _conditions(gpu, setting, health), contestants, len(shapes))
     try:
         for shape in shapes:
             with torch.no_grad():  # for all contestants: compiled code is bound to the mode in which it was compiled
                 result.shapes.append(measure_shape(shape, contestants, gpu, setting, sensors))
-            conditions["card_after"] = sensors.read() if sensors else None
+            result.state_after = sensors.read() if sensors else None
             on_shape(result)
     except (KeyboardInterrupt, CheckFailed) as error:
         result.error = error
@@ -193,7 +205,10 @@ def measure_shapes(
 def measure_shape(
     shape: GemmShape, contestants: Sequence[Contestant], gpu: Gpu, setting: Setting, sensors: Sensors | None = None
 ) -> dict[str, Any]:
-    """One entry of the document's "shapes". Raises CheckFailed if the GPU is in error or the operands do not fit."""
+    """One entry of the document's "shapes", with its rows.
+
+    Raises CheckFailed if the GPU is in error or the operands do not fit.
+    """
     try:
         operands = TimingOperands(shape, gpu, device=setting.device, copies=setting.copies)
         rows: list[dict[str, Any]] = []
@@ -206,22 +221,21 @@ def measure_shape(
                 continue
             call, differs = entered
             took = round(time.perf_counter() - started, 2)
-            rows.append({"name": c.name, "kind": c.kind, "timed_by": call.by, "differs": differs, "prepare_s": took,
-                         "note": call.note})  # fmt: skip
+            rows.append({"kind": c.kind, "timed_by": call.by, "differs": differs, "prepare_s": took, "note": call.note})
             calls.append((c, call))
         times = setting.time([call for _, call in calls]) if calls else []
         state = interleave.under_load(calls[0][1], times[0].p50) if sensors and calls else None
-        for row, (c, call), t in zip(rows, calls, times, strict=True):
-            p20, p50, p80 = (us / call.launches for us in (t.p20, t.p50, t.p80))
-            tops = shape.flops / p50 / 1e6
-            row.update(p20_us=round(p20, 3), p50_us=round(p50, 3), p80_us=round(p80, 3), tops=round(tops, 1),
-                       peak_share=round(tops / gpu.int8_tops, 4),
+        for i, (row, (c, call), t) in enumerate(zip(rows, calls, times, strict=True)):
+            one = interleave.Times(*(us / call.launches for us in (t.p20, t.p50, t.p80)))
+            tops = shape.flops / one.p50 / 1e6
+            row.update(tops=round(tops, 1), peak_share=round(tops / gpu.int8_tops, 4),
                        differs=max(row["differs"], differing(call.result, operands.truth(c.result))))  # fmt: skip
+            rows[i] = results.row(c.name, "us", one, setting.rounds, **row)
     except torch.OutOfMemoryError as error:
         raise CheckFailed(f"{shape} does not fit {gpu.name}: {one_line(error)}; leave the shape out") from error
     except RuntimeError as error:  # after a kernel has faulted, every later call of this process fails
         raise CheckFailed(f"{shape} on {gpu.name}: {one_line(error)}; leave the last contestant out") from error
-    return {**asdict(shape), "elements": shape.m * shape.n, "card": state, "rows": rows, "absent": absent}
+    return {**asdict(shape), "elements": shape.m * shape.n, "gpu_state": state, "rows": rows, "absent": absent}
 
 
 def _enter(contestant: Contestant, operands: TimingOperands, setting: Setting) -> tuple[RepeatableCall, int] | str:
@@ -254,26 +268,15 @@ def _synchronize(setting: Setting) -> None:
         torch.cuda.empty_cache()
 
 
-def _conditions(gpu: Gpu, setting: Setting, sensors: Sensors | None, health: float | None) -> dict[str, Any]:
-    import triton
-
+def _conditions(gpu: Gpu, setting: Setting, health: float | None) -> dict[str, Any]:
     return {
         "gpu": gpu.name,
         "int8_tops": gpu.int8_tops,
-        "device": setting.device,
-        "driver": sensors.driver if sensors else None,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": triton.__version__,
-        "int8kit": __version__,
-        "kernels": gemm.toolchain().kernel_hashes,
-        "policy": interleave.shared_policy(),
+        "kernels": dict(gemm.toolchain().kernel_hashes),
         "timed_by": "CUDA graphs where a contestant can be captured, else launches from the host, as each row says",
         "rounds": setting.rounds,
         "sample_us": setting.sample_us,
         "health_tflops": None if health is None else round(health, 1),
-        "card_before": sensors.read() if sensors else None,
-        "card_after": None,
     }
 
 
@@ -298,9 +301,9 @@ def summary(shapes: Iterable[dict[str, Any]], contestants: Sequence[Contestant])
 
 
 def _compare(pairs: Sequence[tuple[dict[str, Any], dict[str, Any], str]]) -> dict[str, Any]:
-    ratios = [(b["p50_us"] / a["p50_us"], where) for a, b, where in pairs]
-    faster = sum(a["p80_us"] < b["p20_us"] for a, b, _ in pairs)
-    slower = sum(a["p20_us"] > b["p80_us"] for a, b, _ in pairs)
+    ratios = [(b["p50"] / a["p50"], where) for a, b, where in pairs]
+    faster = sum(a["p80"] < b["p20"] for a, b, _ in pairs)
+    slower = sum(a["p20"] > b["p80"] for a, b, _ in pairs)
     (low, low_at), (high, high_at) = min(ratios), max(ratios)
     return {
         "shapes": len(pairs),

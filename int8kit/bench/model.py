@@ -1,36 +1,35 @@
 """`int8kit bench model`: one forward of a whole transformer, bf16 and INT8, in milliseconds and peak GiB.
 
-    {"format": "int8kit.bench-model/1", "gpu": "NVIDIA H200", "model": "ideogram4", "size": "1024x1024",
-     "text_tokens": 200, "rounds": 7, "database": 48, "torch": "2.11.0+cu130", ...,
-     "ms": {"bf16, as diffusers ships it": 369.5, ...}, "peak_gib": {"bf16, as diffusers ships it": 21.46, ...}}
+    {"format": "int8kit.result/1", "benchmark": "model", ...,
+     "rows": [{"name": "bf16, as diffusers ships it", "unit": "ms", "p20": ..., "p50": 369.5, "p80": ..., "rounds": 7,
+               "peak_gib": 21.46}, ...],
+     "details": {"model": "ideogram4", "size": "1024x1024", "text_tokens": 200}}
 
-The weights are random. A forward is the conditional branch, batch 1, in eager mode. diffusers pads the text to 2048
-slots; int8kit packs it tight. A time is the median of `rounds` forwards after two to warm up, by the wall clock around
-a synchronized call. "database" is the number of the database's entries. Without a GPU, "peak_gib" is empty and the
-times mean nothing: the tiny model shows that the benchmark runs.
+`bench.results` has the fields that are left out. The weights are random. A forward is the conditional branch, batch 1,
+in eager mode. diffusers pads the text to 2048 slots; int8kit packs it tight. A time is of one forward after two to warm
+up (`timing.wall_clock`). Each variant is timed by itself, because the INT8 model replaces the bf16 model. Without a
+GPU, "peak_gib" is absent and the times mean nothing: the tiny model shows that the benchmark runs.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
-from int8kit import __version__, gpus, models
+from int8kit import gpus, models
+from int8kit.bench import results
 from int8kit.database import store
 from int8kit.errors import InputError
 from int8kit.kernels import gemm
 from int8kit.quantization import replace_linears
 from int8kit.runtime import ideogram4
+from int8kit.timing import wall_clock
 
-FORMAT = "int8kit.bench-model/1"
-WARM_UP = 2
+TIMING = "wall clock around a synchronized call; each variant by itself; medians with p20 and p80"
 STOCK_SLOTS = 2048
 """Text slots of the pipeline in diffusers."""
 
@@ -68,23 +67,25 @@ def measure(setting: ModelSetting = ModelSetting(), *, note: Callable[[str], Non
     if present is None and model.name != models.TINY:
         raise InputError(f"no CUDA device for the model {model.name!r}: expected one; `tiny` runs on a CPU")
     target = gpus.resolve(setting.gpu)
-    database, _ = store.merged_view(target, gemm.toolchain(), setting.database)
+    database, paths = store.merged_view(target, gemm.toolchain(), setting.database)
+    used = results.DatabaseUsed(files=tuple(path.name for path in paths), entries=len(database.entries))
+    header = results.header("model", results.Policy(timing=TIMING, database=used))
     device = "cuda" if present else "cpu"
     with torch.device(device):
         transformer = model.build()
         inputs = {case: model.inputs(transformer, case) for case in (stock, tight)}
-    ms: dict[str, float] = {}
-    peak_gib: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
 
     def forward(name: str, case: models.Case) -> None:
         if present:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         with torch.no_grad():
-            ms[name] = round(_milliseconds(lambda: transformer(**inputs[case]), setting.rounds), 1)
-        if present:
-            peak_gib[name] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        note(f"{name}: {ms[name]} ms")
+            call = {name: lambda: transformer(**inputs[case])}
+            times = wall_clock.interleaved(call, setting.rounds, gate=False)[name]
+        peak: dict[str, Any] = {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if present else {}
+        rows.append(results.row(name, "ms", times, setting.rounds, **peak))
+        note(f"{name}: {times.p50:.1f} ms")
 
     forward(BF16_STOCK, stock)
     forward(BF16_TIGHT, tight)
@@ -93,31 +94,9 @@ def measure(setting: ModelSetting = ModelSetting(), *, note: Callable[[str], Non
     forward(INT8_TIGHT, tight)
     ideogram4.unmask(transformer)
     forward(INT8_UNMASKED, tight)
-    return {
-        "format": FORMAT,
-        "gpu": present.name if present else None,
-        "device": device,
+    details = {
         "model": model.name,
         "size": f"{setting.width}x{setting.height}",
         "text_tokens": setting.text_tokens,
-        "rounds": setting.rounds,
-        "database": len(database.entries),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "int8kit": __version__,
-        "ms": ms,
-        "peak_gib": peak_gib,
     }
-
-
-def _milliseconds(call: Callable[[], Any], rounds: int) -> float:
-    """Median of `rounds` synchronized calls after WARM_UP ones, by the wall clock."""
-    times = []
-    for i in range(rounds + WARM_UP):
-        start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if i >= WARM_UP:
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+    return results.document(header, rows, details=details, after=results.gpu_state())

@@ -11,7 +11,7 @@ import typer
 
 from int8kit.cli.help import Group
 from int8kit.cli.options import Db, Limit, Shape, Shapes, interpret_without_gpu, need, parse_size
-from int8kit.cli.terminal import STDOUT, Force, Json, Output, check_output, note, progress, show, stages
+from int8kit.cli.terminal import RESULT_FORMAT, STDOUT, Force, Json, Output, check_output, note, progress, show, stages
 from int8kit.errors import InputError
 
 app = typer.Typer(
@@ -88,7 +88,7 @@ def bench_gemm(
         store.load(database, alias)
     to_file = output if output != STDOUT else None
     if to_file is not None:
-        files.check_target(to_file, ours=lambda p: files.is_ours(p, "int8kit.bench/1"), force=force)
+        files.check_target(to_file, ours=lambda p: files.is_ours(p, RESULT_FORMAT, "int8kit.bench/1"), force=force)
     need("bench gemm", "torch", "triton")
     from int8kit.bench import contestants, gemm
 

@@ -275,28 +275,27 @@ def run_tables(outcome: GeneratedImages) -> str:
 def bench_fused_table(document: dict[str, Any]) -> str:
     """A document of `bench fused`: each kernel's variants, fastest first."""
     rows = [
-        (r["kernel"], r["m"], r["variant"], f"{r['us']:.2f}", f"{r['tb_s']:.3f}", f"{r['of_copy']:.3f}")
-        for r in sorted(document["runs"], key=lambda r: (r["kernel"], r["m"], r["us"]))
+        (r["kernel"], r["m"], r["variant"], f"{r['p50']:.2f}", f"{r['tb_s']:.3f}", f"{r['of_copy']:.3f}")
+        for r in sorted(document["rows"], key=lambda r: (r["kernel"], r["m"], r["p50"]))
     ]
     return fit(rows, ("kernel", "M", "variant", "us", "TB/s", "of a copy"), left="kernel,variant")
 
 
 def bench_model_table(document: dict[str, Any]) -> str:
     """A document of `bench model`: each variant's time and, on a GPU, its peak memory."""
-    peak = document["peak_gib"]
-    rows = [(name, f"{ms:.1f}", f"{peak[name]:.2f}" if name in peak else "") for name, ms in document["ms"].items()]
-    names: tuple[str, ...] = ("variant", "ms", "peak GiB")
-    if not peak:
-        rows, names = [row[:2] for row in rows], names[:2]  # type: ignore[misc]
-    return fit(rows, names, left="variant")
+    timed = document["rows"]
+    if any("peak_gib" in row for row in timed):
+        measured = [(row["name"], f"{row['p50']:.1f}", f"{row['peak_gib']:.2f}") for row in timed]
+        return fit(measured, ("variant", "ms", "peak GiB"), left="variant")
+    return fit([(row["name"], f"{row['p50']:.1f}") for row in timed], ("variant", "ms"), left="variant")
 
 
 def bench_tables(document: dict[str, Any]) -> str:
     """A benchmark's document: each shape's contestants, who did not run and why, and the ratios over the shapes."""
-    conditions = document["conditions"]
-    parts = [_bench_shape(document, shape) for shape in document["shapes"]]
+    details, versions = document["details"], document["versions"]
+    parts = [_bench_shape(document, number) for number in range(len(details["shapes"]))]
     absent: dict[tuple[str, str, str], int] = {}
-    for shape in document["shapes"]:
+    for shape in details["shapes"]:
         for row in shape["absent"]:
             key = row["name"], row["kind"], row["reason"]
             absent[key] = absent.get(key, 0) + 1
@@ -307,35 +306,37 @@ def bench_tables(document: dict[str, Any]) -> str:
     rows = [
         (s["of"], s["over"], s["kind"], s["shapes"], f"{s['geomean']:.3f}x", f"{s['min']:.3f}x", s["min_at"],
          f"{s['max']:.3f}x", s["max_at"], f"{s['faster']}/{s['ties']}/{s['slower']}", s["timed_differently"] or "")
-        for s in document["summary"]
+        for s in details["summary"]
     ]  # fmt: skip
     names = ("speed of", "over", "kind", "shapes", "geometric mean", "min", "min at", "max", "max at", "win/tie/loss",
              "timed otherwise")  # fmt: skip
     drop = ("timed otherwise", "max at", "min at", "speed of", "kind", "shapes")
     parts.append(fit(rows, names, drop=drop, left="speed of,over,kind"))
-    health = f", {conditions['health_tflops']} bf16 TFLOP/s" if conditions["health_tflops"] else ""
+    health = f", {details['health_tflops']} bf16 TFLOP/s" if details["health_tflops"] else ""
     parts.append(
         wrapped(
-            f"{conditions['gpu']}{health}, torch {conditions['torch']}, CUDA {conditions['cuda']}, driver "
-            f"{conditions['driver']}, Triton {conditions['triton']}; {conditions['rounds']} rounds\n"
-            f"{conditions['policy']}\n{conditions['timed_by']}; a tie: p20 to p80 overlap"
+            f"{details['gpu']}{health}, torch {versions['torch']}, CUDA {versions['cuda']}, driver "
+            f"{versions['driver']}, Triton {versions['triton']}; {details['rounds']} rounds\n"
+            f"{document['policy']['timing']}\n{details['timed_by']}; a tie: p20 to p80 overlap"
         )
     )
     return "\n\n".join(parts)
 
 
-def _bench_shape(document: dict[str, Any], shape: dict[str, Any]) -> str:
-    listed = {(c["name"], c["kind"]): c for c in document["contestants"]}
-    ours = [row for row in shape["rows"] if listed[row["name"], row["kind"]]["ours"]]
+def _bench_shape(document: dict[str, Any], number: int) -> str:
+    shape = document["details"]["shapes"][number]
+    timed = [row for row in document["rows"] if row["shape"] == number]
+    listed = {(c["name"], c["kind"]): c for c in document["details"]["contestants"]}
+    ours = [row for row in timed if listed[row["name"], row["kind"]]["ours"]]
     names = list(dict.fromkeys(row["name"] for row in ours))
     rows = []
-    for row in sorted(shape["rows"], key=lambda r: (r["kind"], r["p50_us"])):
+    for row in sorted(timed, key=lambda r: (r["kind"], r["p50"])):
         own = {o["name"]: o for o in ours if o["kind"] == row["kind"]}
         exact = listed[row["name"], row["kind"]]["arithmetic"] == "int8"
         rows.append(
-            (row["name"], row["kind"], f"{row['p20_us']:.1f}", f"{row['p50_us']:.1f}", f"{row['p80_us']:.1f}",
+            (row["name"], row["kind"], f"{row['p20']:.1f}", f"{row['p50']:.1f}", f"{row['p80']:.1f}",
              f"{row['tops']:.0f}", f"{row['peak_share']:.1%}",
-             *(f"{row['p50_us'] / own[n]['p50_us']:.3f}x" if n in own and own[n] is not row else "" for n in names),
+             *(f"{row['p50'] / own[n]['p50']:.3f}x" if n in own and own[n] is not row else "" for n in names),
              row["differs"] if exact else "-", row["timed_by"], row["note"])
         )  # fmt: skip
     ratios = [f"{name} is" for name in names]
@@ -353,7 +354,7 @@ def _bench_shape(document: dict[str, Any], shape: dict[str, Any]) -> str:
         "note",
     )
     state = ""
-    if gpu := shape["card"]:
+    if gpu := shape["gpu_state"]:
         state = f", {gpu['sm_mhz']} MHz, {gpu['power_w']} W, {', '.join(gpu['throttle'] or ['not throttled'])}"
     drop = ("by", "note", "p20 us", "p80 us", "of int8 peak", "TOP/s")
     table = fit(rows, head, drop=drop, left="contestant,kind,note")

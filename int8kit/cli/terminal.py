@@ -199,10 +199,13 @@ def note(text: str) -> None:
             print(f"int8kit: {text}", file=sys.stderr, flush=True)
 
 
-def check_output(output: Path | None, force: bool = False, document_format: str = RESULT_FORMAT) -> None:
-    """Raise FileError unless a verb's JSON document, of the given format, can be written to `output`."""
+def check_output(output: Path | None, force: bool = False, *earlier: str) -> None:
+    """Raise FileError unless a verb's JSON document can be written to `output`.
+
+    earlier: formats of its documents in earlier versions, which it may replace too.
+    """
     if output is not None and output != STDOUT:
-        files.check_target(output, ours=lambda path: files.is_ours(path, document_format), force=force)
+        files.check_target(output, ours=lambda path: files.is_ours(path, RESULT_FORMAT, *earlier), force=force)
 
 
 def show(document: dict[str, Any], table: str, as_json: bool, output: Path | None = None) -> None:

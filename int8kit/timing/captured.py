@@ -108,5 +108,10 @@ def _reset_after_failed_capture() -> None:
 
 def one_line(error: BaseException) -> str:
     """Class and message of an error in at most 160 characters, without folders: the text goes into published files."""
-    text = re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", " ".join(str(error).split()))
+    text = without_folders(" ".join(str(error).split()))
     return f"{type(error).__name__}: {text}"[:160].removesuffix(": ")
+
+
+def without_folders(text: str) -> str:
+    """`text` with each absolute path reduced to the name of its file: a folder may name a user."""
+    return re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)+", "", text)

@@ -53,9 +53,9 @@ def test_a_whole_run_gives_ratios(graph):
     result.conclude()
     document = result.document()
     assert document["complete"]
-    assert {row["timed_by"] for shape in document["shapes"] for row in shape["rows"]} == {"graph" if graph else "host"}
-    assert all(row["geomean"] > 0 for row in document["summary"])
-    for shape in document["shapes"]:
+    assert {row["timed_by"] for row in document["rows"]} == {"graph" if graph else "host"}
+    assert all(row["geomean"] > 0 for row in document["details"]["summary"])
+    for shape in result.shapes:
         assert {"int8kit", "int8kit-sm86", "bf16", "int_mm"} <= {row["name"] for row in shape["rows"]}
 
 
