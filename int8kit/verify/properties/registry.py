@@ -192,7 +192,7 @@ PROPERTIES: dict[str, Property] = {
         Property("repeats", "three runs give the same bits", gemm.repeats),
         Property("order", "operands that the kernel ahead writes late are read as it leaves them", order.order,
                  _needs_early_starts, always=lambda tiles, budget: fixed.late_operands(tiles),
-                 mutants_of=(Kernel.WGMMA,)),
+                 mutants_of=(Kernel.WGMMA,), shares=3),
         Property(
             "launch cache", "a launch never runs the kernel of another launch", launch_cache.check, _needs_a_cache,
             strategy=lambda tiles, budget: sampled_from(tuple(launch_cache.pairs(tiles))),
@@ -206,7 +206,7 @@ PROPERTIES: dict[str, Property] = {
             "row launches", "a compiled row kernel serves no example that needs other code", row_launches.check,
             _needs_compiled_row_kernels, strategy=lambda tiles, budget: row_launches.examples(),
             always=lambda tiles, budget: row_launches.pairs(huge_strides=budget.huge_strides), scope="int8kit",
-            mutants_of=(Kernel.TRITON,),
+            mutants_of=(Kernel.TRITON,), shares=2,
         ),
         _all_of_int8kit(
             "refusals", "a GEMM refuses each operand that is wrong in any way", gemm_calls.check_refused,
