@@ -155,25 +155,34 @@ def bench_model(
         str, typer.Argument(help="Name of a model: ideogram4, or tiny, which runs on a CPU.")
     ] = "ideogram4",
     size: Annotated[str, typer.Option(metavar="WxH", help="Image size in pixels.")] = "1024x1024",
-    text_tokens: Annotated[int, typer.Option(help="Number of text tokens.")] = 200,
-    rounds: Annotated[int, typer.Option(help="Number of forwards of each variant.")] = 7,
+    text_tokens: Annotated[
+        list[int] | None, typer.Option(help="Number of text tokens of a prompt. Repeatable, for a batch. Default: 200.")
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Linears, as in `run`. Repeatable. Default: int8, bf16 and unfused."),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Also time the variants but int8 through torch.compile.")
+    ] = False,
+    each_repair: Annotated[bool, typer.Option("--repairs", help="Also time int8 without each of its repairs.")] = False,
+    profiled: Annotated[
+        bool, typer.Option("--profile", help="Also divide each wall clock: GEMM, attention, row kernels, copies, gaps.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(help="Number of steps of each contestant.")] = 7,
     gpu: Annotated[str | None, typer.Option(help="GPU whose database is used. Default: the present one.")] = None,
     database: Db = None,
     output: Output = None,
     as_json: Json = False,
     force: Force = False,
 ) -> None:
-    """Time one forward of a whole transformer with random weights, in bf16 and in INT8.
+    """Time a denoising step of a whole model with random weights: stock diffusers and int8kit's variants.
 
-    It prints milliseconds and peak memory for each way of packing the text. A full-size model needs a CUDA device.
+    It interleaves them round by round. A full-size model needs a CUDA device.
 
-    Example: int8kit bench model tiny --size 64x64 --text-tokens 4 --rounds 1
+    Example: int8kit bench model tiny --size 64x64 --text-tokens 4 --rounds 1 --profile
     """
     height, width = parse_size(size)
-    if rounds < 1:
-        raise InputError(f"{rounds} rounds: expected 1 or more")
-    if text_tokens < 1:
-        raise InputError(f"{text_tokens} text tokens: expected 1 or more")
     from int8kit import gpus
     from int8kit.database import store
 
@@ -185,12 +194,26 @@ def bench_model(
     from int8kit.bench import model as bench
     from int8kit.cli import tables
 
-    setting = bench.ModelSetting(model, height, width, text_tokens, rounds, gpu, database)
+    default = bench.ModelSetting()
+    setting = bench.ModelSetting(
+        model=model,
+        height=height,
+        width=width,
+        text_tokens=tuple(text_tokens or default.text_tokens),
+        rounds=rounds,
+        variants=tuple(variant or default.variants),
+        compiled=compiled,
+        each_repair=each_repair,
+        profiled=profiled,
+        gpu=gpu,
+        database=database,
+    )
+    setting.check()
     with progress("timing") as (bar, task):
 
-        def on_variant(line: str) -> None:
+        def on_line(line: str) -> None:
             bar.advance(task)
             note(line)
 
-        document = bench.measure(setting, note=on_variant)
+        document = bench.measure(setting, note=on_line)
     show(document, tables.bench_model_table(document), as_json, output)

@@ -282,12 +282,29 @@ def bench_fused_table(document: dict[str, Any]) -> str:
 
 
 def bench_model_table(document: dict[str, Any]) -> str:
-    """A document of `bench model`: each variant's time and, on a GPU, its peak memory."""
-    timed = document["rows"]
-    if any("peak_gib" in row for row in timed):
-        measured = [(row["name"], f"{row['p50']:.1f}", f"{row['peak_gib']:.2f}") for row in timed]
-        return fit(measured, ("variant", "ms", "peak GiB"), left="variant")
-    return fit([(row["name"], f"{row['p50']:.1f}") for row in timed], ("variant", "ms"), left="variant")
+    """A document of `bench model`: each contestant's time, and its parts if they were profiled."""
+    rows = [
+        (
+            r["name"],
+            f"{r['p20']:.1f}",
+            f"{r['p50']:.1f}",
+            f"{r['p80']:.1f}",
+            f"{r['of_stock']:.2f}",
+            f"{r['first_ms']:.0f}",
+        )
+        for r in document["rows"]
+    ]
+    text = fit(rows, ("contestant", "p20 ms", "p50 ms", "p80 ms", "times stock", "first call ms"), left="contestant")
+    profiles = document["details"].get("profile", {})
+    if not profiles:
+        return text
+    parts = list(next(iter(profiles.values()))["ms"])
+    head = ("contestant, ms", *parts, "wall clock", "sum / wall")
+    found = [
+        (name, *(f"{one['ms'][part]:.2f}" for part in parts), f"{one['wall_ms']:.2f}", f"{one['sum_over_wall']:.3f}")
+        for name, one in profiles.items()
+    ]
+    return f"{text}\n\n{fit(found, head, left='contestant, ms')}"
 
 
 def bench_tables(document: dict[str, Any]) -> str:
