@@ -1,40 +1,68 @@
 """bench/model.py and bench/fused.py on a machine without a GPU: the tiny model, and dry runs."""
 
 import json
+import re
 
 import pytest
 import torch
 
+from int8kit import gpus, models
 from int8kit.bench import fused, model, results
 from int8kit.cli import tables
+from int8kit.database.database import Database
 from int8kit.errors import InputError, UnknownName
+from int8kit.runtime.repairs import described
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 
 
 @needs_no_gpu
 @pytest.mark.slow
-def test_a_forward_of_the_tiny_model_in_every_variant(quiet_interpreter, monkeypatch):
-    replaced = []
-    replace_linears = model.replace_linears
-    monkeypatch.setattr(model, "replace_linears", lambda *args: replaced.append(replace_linears(*args)))
+def test_a_step_of_the_tiny_model_by_each_contestant(quiet_interpreter):
     notes = []
-    setting = model.ModelSetting("tiny", 64, 64, text_tokens=5, rounds=1, stock_slots=9)
+    setting = model.ModelSetting(
+        "tiny", 64, 64, text_tokens=(5, 3), rounds=1, stock_slots=9, variants=("int8", "bf16"), each_repair=True,
+        profiled=True,
+    )  # fmt: skip
     document = model.measure(setting, note=notes.append)
     assert document == json.loads(json.dumps(document))
-    variants = [model.BF16_STOCK, model.BF16_TIGHT, model.INT8_STOCK, model.INT8_TIGHT, model.INT8_UNMASKED]
-    assert [row["name"] for row in document["rows"]] == variants
+    names = [
+        "stock, 9 text slots",
+        "stock, 5 text slots",
+        "int8",
+        *(f"int8 without {one}" for one in described()),
+        "bf16",
+    ]
+    assert [row["name"] for row in document["rows"]] == names
     assert all(0 < row["p20"] <= row["p50"] <= row["p80"] for row in document["rows"])
+    assert all(row["of_stock"] > 0 and row["first_ms"] > 0 for row in document["rows"])
     assert {(row["unit"], row["rounds"]) for row in document["rows"]} == {("ms", 1)}
-    assert not any("peak_gib" in row for row in document["rows"])
-    assert [note.rpartition(":")[0] for note in notes] == variants
-    assert len(replaced) == 1
-    assert document["details"] == {"model": "tiny", "size": "64x64", "text_tokens": 5}
+    assert [note.partition(": first")[0] for note in notes[: len(names)]] == names
+    details = document["details"]
+    assert (details["model"], details["size"], details["prompts"]) == ("tiny", "64x64", [5, 3])
+    assert list(details["profile"]) == names
+    assert details["profile"]["int8"]["ms"]["row kernels"] > 0
+    assert details["profile"]["bf16"]["ms"]["row kernels"] == 0
+    assert all(one["adds_up"] for one in details["profile"].values())
     assert (document["benchmark"], document["device"]) == ("model", "cpu")
     assert document["policy"]["database"]["files"] == ["rtx3090.json"]
-    assert document["policy"]["database"]["entries"] > 0
-    table = tables.bench_model_table(document).splitlines()[2:]
-    assert [row.rpartition("  ")[0].strip() for row in table] == variants
+    first, second = tables.bench_model_table(document).split("\n\n")
+    assert [re.split("  +", row.strip())[0] for table in (first, second) for row in table.splitlines()[2:]] == names * 2
+
+
+@needs_no_gpu
+def test_contestants_agree():
+    """Every contestant computes the guided velocity of the same model."""
+    tiny = models.get("tiny")
+    setting = model.ModelSetting("tiny", 64, 64, text_tokens=(5,), stock_slots=9, variants=("int8", "fake-quant"))
+    torch.manual_seed(0)
+    found = {
+        name: step()
+        for name, step in model._contestants(tiny, setting, torch.device("cpu"), Database(gpus.get("rtx3090")))
+    }
+    assert len(found) == 4
+    assert {tuple(one.shape) for one in found.values()} == {(1, 16, 128)}
+    assert all(one.dtype is torch.float32 and one.isfinite().all() for one in found.values())
 
 
 @needs_no_gpu
@@ -43,6 +71,10 @@ def test_a_full_size_model_needs_a_gpu():
         model.measure()
     with pytest.raises(InputError, match="0 rounds: expected 1 or more"):
         model.measure(model.ModelSetting("tiny", rounds=0))
+    with pytest.raises(InputError, match="0 text tokens: expected 1 or more"):
+        model.measure(model.ModelSetting("tiny", text_tokens=(0,)))
+    with pytest.raises(UnknownName, match="unknown variant 'int4'"):
+        model.measure(model.ModelSetting("tiny", variants=("int4",)))
     with pytest.raises(UnknownName, match="sdxl"):
         model.measure(model.ModelSetting("sdxl"))
 
@@ -80,6 +112,12 @@ def test_bench_fused_prints_a_table_and_writes_a_document(quiet_interpreter, tmp
     assert json.loads(verb("bench", "fused", "--dry-run", *only, "--json")[0])["benchmark"] == "fused"
 
 
+ROWS = [
+    {"name": "stock", "p20": 5.0, "p50": 6.0, "p80": 7.0, "of_stock": 1.0, "first_ms": 9.0},
+    {"name": "int8", "p20": 1.0, "p50": 1.5, "p80": 2.0, "of_stock": 4.0, "first_ms": 3.0},
+]
+
+
 @needs_no_gpu
 def test_bench_model_passes_its_options(monkeypatch, tmp_path, verb):
     heard = []
@@ -87,20 +125,27 @@ def test_bench_model_passes_its_options(monkeypatch, tmp_path, verb):
     def measure(setting, note):
         heard.append(setting)
         note("bf16: 1.5 ms")
-        return {"benchmark": "model", "rows": [{"name": "bf16", "p50": 1.5}, {"name": "int8", "p50": 1}]}
+        return {"benchmark": "model", "rows": ROWS, "details": {}}
 
     monkeypatch.setattr(model, "measure", measure)
-    options = ("--size", "64x32", "--text-tokens", "5", "--rounds", "2", "--gpu", "H200")
-    table, err = verb("bench", "model", "tiny", *options, "-o", tmp_path / "m.json")
-    assert heard == [model.ModelSetting("tiny", 32, 64, text_tokens=5, rounds=2, gpu="H200")]
+    options = ("--size", "64x32", "--text-tokens", "5", "--text-tokens", "7", "--rounds", "2", "--gpu", "H200")
+    more = ("--variant", "fp8", "--compile", "--repairs", "--profile")
+    table, err = verb("bench", "model", "tiny", *options, *more, "-o", tmp_path / "m.json")
+    assert heard == [
+        model.ModelSetting(
+            "tiny", 32, 64, text_tokens=(5, 7), rounds=2, variants=("fp8",), compiled=True, each_repair=True,
+            profiled=True, gpu="H200",
+        )
+    ]  # fmt: skip
     assert "1.5 ms" in err
-    assert [line.split() for line in table.splitlines()[2:]] == [["bf16", "1.5"], ["int8", "1.0"]]
+    assert [line.split() for line in table.splitlines()[2:]] == [
+        ["stock", "5.0", "6.0", "7.0", "1.00", "9"],
+        ["int8", "1.0", "1.5", "2.0", "4.00", "3"],
+    ]
     assert json.loads((tmp_path / "m.json").read_text())["format"] == results.FORMAT
 
 
-def test_the_table_of_a_gpus_result_has_its_peak_memory():
-    table = tables.bench_model_table({"rows": [{"name": "bf16", "p50": 1.5, "peak_gib": 21.456}]})
-    assert [line.split() for line in table.splitlines()[::2]] == [
-        ["variant", "ms", "peak", "GiB"],
-        ["bf16", "1.5", "21.46"],
-    ]
+def test_the_table_of_a_gpus_result_has_its_memory():
+    rows = [{**row, "activations_gib": 0.987} for row in ROWS]
+    table = tables.bench_model_table({"rows": rows, "details": {}})
+    assert [line.split()[-1] for line in table.splitlines()[2:]] == ["0.99", "0.99"]

@@ -1,6 +1,6 @@
 """runtime/: image generation on a CPU, and its Ideogram 4 pipeline."""
 
-import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -13,9 +13,10 @@ from int8kit.database import store
 from int8kit.database.schema import Entry, Resources, stamp
 from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
 from int8kit.kernels import gemm
-from int8kit.lookup import DEFAULT, LEVELS
-from int8kit.runtime import generate, ideogram4
+from int8kit.lookup import DEFAULT, LEVELS, Plan
+from int8kit.runtime import denoise, generate, ideogram4, variants
 from int8kit.runtime.generate import PRESETS, ImageRequest
+from int8kit.runtime.repairs import Repairs, described
 from int8kit.spec import Source, default_config
 
 
@@ -27,7 +28,7 @@ def test_presets_follow_the_authors_schedules():
     assert PRESETS["quality"].guidance(4) == [7.0] * 3 + [3.0]
 
 
-REQUEST = ImageRequest("a red bicycle", height=64, width=96, steps=2)
+REQUEST = ImageRequest(("a red bicycle",), height=64, width=96, steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +37,17 @@ def generated():
 
 
 def test_image_is_written_with_its_request(generated, tmp_path):
-    assert generated.image.size == (96, 64)
+    assert [image.size for image in generated.images] == [(96, 64)]
     assert generated.steps == 2
-    assert generated.tokens == len("<user\na red bicycle<\n<assistant")  # a byte each, and < for each special token
-    times = generated.load_s, generated.prepare_s, generated.denoise_s, generated.step_ms
+    assert generated.tokens == (len("<user\na red bicycle<\n<assistant"),)  # bytes, and < for each special token
+    times = [value for name, value in vars(generated).items() if name.endswith(("_s", "_ms"))]
+    assert len(times) == 9
     assert min(*times, generated.peak_gib) > 0
+    assert generated.first_step_s < generated.denoise_s < generated.until_first_step_s + generated.denoise_s
+    assert (generated.fused, generated.attention) == (True, "torch on the CPU")
     path = tmp_path / "a.png"
     assert not generate.is_ours(path)
-    generate.save(generated, path)
+    assert generate.save(generated, path) == [path]
     assert generate.is_ours(path)
     with Image.open(path) as image:
         image.load()
@@ -54,15 +58,18 @@ def test_image_is_written_with_its_request(generated, tmp_path):
 
 
 def test_choices_are_those_of_the_shapes_that_run(generated):
-    image, text = 4 * 6, generated.tokens
-    assert {choice.shape.m for choice, _ in generated.choices} == {image, image + text}
-    assert sum(count for _, count in generated.choices) == 2 * (2 * 7 + 1)
+    image, text = 4 * 6, generated.tokens[0]
+    assert {choice.shape.m for choice, _ in generated.choices} == {image, image + text, text}
+    assert sum(count for _, count in generated.choices) == 2 * 2 * 4 + 1  # blocks and branches; the text projection
+    assert {(c.shape.n, c.shape.k) for c, _ in generated.choices} == {
+        (1536, 512), (512, 512), (2048, 512), (512, 1024), (512, 416),
+    }  # fmt: skip
     assert all(choice.level in {level.name for level in LEVELS} for choice, _ in generated.choices)
 
 
 def test_another_seed_gives_another_image(generated):
     other = generate.generate(replace(REQUEST, seed=1))
-    assert other.image.tobytes() != generated.image.tobytes()
+    assert other.images[0].tobytes() != generated.images[0].tobytes()
 
 
 def test_image_is_near_that_of_the_stock_pipeline(generated):
@@ -71,28 +78,85 @@ def test_image_is_near_that_of_the_stock_pipeline(generated):
     stock.set_progress_bar_config(disable=True)
     call = {"height": 64, "width": 96, "num_inference_steps": 2, "std": 1.5, "guidance_schedule": [7.0, 3.0]}
     theirs = stock("a red bicycle", generator=torch.Generator().manual_seed(0), output_type="pt", **call).images[0]
-    ours = torch.tensor(list(generated.image.tobytes())).reshape(64, 96, 3).permute(2, 0, 1) / 255
+    ours = torch.tensor(list(generated.images[0].tobytes())).reshape(64, 96, 3).permute(2, 0, 1) / 255
     assert (ours - theirs).abs().mean() < 0.05
     assert theirs.std() > 0.05
 
 
-def test_mask_has_no_effect_without_padding():
-    model = models.get("tiny")
-    module = model.build()
-    for case in (models.Case(64, 64, text_tokens=9), models.Case(64, 64, branch="uncond")):
-        torch.manual_seed(1)
-        inputs = model.inputs(module, case)
-        with torch.no_grad():
-            masked = module(**inputs).sample
-            bare = copy.deepcopy(module)
-            ideogram4.unmask(bare)
-            assert torch.equal(bare(**inputs).sample, masked)
+def pixels(image):
+    return torch.tensor(list(image.tobytes())).float() / 255
+
+
+def test_prompts_and_images_of_each(generated, tmp_path):
+    """Each image of a batch is the one that its prompt and seed give alone, up to rounding."""
+    prompts = ("a red bicycle", "a cat that sleeps on a long red sofa")
+    request = replace(REQUEST, prompts=prompts, images=2, seed=3)
+    batch = generate.generate(request)
+    assert len(batch.images) == 4
+    assert batch.tokens[0] < batch.tokens[1]
+    alone = generate.generate(replace(REQUEST, prompts=prompts[1:], seed=5))
+    assert (pixels(batch.images[2]) - pixels(alone.images[0])).abs().mean() < 0.01
+    assert (pixels(batch.images[1]) - pixels(alone.images[0])).abs().mean() > 0.02
+    paths = generate.save(batch, tmp_path / "a.png")
+    assert [path.name for path in paths] == ["a.png", "a-2.png", "a-3.png", "a-4.png"]
+    with Image.open(paths[2]) as image:
+        kept = json.loads(image.info["int8kit"])
+    assert (kept["prompt"], kept["seed"], kept["variant"]) == (prompts[1], 5, "int8")
+
+
+@pytest.mark.parametrize("variant", [name for name in variants.VARIANTS if name != "int8"])
+def test_variants_give_nearly_the_same_image(generated, variant):
+    made = generate.generate(replace(REQUEST, variant=variant))
+    assert not made.fused
+    assert len(made.choices) == (0 if variant != "unfused" else 3 * 2 + 1)
+    assert (pixels(made.images[0]) - pixels(generated.images[0])).abs().mean() < 0.05
+
+
+def test_each_repair_can_be_off(generated):
+    off = tuple(described())
+    made = generate.generate(replace(REQUEST, without=off))
+    assert not made.fused
+    assert (pixels(made.images[0]) - pixels(generated.images[0])).abs().mean() < 0.02
+    assert generate.repairs_of(made.request) == Repairs.none()
+
+
+def test_the_loop_is_that_of_the_stock_pipeline():
+    """The variant bf16 without a repair that leaves rows out: the latents of diffusers, bit by bit."""
+    pipe = models.tiny_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    call = {"height": 64, "width": 96, "num_inference_steps": 3, "guidance_schedule": [7.0, 3.0, 1.0]}
+    tokens = ideogram4.count_tokens(pipe, "a red bicycle")
+    theirs = pipe(
+        "a red bicycle", generator=torch.Generator().manual_seed(4), output_type="latent",
+        max_sequence_length=tokens, **call
+    ).images  # fmt: skip
+    device = torch.device("cpu")
+    scene = denoise.Scene(ideogram4.encode(pipe, ["a red bicycle"], device), 1, 64, 96)
+    noise = denoise.noise(scene, 128, 4, device)
+
+    def latents(repairs):
+        pipe.scheduler.set_timesteps(sigmas=PRESETS["quality"].sigmas(3, 64, 96), device=device)
+        pair = ideogram4.prepare(pipe, "bf16", repairs, lambda n, k: Plan(), device)
+        branches = denoise.FusedBranches(*pair, scene, denoise.times(pipe.scheduler, torch.bfloat16))
+        return denoise.denoise(branches, pipe.scheduler, noise, call["guidance_schedule"])
+
+    # torch multiplies one row by another kernel than three, which rounds adaLN otherwise
+    assert torch.equal(latents(Repairs.without(["modulation-ahead"])), theirs)
+    assert ((latents(Repairs()) - theirs).norm() / theirs.norm()).item() < 0.01
+
+
+def test_memory_of_weights_that_the_steps_do_not_need(generated, monkeypatch):
+    monkeypatch.setattr(generate, "_is_short_of_memory", lambda device, rows: rows > 0)
+    released = []
+    monkeypatch.setattr(denoise.FusedBranches, "release", lambda self: released.append(self))
+    assert generate.generate(REQUEST).images[0].tobytes() == generated.images[0].tobytes()
+    assert len(released) == 1
 
 
 def test_local_folder_and_same_seed_give_the_same_image(generated, tmp_path):
     models.tiny_pipeline().save_pretrained(tmp_path / "m")
     again = generate.generate(replace(REQUEST, model=str(tmp_path / "m")))
-    assert again.image.tobytes() == generated.image.tobytes()
+    assert again.images[0].tobytes() == generated.images[0].tobytes()
     generate.save(again, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         assert '"model": "m"' in image.info["int8kit"]
@@ -108,12 +172,21 @@ def test_local_folder_and_same_seed_give_the_same_image(generated, tmp_path):
         ({"steps": 0}, InputError, "0 steps: expected"),
         ({"width": 100}, InputError, "width 100: expected a positive multiple of 16"),
         ({"gpu": "rtx1"}, UnknownName, "'rtx1'"),
-        ({"prompt": "x" * 3000}, InputError, "the prompt has 30[0-9]+ tokens; expected at most 2048; shorten it"),
+        ({"images": 0}, InputError, "1 prompts, 0 images of each: expected at least 1"),
+        ({"prompts": ()}, InputError, "0 prompts, 1 images of each: expected at least 1"),
+        (
+            {"variant": "int4"},
+            UnknownName,
+            "unknown variant 'int4'; expected bf16, fake-quant, fp8, int8, nf4, unfused",
+        ),
+        ({"without": ("masks",)}, UnknownName, "unknown repair 'masks'; expected .*no-mask"),
+        ({"compile": True}, InputError, "compile: the fused INT8 blocks gain nothing from it"),
+        ({"prompts": ("x" * 3000,)}, InputError, "the prompt has 30[0-9]+ tokens; expected at most 2048; shorten it"),
     ],
 )
 def test_bad_requests(change, error, reason):
     with pytest.raises(error, match=reason):
-        generate.generate(ImageRequest(**{"prompt": "x", "height": 64, "width": 64, "steps": 1, **change}))
+        generate.generate(ImageRequest(**{"prompts": ("x",), "height": 64, "width": 64, "steps": 1, **change}))
 
 
 def test_folder_without_a_pipeline(tmp_path):
@@ -126,7 +199,7 @@ def test_folder_without_a_pipeline(tmp_path):
 
 def test_gpu_without_a_database(monkeypatch, tmp_path):
     monkeypatch.setattr(store, "find", lambda alias, given=None: None)
-    made = generate.generate(ImageRequest("x", height=64, width=64, steps=1, gpu="rtx3060"))
+    made = generate.generate(ImageRequest(("x",), height=64, width=64, steps=1, gpu="rtx3060"))
     assert {choice.level for choice, _ in made.choices} == {DEFAULT}
     assert made.databases == ()
 

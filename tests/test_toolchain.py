@@ -34,7 +34,7 @@ def test_a_text_that_is_no_version_is_refused():
 @pytest.mark.parametrize(
     "start",
     [
-        lambda: generate.generate(generate.ImageRequest("a bicycle")),
+        lambda: generate.generate(generate.ImageRequest(("a bicycle",))),
         lambda: session.targets_of([get("rtx3090")], []),
         lambda: executors.available(get("rtx3090")),
         lambda: contestants.ours(get("h200")),

@@ -9,8 +9,9 @@
 `bench.results` has the fields that are left out. A step is both branches and the guided velocity. The weights are
 random, and both branches share them: a branch reads 9 GB or more, so no cache holds them. Stock is diffusers' forward
 in bf16, at its default of 2048 text slots and at the longest prompt's. A variant is int8kit's forward with other
-linears, see `runtime.variants`. first_ms: the first call, which compiles. Without a GPU the times mean nothing: the
-tiny model shows that the benchmark runs.
+linears, see `runtime.variants`. first_ms: the first call, which compiles. On a GPU, activations_gib is the peak of the
+first call beyond the memory that was in use. Without a GPU the times mean nothing: the tiny model shows that the
+benchmark runs.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class ModelSetting:
         """Raise InputError or UnknownName for a setting that no machine can time."""
         if self.rounds < 1:
             raise InputError(f"{self.rounds} rounds: expected 1 or more")
-        if not self.text_tokens or min(self.text_tokens) < 1:
-            raise InputError(f"prompts of {self.text_tokens} tokens: expected 1 token or more")
+        if (shortest := min(self.text_tokens, default=0)) < 1:
+            raise InputError(f"{shortest} text tokens: expected 1 or more")
         models.Case(self.height, self.width)
         for name in self.variants:
             variants.check(name)
@@ -89,8 +90,12 @@ def measure(setting: ModelSetting = ModelSetting(), *, note: Callable[[str], Non
     header = results.header("model", results.Policy(timing=wall_clock.POLICY, database=used))
     calls: dict[str, Step] = {}
     first_ms: dict[str, float] = {}
+    activations: dict[str, float] = {}
     for name, call in _contestants(model, setting, device, database):
+        before = _reset_peak() if present else 0
         first_ms[name] = wall_clock.synchronized_ms(call)
+        if present:
+            activations[name] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 2)
         calls[name] = call
         note(f"{name}: first call {first_ms[name]:.0f} ms")
     times = wall_clock.interleaved(
@@ -100,12 +105,11 @@ def measure(setting: ModelSetting = ModelSetting(), *, note: Callable[[str], Non
         gate=present is not None,
     )
     stock = times[next(iter(calls))].p50
-    rows = [
-        results.row(
-            name, "ms", one, setting.rounds, of_stock=round(stock / one.p50, 3), first_ms=round(first_ms[name], 1)
-        )
-        for name, one in times.items()
-    ]
+    rows = []
+    for name, one in times.items():
+        more: dict[str, Any] = {"activations_gib": activations[name]} if present else {}
+        ratio, first = round(stock / one.p50, 3), round(first_ms[name], 1)
+        rows.append(results.row(name, "ms", one, setting.rounds, of_stock=ratio, first_ms=first, **more))
     details: dict[str, Any] = {
         "model": model.name,
         "size": f"{setting.width}x{setting.height}",
@@ -120,6 +124,13 @@ def measure(setting: ModelSetting = ModelSetting(), *, note: Callable[[str], Non
             details["profile"][name] = profile.profile(call, device=device.type).document()
             note(f"{name}: profiled")
     return results.document(header, rows, details=details, after=results.gpu_state())
+
+
+def _reset_peak() -> int:
+    """Start a new peak of GPU memory -> the bytes that are in use."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def _texts(ms: Any) -> str:

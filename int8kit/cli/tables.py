@@ -294,7 +294,11 @@ def bench_model_table(document: dict[str, Any]) -> str:
         )
         for r in document["rows"]
     ]
-    text = fit(rows, ("contestant", "p20 ms", "p50 ms", "p80 ms", "times stock", "first call ms"), left="contestant")
+    names = ["contestant", "p20 ms", "p50 ms", "p80 ms", "times stock", "first call ms"]
+    if all("activations_gib" in r for r in document["rows"]):
+        names.append("activations GiB")
+        rows = [(*row, f"{r['activations_gib']:.2f}") for row, r in zip(rows, document["rows"], strict=True)]
+    text = fit(rows, names, left="contestant")
     profiles = document["details"].get("profile", {})
     if not profiles:
         return text

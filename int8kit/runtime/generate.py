@@ -296,10 +296,10 @@ def _is_short_of_memory(device: torch.device, rows: int) -> bool:
 def _check_memory(request: ImageRequest, present: gpus.Gpu | None) -> None:
     """Raise InputError for a size that no memory here holds.
 
-    A lower bound: the VAE returns three float32 values for each pixel.
+    A lower bound: the VAE's last layer reads and writes 8 channels or more in bf16, and its image is float32.
     """
     total = _memory_bytes() if present is None else present.memory_gib << 30
-    pixels = 12 * request.height * request.width
+    pixels = (2 * 8 * 2 + 3 * 4) * request.height * request.width
     if total and pixels > total:
         where = "this machine" if present is None else present.name
         raise InputError(
