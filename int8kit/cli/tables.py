@@ -283,7 +283,7 @@ def bench_fused_table(document: dict[str, Any]) -> str:
 
 def bench_model_table(document: dict[str, Any]) -> str:
     """A document of `bench model`: each contestant's time, and its parts if they were profiled."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             r["name"],
             f"{r['p20']:.1f}",
