@@ -103,8 +103,17 @@ def run(
         {"m": c.shape.m, "n": c.shape.n, "k": c.shape.k, "layers": count, "config": vars(c.config), "level": c.level,
          "why": c.provenance, "verified": c.is_verified} for c, count in outcome.choices
     ]  # fmt: skip
-    document = {"images": list(map(str, paths)), "device": outcome.device, "variant": variant, "fused": outcome.fused,
-                "attention": outcome.attention, "text_tokens": list(outcome.tokens), **took,
-                "until_first_step_s": outcome.until_first_step_s,
-                "databases": list(map(str, outcome.databases)), "configurations": choices}  # fmt: skip
+    document = {
+        "images": list(map(str, paths)),
+        "device": outcome.device,
+        "variant": variant,
+        "fused": outcome.fused,
+        "graphs": outcome.graphs,
+        "attention": outcome.attention,
+        "text_tokens": list(outcome.tokens),
+        **took,
+        "until_first_step_s": outcome.until_first_step_s,
+        "databases": list(map(str, outcome.databases)),
+        "configurations": choices,
+    }
     show(document, f"{tables.run_tables(outcome)}\n\nwrote {', '.join(map(str, paths))}", as_json)

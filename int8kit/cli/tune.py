@@ -18,7 +18,9 @@ from int8kit.errors import CheckFailed, InputError
 def tune(
     gpu: Annotated[
         list[str] | None,
-        typer.Option(metavar="GPU", help="The target GPU, such as rtx3090. Repeatable. Default: every present kind."),
+        typer.Option(
+            "--gpu", metavar="GPU", help="The target GPU, such as rtx3090. Repeatable. Default: every present kind."
+        ),
     ] = None,
     gpu_spec: Annotated[Path | None, typer.Option(help="A JSON file that describes another GPU.")] = None,
     scheduler: Annotated[

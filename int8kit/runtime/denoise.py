@@ -18,6 +18,7 @@ import torch
 
 from int8kit.models import PATCH
 from int8kit.runtime import packed_rows
+from int8kit.runtime.cuda_graph import Captured
 from int8kit.runtime.fused_ideogram4 import FusedIdeogram4, Modulation, Prompt
 
 
@@ -60,17 +61,28 @@ class Scene:
 class FusedBranches:
     """The branches by `FusedIdeogram4`. times [S]: the model's time at each step, in [0, 1].
 
-    slots: text rows of each sample with the repair "trim-text" switched off.
+    slots: text rows of each sample with the repair "trim-text" switched off. graphs: on a GPU, each branch becomes a
+    CUDA graph at its second call, unless a repair is off that computes ahead of the steps.
     """
 
     def __init__(
-        self, cond: FusedIdeogram4, uncond: FusedIdeogram4, scene: Scene, times: torch.Tensor, slots: int = 2048
+        self,
+        cond: FusedIdeogram4,
+        uncond: FusedIdeogram4,
+        scene: Scene,
+        times: torch.Tensor,
+        slots: int = 2048,
+        *,
+        graphs: bool = True,
     ) -> None:
         self.scene, self.times = scene, times
         self._slots = 0 if cond.repairs.trim_text else slots
         self._models = (cond, uncond)
         self._prompts = tuple(self._prompt(model) for model in self._models)
         self._ahead = tuple(self._modulation(model) for model in self._models)
+        self.graphs = graphs and cond.device.type == "cuda" and self._is_ahead
+        self._captured: dict[int, Captured | None] = {}  # None: after the first call of a branch
+        self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
 
     def velocities(self, latents: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Branches`."""
@@ -89,18 +101,41 @@ class FusedBranches:
 
         It moves none if a repair is off that computes ahead of the steps.
         """
+        return sum(model.release() for model in self._models) if self._is_ahead else 0
+
+    @property
+    def _is_ahead(self) -> bool:
+        """Whether all that does not depend on the latents is there before the steps."""
         repairs = self._models[0].repairs
-        if not (repairs.text_once and repairs.modulation_ahead):
-            return 0
-        return sum(model.release() for model in self._models)
+        return repairs.text_once and repairs.modulation_ahead
 
     def _velocity(self, branch: int, latents: torch.Tensor, step: int) -> torch.Tensor:
         model, ahead = self._models[branch], self._ahead[branch]
         prompt = self._prompts[branch] if model.repairs.text_once else self._prompt(model)
         modulation = model.modulation(self.times[step : step + 1]) if ahead is None else ahead.at(step)
-        velocity = model.velocity(latents.flatten(0, 1), prompt, modulation)
+
+        def call(flat: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+            return model.velocity(flat, prompt, Modulation(table))
+
+        velocity = self._run(branch, call, latents.flatten(0, 1), modulation.table)
         samples: torch.Tensor = velocity.float().unflatten(0, (len(latents), -1))
         return samples
+
+    def _run(self, branch: int, call: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        """`call(*tensors)`, by the graph of the branch from the second time on."""
+        if not self.graphs:
+            return call(*tensors)
+        if branch not in self._captured:
+            self._captured[branch] = None
+            return call(*tensors)
+        captured = self._captured[branch]
+        if captured is None:
+            try:
+                captured = self._captured[branch] = Captured(call, tensors, self._pool)
+            except RuntimeError:  # a linear of somebody else that waits for the GPU
+                self.graphs = False
+                return call(*tensors)
+        return captured(*tensors)
 
     def _prompt(self, model: FusedIdeogram4) -> Prompt:
         scene, device = self.scene, model.device

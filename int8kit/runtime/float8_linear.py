@@ -148,7 +148,7 @@ class Float8Linear(ScaledLinear):
         return torch._scaled_mm(
             q,
             self.weight.t(),  # K along the memory, as the tensor cores read it
-            s,
+            s if s.data_ptr() % 16 == 0 else s.clone(),  # cuBLAS refuses another address
             self.weight_scale[None, :],
             bias=self.bias_as(torch.bfloat16),
             out_dtype=torch.bfloat16,

@@ -12,6 +12,7 @@ repair off.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,18 +44,28 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Modulation:
-    """Scales and gates. blocks: for each block scale, gate, scale, gate, each [S, W]. final [S, W]: of the last norm.
+    """Scales and gates of all blocks, and the factor of the last norm: table [S, 4 L + 1, W] for L blocks.
 
-    S: one row for all samples, or one for each sample; before `at`, one row for each step.
+    A block has scale, gate, scale, gate. S: one row for all samples, or one for each sample; before `at`, one row for
+    each step.
     """
 
-    blocks: tuple[Tensors, ...]
-    final: torch.Tensor
+    table: torch.Tensor
+
+    @property
+    def blocks(self) -> tuple[Tensors, ...]:
+        """For each block its scale, gate, scale and gate, each [S, W]."""
+        rows = self.table.unbind(1)
+        return tuple(tuple(rows[i : i + 4]) for i in range(0, len(rows) - 1, 4))
+
+    @property
+    def final(self) -> torch.Tensor:
+        """[S, W]."""
+        return self.table[:, -1]
 
     def at(self, row: int) -> Modulation:
         """The modulation of one row."""
-        one = slice(row, row + 1)
-        return Modulation(tuple(tuple(t[one] for t in block) for block in self.blocks), self.final[one])
+        return Modulation(self.table[row : row + 1])
 
 
 class FusedIdeogram4:
@@ -67,7 +78,8 @@ class FusedIdeogram4:
     def __init__(
         self, model: Any, repairs: Repairs | None = None, *, plans: Plans = None, compiled: bool = False
     ) -> None:
-        self.model, self.repairs, self.compiled, self._plans = model, repairs or Repairs(), compiled, plans
+        self.model, self.repairs, self.compiled = model, repairs or Repairs(), compiled
+        self._plans = None if plans is None else functools.cache(plans)
         if compiled and self.is_fused:
             raise InputError("compile: the fused INT8 blocks gain nothing from it; expected another variant")
 
@@ -102,12 +114,12 @@ class FusedIdeogram4:
         model = self.model
         _to(model.embed_image_indicator.weight.device, *_modulators(model))
         given = torch.nn.functional.silu(model.adaln_proj(model.t_embedding(timesteps)))
-        blocks = []
+        rows = []
         for layer in model.layers:
             scale, gate, ffn_scale, ffn_gate = layer.adaln_modulation(given).chunk(4, -1)
-            blocks.append((scale.contiguous(), gate.tanh(), ffn_scale.contiguous(), ffn_gate.tanh()))
-        final = 1.0 + model.final_layer.adaln_modulation(torch.nn.functional.silu(given))
-        return Modulation(tuple(blocks), final)
+            rows += [scale, gate.tanh(), ffn_scale, ffn_gate.tanh()]
+        rows.append(1.0 + model.final_layer.adaln_modulation(torch.nn.functional.silu(given)))
+        return Modulation(torch.stack(rows, 1))
 
     def release(self) -> int:
         """Move the weights that a step does not need to the CPU -> their bytes.

@@ -99,6 +99,7 @@ class GeneratedImages:
     device: str
     attention: str  # the back end
     fused: bool  # whether the blocks ran in int8kit's kernels
+    graphs: bool  # whether the steps after the first ran as CUDA graphs
     tokens: tuple[int, ...]  # of each prompt
     steps: int
     choices: list[tuple[Choice, int]]  # for each INT8 GEMM of a step, with the number of GEMMs of that shape
@@ -219,6 +220,7 @@ def generate(request: ImageRequest, progress: Progress = no_progress) -> Generat
         device="cpu, reference backend" if present is None else present.name,
         attention=attention.name_of(device),
         fused=cond.is_fused,
+        graphs=branches.graphs and steps > 1,
         tokens=tuple(map(len, features)),
         steps=steps,
         choices=choices,

@@ -163,10 +163,10 @@ def test_group_offload_moves_the_int8_weights(kind):
 
 
 def test_tiny_image(tmp_path):
-    request = generate.ImageRequest("a red bicycle", height=256, width=256, steps=4)
+    request = generate.ImageRequest(("a red bicycle",), height=256, width=256, steps=4)
     generated = generate.generate(request)
     generate.save(generated, tmp_path / "a.png")
     assert generate.is_ours(tmp_path / "a.png")
-    assert generated.image.size == (256, 256)
+    assert generated.images[0].size == (256, 256)
     assert generated.peak_gib > 0
-    assert generate.generate(request).image.tobytes() == generated.image.tobytes()
+    assert generate.generate(request).images[0].tobytes() == generated.images[0].tobytes()

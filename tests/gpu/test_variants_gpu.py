@@ -27,11 +27,15 @@ def operands(m, n, k, dtype=torch.bfloat16):
 
 
 def assert_near_emulation(y, q, s, layer):
-    """Each instruction adds 32 products in about 13 bits, so an error is at most K / 32 + 2 such roundings."""
+    """Each instruction adds 32 products in about 13 bits, so an error is at most K / 32 + 2 such roundings.
+
+    The product and its sum with the bias are rounded to bf16, each with a relative error of 2**-8 at most.
+    """
     expected = emulated_product(q, s, layer.weight, layer.weight_scale, layer.bias).double()
     size = (q.double().abs() @ layer.weight.double().abs().t()) * s.double() * layer.weight_scale.double()
     roundings = layer.in_features / 32 + 2
-    assert bool(((y.double() - expected).abs() <= 2.0**-7 * expected.abs() + roundings * 2.0**-13 * size).all())
+    rounded = expected.abs() + (0 if layer.bias is None else layer.bias.double().abs())
+    assert bool(((y.double() - expected).abs() <= 2.0**-7 * rounded + roundings * 2.0**-13 * size).all())
     assert float((y.double() - expected).norm()) <= 0.03 * float(expected.norm())
 
 
@@ -71,7 +75,7 @@ def kernels(call):
     """The number of kernels of a call."""
     call()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         call()
         torch.cuda.synchronize()
     return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
