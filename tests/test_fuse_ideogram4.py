@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_ideogram4 import Ideogram4AttnProcessor, Ideogram4Transformer2DModel
 from test_fused_ideogram4 import distance, inputs_of
 
@@ -93,6 +94,12 @@ def hooked(model):
     model.layers[1].feed_forward.w1.register_forward_hook(lambda *args: None)
 
 
+def backed(model):
+    """As `set_attention_backend` does, which also sets it for every other model of the process."""
+    for layer in model.layers:
+        layer.attention.processor._attention_backend = AttentionBackendName._NATIVE_MATH
+
+
 class OtherProcessor(Ideogram4AttnProcessor):
     """Somebody's own attention."""
 
@@ -100,7 +107,7 @@ class OtherProcessor(Ideogram4AttnProcessor):
 CAUSES = {
     "layers.1.feed_forward.w1 has a hook": hooked,
     "another processor or back end": lambda model: model.layers[0].attention.set_processor(OtherProcessor()),
-    "processor or back end": lambda model: model.set_attention_backend("_native_math"),
+    "processor or back end": backed,
 }
 
 
