@@ -86,6 +86,14 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Join:
+    """Linears that read the same input, and run as one GEMM: the ends of their names, and the GEMM's epilogue."""
+
+    layers: tuple[str, ...]
+    epilogue: str = "none"  # or "swiglu"
+
+
+@dataclass(frozen=True)
 class Model:
     """A transformer without weights, its inputs, and the linears that are not quantized."""
 
@@ -93,6 +101,7 @@ class Model:
     build: Callable[[], torch.nn.Module]
     inputs: Callable[[torch.nn.Module, Case], dict[str, Any]]
     unquantized: tuple[str, ...]  # linears whose name contains one of these are not quantized
+    joins: tuple[Join, ...] = ()  # of the fused forward
     config: Path | None = None  # the user's file that describes the transformer
 
     def quantizes(self, layer: str) -> bool:
@@ -131,6 +140,12 @@ def _ideogram4_inputs(transformer: torch.nn.Module, case: Case) -> dict[str, Any
     }
 
 
+IDEOGRAM4_JOINS = (
+    Join(("attention.to_q", "attention.to_k", "attention.to_v")),
+    Join(("feed_forward.w1", "feed_forward.w3"), "swiglu"),
+)
+
+
 def _ideogram4(name: str, settings: dict[str, Any], path: Path | None = None) -> Model:
     """An Ideogram 4 transformer. path: the user's file that the settings come from."""
 
@@ -149,7 +164,7 @@ def _ideogram4(name: str, settings: dict[str, Any], path: Path | None = None) ->
 
     # adaLN, time embedding and head see one row per prompt or 128 channels: INT8 gains nothing and costs quality.
     unquantized = ("adaln", "t_embedding", "input_proj", "final_layer")
-    return Model(name, build, inputs, unquantized, path)
+    return Model(name, build, inputs, unquantized, IDEOGRAM4_JOINS, path)
 
 
 class UnusedSetting(UserWarning):

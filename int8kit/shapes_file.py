@@ -68,7 +68,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def int8_shapes(document: dict[str, Any], size: tuple[int, int] | None = None) -> dict[GemmShape, int]:
-    """The shapes that `run` quantizes, with their FLOPs summed over the cases.
+    """The shapes that `run` quantizes, joined or not, with their FLOPs summed over the cases.
 
     size: height and width in pixels; only cases of this size count. In documents of other tracers, without the "int8"
     field, every product with M, N and K over 128 counts.
@@ -81,6 +81,9 @@ def int8_shapes(document: dict[str, Any], size: tuple[int, int] | None = None) -
             shape = GemmShape(gemm["m"], gemm["n"], gemm["k"])
             if gemm.get("int8", min(shape.m, shape.n, shape.k) > 128):
                 shapes[shape] += shape.flops * gemm["count"]
+        for joined in case.get("joined", ()):
+            shape = GemmShape(joined["m"], joined["n"], joined["k"])
+            shapes[shape] += shape.flops * joined["count"]
     return dict(shapes)
 
 

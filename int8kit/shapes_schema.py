@@ -32,6 +32,17 @@ class GemmRow(_Row):
     share: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
 
 
+class JoinedRow(_Row):
+    """One GEMM of the fused forward, for linears that read the same input; n: rows of their weights together."""
+
+    m: int
+    n: int
+    k: int
+    count: Whole
+    epilogue: Literal["none", "swiglu"]
+    layers: tuple[str, ...]
+
+
 class AttentionRow(_Row):
     """One attention call, `count` times in a forward pass."""
 
@@ -54,6 +65,7 @@ class CaseRow(_Row):
     text_tokens: Count
     branch: str
     gemms: tuple[GemmRow, ...]
+    joined: tuple[JoinedRow, ...] = ()
     attention: tuple[AttentionRow, ...] = ()
     slots: Count | None = None
     tokens: Count | None = None
@@ -85,6 +97,10 @@ def check(document: ShapesDocument) -> None:
             if (key := (row.op, shape, row.bias, row.int8, row.layers)) in seen:
                 raise ValueError(f"case {number}, {shape} occurs twice")
             seen.add(key)
+        for joined in case.joined:
+            GemmShape(joined.m, joined.n, joined.k)
+            if joined.epilogue == "swiglu" and joined.n % 2:
+                raise ValueError(f"case {number}: swiglu with n = {joined.n}; expected an even number")
         total = sum(2 * row.m * row.n * row.k * row.count for row in case.gemms)
         if case.gemm_flops is not None and case.gemm_flops != total:
             raise ValueError(f"case {number}: {case.gemm_flops} FLOPs in GEMMs; expected {total}")

@@ -3,6 +3,8 @@
     {"format": "int8kit.shapes/1", "model": "ideogram4", "text_tokens": 200,
      "cases": [{"height": 1024, "width": 1024, "batch": 1, "text_tokens": 200, "slots": 200, "branch": "cond",
                 "tokens": 4296, "gemm_flops": ..., "attention_flops": ...,
+                "joined": [{"m": 4296, "n": 13824, "k": 4608, "count": 34, "epilogue": "none",
+                            "layers": ["layers.*.attention.to_q", ...]}, ...],
                 "gemms": [{"m": 4296, "n": 12288, "k": 4608, "count": 68, "bias": false, "op": "mm", "int8": true,
                            "layers": ["layers.*.feed_forward.w1", ...], "flops": ..., "share": 0.43}, ...],
                 "attention": [{"batch": 1, "heads": 18, "queries": 4296, "keys": 4296, "head_dim": 256, "mask": true,
@@ -13,6 +15,9 @@
     flops    2 m n k count
     share    part of the case's gemm_flops
     int8     quantized by `run`
+    joined   GEMMs of the fused forward: linears with one input, whose weights have their rows together. n is the number
+             of these rows; with the epilogue "swiglu" the output has half as many columns. Their FLOPs are those of
+             the linears, so no sum has them
 
 A `TorchDispatchMode` sees every product, no matter which module or function calls it. The rejected alternative, hooks
 on `nn.Linear`, misses `addmm`, `mm` and `bmm` in a module's own code. Fake tensors have shapes but no data: the full
@@ -227,5 +232,26 @@ def _case_document(model: Model, case: Case, recorder: Recorder) -> dict[str, An
         "gemm_flops": total,
         "attention_flops": sum(a["flops"] for a in attention),
         "gemms": gemms,
+        "joined": _joined(model, recorder.products),
         "attention": attention,
     }
+
+
+def _joined(model: Model, products: Iterable[Product]) -> list[dict[str, Any]]:
+    """The GEMMs of the fused forward, from the products of the linears that it joins."""
+    by_layer = {p.layer: p for p in products if p.op in ("mm", "addmm") and model.quantizes(p.layer)}
+    counts: Counter[tuple[int, int, int, str, tuple[str, ...]]] = Counter()
+    for join in model.joins:
+        for layer in by_layer:
+            prefix = layer.removesuffix(join.layers[0])
+            parts = [by_layer.get(prefix + end) for end in join.layers]
+            if prefix == layer or None in parts:
+                continue
+            found = [part for part in parts if part is not None]
+            if len({(part.m, part.k) for part in found}) == 1:
+                names = tuple(sorted(pattern(part.layer) for part in found))
+                counts[found[0].m, sum(part.n for part in found), found[0].k, join.epilogue, names] += 1
+    return [
+        {"m": m, "n": n, "k": k, "count": count, "epilogue": epilogue, "layers": list(names)}
+        for (m, n, k, epilogue, names), count in sorted(counts.items())
+    ]
