@@ -152,7 +152,7 @@ def _contestants(
         made = stock
         if name != "bf16":
             made = copy.deepcopy(stock)
-            variants.convert(made, name, model.quantizes, plans, device)
+            variants.convert(made, name, model.quantizes, plans, device, compiled=device.type == "cuda")
         base = Repairs.without(["fused-rows"]) if name == "unfused" else Repairs()
 
         def step(repairs: Repairs, compiled: bool = False, made: Any = made) -> Step:

@@ -1,7 +1,7 @@
 """A function of tensors as one CUDA graph: the host then launches a step in microseconds.
 
     captured = Captured(call, tensors)     after a first call of `call`, which compiles
-    out = captured(*others)                of the same shapes and dtypes
+    outs = captured(*others)               of the same shapes and dtypes
 
 At 768 px the host needs longer than an H200 for the launches of a step. The results are the same bits.
 """
@@ -9,29 +9,43 @@ At 768 px the host needs longer than an H200 for the launches of a step. The res
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 
 class Captured:
-    """`call(*tensors)` as a graph. It reads copies of the tensors, and its output is overwritten by the next call.
+    """`call(*tensors)` as a graph. It reads copies of the tensors, and the next call overwrites its outputs.
 
-    pool: memory that graphs share which never run at once (`torch.cuda.graph_pool_handle`). Raises RuntimeError if
-    `call` waits for the GPU or does anything else that a graph cannot hold.
+    `call` must not wait for the GPU: torch's random numbers are unusable in a process after a capture that failed.
     """
 
-    def __init__(
-        self, call: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor], pool: Any | None = None
-    ) -> None:
+    def __init__(self, call: Callable[..., tuple[torch.Tensor, ...]], tensors: Sequence[torch.Tensor]) -> None:
         self._given = [tensor.clone() for tensor in tensors]
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._out = call(*self._given)
+        with torch.cuda.graph(self._graph):
+            self._outs = call(*self._given)
 
-    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
-        """The output for other tensors, valid until the next call."""
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The outputs for other tensors, valid until the next call."""
         for own, tensor in zip(self._given, tensors, strict=True):
             own.copy_(tensor)
         self._graph.replay()
-        return self._out
+        return self._outs
+
+
+def side_by_side(calls: Sequence[Callable[[], torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+    """The results of `calls`, each on a stream of its own, so that one fills the GPU at the end of another's kernel.
+
+    The first call has the current stream, which waits for the others.
+    """
+    current = torch.cuda.current_stream()
+    others = [torch.cuda.Stream() for _ in calls[1:]]
+    results = []
+    for stream, call in zip(others, calls[1:], strict=True):
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            results.append(call())
+    first = calls[0]()
+    for stream in others:
+        current.wait_stream(stream)
+    return first, *results

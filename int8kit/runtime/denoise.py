@@ -9,6 +9,7 @@ A step is that of diffusers' pipeline: v = g cond + (1 - g) uncond and the sched
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from int8kit.models import PATCH
-from int8kit.runtime import packed_rows
+from int8kit.runtime import cuda_graph, packed_rows
 from int8kit.runtime.cuda_graph import Captured
 from int8kit.runtime.fused_ideogram4 import FusedIdeogram4, Modulation, Prompt
 
@@ -61,8 +62,8 @@ class Scene:
 class FusedBranches:
     """The branches by `FusedIdeogram4`. times [S]: the model's time at each step, in [0, 1].
 
-    slots: text rows of each sample with the repair "trim-text" switched off. graphs: on a GPU, each branch becomes a
-    CUDA graph at its second call, unless a repair is off that computes ahead of the steps.
+    slots: text rows of each sample with the repair "trim-text" switched off. graphs: on a GPU a step becomes a CUDA
+    graph at its second call, unless a repair is off that computes ahead of the steps.
     """
 
     def __init__(
@@ -80,21 +81,19 @@ class FusedBranches:
         self._models = (cond, uncond)
         self._prompts = tuple(self._prompt(model) for model in self._models)
         self._ahead = tuple(self._modulation(model) for model in self._models)
-        self.graphs = graphs and cond.device.type == "cuda" and self._is_ahead
-        self._captured: dict[int, Captured | None] = {}  # None: after the first call of a branch
-        self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
+        on_gpu = cond.device.type == "cuda"
+        self.graphs = graphs and on_gpu and self._is_ahead and all(model.can_be_captured for model in self._models)
+        self._captured: dict[tuple[int, ...], Captured | None] = {}
 
     def velocities(self, latents: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Branches`."""
-        return self.conditional(latents, step), self.unconditional(latents, step)
+        cond, uncond = self._velocities((0, 1), latents, step)
+        return cond, uncond
 
     def conditional(self, latents: torch.Tensor, step: int) -> torch.Tensor:
-        """The velocity with the prompts, float32 [B, T, C]."""
-        return self._velocity(0, latents, step)
-
-    def unconditional(self, latents: torch.Tensor, step: int) -> torch.Tensor:
-        """The velocity without the prompts, float32 [B, T, C]."""
-        return self._velocity(1, latents, step)
+        """The velocity with the prompts alone, float32 [B, T, C]."""
+        [cond] = self._velocities((0,), latents, step)
+        return cond
 
     def release(self) -> int:
         """Move weights that the steps do not need to the CPU -> their bytes.
@@ -109,33 +108,37 @@ class FusedBranches:
         repairs = self._models[0].repairs
         return repairs.text_once and repairs.modulation_ahead
 
-    def _velocity(self, branch: int, latents: torch.Tensor, step: int) -> torch.Tensor:
-        model, ahead = self._models[branch], self._ahead[branch]
+    def _velocities(self, branches: tuple[int, ...], latents: torch.Tensor, step: int) -> list[torch.Tensor]:
+        """The velocities of these branches: 0 with the prompts, 1 without."""
+        given = [latents.flatten(0, 1), *(self._modulation_at(branch, step).table for branch in branches)]
+
+        def call(flat: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            jobs = [functools.partial(self._velocity, *pair, flat) for pair in zip(branches, tables, strict=True)]
+            return cuda_graph.side_by_side(jobs) if self.graphs else tuple(job() for job in jobs)
+
+        found = self._run(branches, call, given)
+        return [one.float().unflatten(0, (len(latents), -1)) for one in found]
+
+    def _velocity(self, branch: int, table: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The velocity of a branch: latents [B T, C] in any float dtype -> [B T, C] in the model's."""
+        model = self._models[branch]
         prompt = self._prompts[branch] if model.repairs.text_once else self._prompt(model)
-        modulation = model.modulation(self.times[step : step + 1]) if ahead is None else ahead.at(step)
+        return model.velocity(latents, prompt, Modulation(table))
 
-        def call(flat: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-            return model.velocity(flat, prompt, Modulation(table))
+    def _modulation_at(self, branch: int, step: int) -> Modulation:
+        ahead = self._ahead[branch]
+        return self._models[branch].modulation(self.times[step : step + 1]) if ahead is None else ahead.at(step)
 
-        velocity = self._run(branch, call, latents.flatten(0, 1), modulation.table)
-        samples: torch.Tensor = velocity.float().unflatten(0, (len(latents), -1))
-        return samples
-
-    def _run(self, branch: int, call: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-        """`call(*tensors)`, by the graph of the branch from the second time on."""
-        if not self.graphs:
-            return call(*tensors)
-        if branch not in self._captured:
-            self._captured[branch] = None
-            return call(*tensors)
-        captured = self._captured[branch]
-        if captured is None:
-            try:
-                captured = self._captured[branch] = Captured(call, tensors, self._pool)
-            except RuntimeError:  # a linear of somebody else that waits for the GPU
-                self.graphs = False
-                return call(*tensors)
-        return captured(*tensors)
+    def _run(
+        self, key: tuple[int, ...], call: Callable[..., tuple[torch.Tensor, ...]], given: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """`call(*given)`; if graphs are wanted, by a graph from the second time on, for the first one compiles."""
+        if self.graphs and key in self._captured:
+            captured = self._captured[key] or Captured(call, given)
+            self._captured[key] = captured
+            return captured(*given)
+        self._captured[key] = None
+        return call(*given)
 
     def _prompt(self, model: FusedIdeogram4) -> Prompt:
         scene, device = self.scene, model.device
@@ -170,11 +173,14 @@ def denoise(
 
     A step whose guidance is exactly 1 needs no unconditional branch, and runs none.
     """
+    weights = torch.tensor(guidance, dtype=torch.float32, device=latents.device)
     for step, (t, scale) in enumerate(zip(scheduler.timesteps, guidance, strict=True)):
-        velocity = branches.conditional(latents, step)
-        if scale != 1:
-            weight = torch.tensor(scale, dtype=torch.float32, device=latents.device)
-            velocity = weight * velocity + (1.0 - weight) * branches.unconditional(latents, step)
+        if scale == 1:
+            velocity = branches.conditional(latents, step)
+        else:
+            cond, uncond = branches.velocities(latents, step)
+            weight = weights[step]
+            velocity = weight * cond + (1.0 - weight) * uncond
         latents = scheduler.step(-velocity, t, latents, return_dict=False)[0]
         on_step()
     return latents

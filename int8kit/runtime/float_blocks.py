@@ -9,6 +9,7 @@ its order are the stock block's, so a difference comes from a GEMM or an attenti
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ def run(
     joined: plain linears that read the same input run as one GEMM. masked: see `attention.attend`. compiled: the block
     runs through torch.compile.
     """
-    step = _compiled() if compiled else block
+    step = _compiled(_kinds(layers[0])) if compiled else block
     for layer, modulation in zip(layers, modulations, strict=True):
         weights = _joined_weights(layer) if joined else (None, None)
         x = step(layer, x, modulation, cos, sin, lengths, weights, masked)
@@ -99,7 +100,16 @@ def _joined(linears: Sequence[Any]) -> torch.Tensor | None:
     return None
 
 
+def _kinds(layer: Any) -> tuple[str, ...]:
+    """The kinds of the linears of a block."""
+    return tuple(type(part).__name__ for part in layer.modules() if isinstance(part, torch.nn.Linear))
+
+
 @functools.cache
-def _compiled() -> Callable[..., torch.Tensor]:
-    """`block` by torch.compile, for any number of rows."""
-    return torch.compile(block, dynamic=True)
+def _compiled(kinds: tuple[str, ...]) -> Callable[..., torch.Tensor]:
+    """`block` by torch.compile, for any number of rows, and for blocks with linears of these kinds.
+
+    torch limits the variants of one code object, and runs it uncompiled beyond. So each kind has a code object.
+    """
+    own = types.FunctionType(block.__code__.replace(co_name=f"block_{len(kinds)}"), block.__globals__, block.__name__)
+    return torch.compile(own, dynamic=True)

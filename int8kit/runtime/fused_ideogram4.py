@@ -90,6 +90,16 @@ class FusedIdeogram4:
         return self.repairs.fused_rows and any(joined.is_int8(part) for part in _linears(layers[0]))
 
     @property
+    def can_be_captured(self) -> bool:
+        """Whether the steps can become a CUDA graph: no hook and no linear of somebody else, which may wait for it."""
+        for module in self.model.modules():
+            hooks = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+            foreign = isinstance(module, torch.nn.Linear) and not _is_known(module)
+            if hooks or foreign:
+                return False
+        return True
+
+    @property
     def device(self) -> torch.device:
         """The device of the blocks."""
         device: torch.device = self.model.embed_image_indicator.weight.device
@@ -170,6 +180,10 @@ class FusedIdeogram4:
             out[inside] = self.velocity(latents[inside], one, modulation.at(sample))
             start += length
         return out
+
+
+def _is_known(linear: torch.nn.Linear) -> bool:
+    return type(linear) is torch.nn.Linear or type(linear).__module__.startswith("int8kit.")
 
 
 def _linears(layer: Any) -> Iterator[torch.nn.Module]:

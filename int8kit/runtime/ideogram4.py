@@ -94,7 +94,8 @@ def prepare(
     made = []
     for part in BRANCHES.values():
         transformer = getattr(pipe, part)
-        variants.convert(transformer, variant, quantizes, plans, device, compiled=compiled)
+        fast = compiled or device.type == "cuda"  # a chain of eager kernels quantizes the rows of fp8 otherwise
+        variants.convert(transformer, variant, quantizes, plans, device, compiled=fast)
         transformer.to(device)
         made.append(FusedIdeogram4(transformer, repairs, plans=plans, compiled=compiled))
     pipe.vae.to(device)
