@@ -599,7 +599,7 @@ def test_the_root_help_lists_verbs_in_the_order_of_work(verb):
     text, _ = verb("--help")
     assert text == verb("-h")[0]
     verbs = re.findall(r"^  ([a-z][a-z-]+)  +[A-Z]", text, re.MULTILINE)
-    order = ["doctor", "trace-shapes", "tune", "verify", "run", "compare", "bench", "db"]
+    order = ["doctor", "trace-shapes", "tune", "verify", "warmup", "run", "compare", "bench", "db"]
     assert verbs == [name for name in order if name in verbs]
     assert {"doctor", "tune", "verify", "db"} <= set(verbs)
     assert "..." not in text.replace("[ARGS]...", "")
@@ -645,6 +645,7 @@ def test_verbs_show_an_example(verb):
         "verify mutate",
         "verify libraries",
         "compare",
+        "warmup",
         "run",
         "bench gemm",
         "bench fused",

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,25 @@ def test_every_linear_of_the_full_model_is_found():
     [attention] = row["attention"]
     assert (attention["count"], attention["heads"], attention["queries"]) == (34, 18, length)
     assert attention["mask"]
+
+
+def test_joined_gemms_of_the_fused_forward():
+    [row] = trace.trace(models.get("tiny"), [Case(64, 96, batch=2, text_tokens=9)])["cases"]
+    assert [(g["m"], g["n"], g["k"], g["count"], g["epilogue"]) for g in row["joined"]] == [
+        (66, 1536, 512, 2, "none"), (66, 2048, 512, 2, "swiglu"),
+    ]  # fmt: skip
+    assert row["joined"][0]["layers"] == [f"layers.*.attention.to_{name}" for name in "kqv"]
+    assert row["gemm_flops"] == sum(g["flops"] for g in row["gemms"])  # no FLOPs count twice
+    model = replace(models.get("tiny"), joins=())
+    assert trace.trace(model, [Case(64, 96)])["cases"][0]["joined"] == []
+
+
+def test_joined_rows_of_a_file_are_checked(tmp_path):
+    document = trace.trace(models.get("tiny"), [Case(64, 64)])
+    document["cases"][0]["joined"][1]["n"] = 2047
+    shapes_file.write(document, tmp_path / "s.json")
+    with pytest.raises(FileError, match="swiglu with n = 2047; expected an even number"):
+        shapes_file.read(tmp_path / "s.json")
 
 
 def test_tracing_on_real_tensors_finds_the_same():
@@ -192,7 +212,9 @@ def test_int8_shapes():
     document = shapes_file.read(SHIPPED)
     shapes = shapes_file.int8_shapes(document, (1024, 1024))
     assert {s.m for s in shapes} == {4096, 4296, 6144}
-    assert {(s.n, s.k) for s in shapes} == {(4608, 4608), (12288, 4608), (4608, 12288), (4608, 53248)}
+    assert {(s.n, s.k) for s in shapes} == {
+        (4608, 4608), (12288, 4608), (4608, 12288), (4608, 53248), (13824, 4608), (24576, 4608),
+    }  # fmt: skip
     unmarked = {"cases": [{"height": 1, "width": 1, "gemms": [{"m": 500, "n": 512, "k": 512, "count": 2}]}]}
     assert shapes_file.int8_shapes(unmarked) == {GemmShape(500, 512, 512): 2 * 2 * 500 * 512 * 512}
     assert shapes_file.int8_shapes(unmarked, (2, 2)) == {}

@@ -16,7 +16,7 @@ import typer
 from pydantic import ValidationError
 
 from int8kit import __version__, interrupt
-from int8kit.cli import bench, compare, db, doctor, run, trace, tune, verify
+from int8kit.cli import bench, compare, db, doctor, run, trace, tune, verify, warmup
 from int8kit.cli.help import Root
 from int8kit.cli.options import remedy_of
 from int8kit.cli.terminal import quiet
@@ -34,6 +34,7 @@ app.command()(doctor.doctor)
 app.command("trace-shapes")(trace.trace_shapes)
 app.command()(tune.tune)
 app.add_typer(verify.app, name="verify")
+app.command()(warmup.warmup)
 app.command()(run.run)
 app.command()(compare.compare)
 app.add_typer(bench.app, name="bench")
