@@ -25,7 +25,7 @@ TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 LAYERS = [
     {"errors"}, {"files", "spec"},
     {
-        "canonical", "damage", "gradient", "interrupt", "layer_state", "lookup", "models", "operand_checks", "peers",
+        "canonical", "damage", "gradient", "image_errors", "interrupt", "layer_state", "lookup", "models", "operand_checks", "peers",
         "progress", "reference", "saved_models", "toolchain",
     },
     {"fingerprint", "gpus", "shapes_schema"}, {"kernels", "shapes_file"}, {"database"}, {"cost_model", "ops"},
