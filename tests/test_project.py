@@ -25,8 +25,8 @@ TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 LAYERS = [
     {"errors"}, {"files", "spec"},
     {
-        "canonical", "damage", "gradient", "image_errors", "interrupt", "layer_state", "lookup", "models", "operand_checks", "peers",
-        "progress", "reference", "saved_models", "toolchain",
+        "canonical", "damage", "gradient", "image_errors", "interrupt", "layer_state", "lookup", "models",
+        "operand_checks", "peers", "progress", "reference", "saved_models", "toolchain",
     },
     {"fingerprint", "gpus", "shapes_schema"}, {"kernels", "shapes_file"}, {"database"}, {"cost_model", "ops"},
     {"adapters", "foreign_weights"}, {"layers", "timing"}, {"quantization"},
