@@ -175,6 +175,22 @@ def test_new_weights_take_effect(int8, fused, given):
     assert torch.equal(out(fused, given), out(fresh, given))
 
 
+def test_linears_that_are_shared(int8, given):
+    """In one block, between blocks, and by their parameter alone."""
+    model = copy.deepcopy(int8)
+    first, second = (layer.attention for layer in model.layers)
+    first.to_k = first.to_q
+    second.to_v = first.to_v
+    second.to_k.weight = second.to_q.weight
+    model.layers[1].feed_forward.w3 = model.layers[1].feed_forward.w1
+    want = out(model, given)
+    assert fuse.fuse(model)
+    for _ in range(2):
+        assert distance(out(model, given)[images(given)], want[images(given)]) < 0.006
+    fuse.undo(model)
+    assert torch.equal(out(model, given), want)
+
+
 def test_copies_are_whole(fused, given):
     made = out(fused, given)
     for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):

@@ -66,6 +66,14 @@ def test_float_models_keep_their_bits(stock, case, off):
     assert torch.equal(of_fused(stock, given, repairs), of_stock(stock, given))
 
 
+def test_shared_linears_of_a_float_model(stock):
+    model = copy.deepcopy(stock)
+    model.layers[0].attention.to_k = model.layers[0].attention.to_q
+    model.layers[1].feed_forward.w3.weight = model.layers[1].feed_forward.w1.weight
+    given = inputs_of(model, TIGHT)
+    assert torch.equal(of_fused(model, given), of_stock(model, given))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_no_repair_is_the_stock_forward(stock, int8, case):
     for model in (stock, int8):

@@ -95,7 +95,8 @@ def _joined_weights(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | Non
 
 
 def _joined(linears: Sequence[Any]) -> torch.Tensor | None:
-    if all(type(linear) is torch.nn.Linear and linear.bias is None for linear in linears):
+    plain = all(type(linear) is torch.nn.Linear and linear.bias is None for linear in linears)
+    if plain and tied_weights.are_distinct(linears):
         return tied_weights.side_by_side(linears)
     return None
 

@@ -48,7 +48,7 @@ def scaled(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 def side_by_side(parts: Sequence[Any], given: Inputs, plans: Plans) -> torch.Tensor:
     """The outputs of the linears `parts` side by side, [M, sum of N]."""
     bases = [base for part in parts if (base := _int8_base(part)) is not None]
-    if len(bases) < len(parts):
+    if len(bases) < len(parts) or not tied_weights.are_distinct(bases):
         return torch.cat([part(given.normed()) for part in parts], -1)
     weight = tied_weights.side_by_side(bases)
     scales = tied_weights.side_by_side(bases, "weight_scale")
@@ -62,7 +62,8 @@ def side_by_side(parts: Sequence[Any], given: Inputs, plans: Plans) -> torch.Ten
 def gated(gate: Any, up: Any, given: Inputs, plans: Plans) -> torch.Tensor:
     """silu(gate(x)) * up(x), [M, F]."""
     pair = [base for part in (gate, up) if (base := _int8_base(part)) is not None and not _active(part)]
-    if len(pair) < 2 or (pair[0].bias is None) is not (pair[1].bias is None):
+    biased = {one.bias is None for one in pair}
+    if len(pair) < 2 or len(biased) > 1 or not tied_weights.are_distinct(pair):
         hidden: torch.Tensor = torch.nn.functional.silu(gate(given.normed())) * up(given.normed())
         return hidden
     weight = tied_weights.in_turn(*pair)

@@ -15,6 +15,11 @@ from typing import Any
 import torch
 
 
+def are_distinct(linears: Sequence[torch.nn.Module]) -> bool:
+    """Whether no two of `linears` share a weight: a shared one cannot be in two places of a joined weight."""
+    return len({id(linear.weight) for linear in linears}) == len(linears)
+
+
 def side_by_side(linears: Sequence[torch.nn.Module], name: str = "weight") -> torch.Tensor:
     """The joined tensor [sum of N, ...] of tensors [N, ...] of `linears`, of one dtype and on one device."""
     parts: list[torch.Tensor] = [getattr(linear, name) for linear in linears]
