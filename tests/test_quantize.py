@@ -44,3 +44,19 @@ def test_empty():
 def test_error_names_the_argument(x, reason):
     with pytest.raises(ShapeError, match=reason):
         quantize(x)
+
+
+def test_tensors_to_write_into_are_checked():
+    x = torch.randn(3, 8, device=DEVICE)
+    q, s = torch.empty(3, 8, dtype=torch.int8, device=DEVICE), torch.empty(3, device=DEVICE)
+    assert quantize(x, (q, s))[0] is q
+    wide = torch.empty(3, 16, dtype=torch.int8, device=DEVICE)
+    for wrong, reason in (
+        ((q.short(), s), r"expected int8 \[3, 8\] and float32 \[3\]"),
+        ((q, s[:2]), r"expected int8 \[3, 8\] and float32 \[3\]"),
+        ((wide[:, ::2], s), r"q has strides \(16, 2\)"),
+        ((q.to("meta"), s), r"out on meta, \w+(:0)?: expected both on"),
+        ((q, s.to("meta")), r"out on \w+(:0)?, meta: expected both on"),
+    ):
+        with pytest.raises(ShapeError, match=reason):
+            quantize(x, wrong)

@@ -85,6 +85,8 @@ def quantize(
             raise ShapeError(f"out {tuple(q.shape)}, {tuple(s.shape)}: expected int8 [{m}, {k}] and float32 [{m}]")
         if k > 1 and q.stride(1) != 1:
             raise ShapeError(f"q has strides {q.stride()}: the last must be 1")
+        if not q.device == s.device == x.device:
+            raise ShapeError(f"out on {q.device}, {s.device}: expected both on {x.device}, the device of x")
     if not m or not k:
         return q, s.zero_()
     held = k <= row_primitives.K_MAX_HELD
