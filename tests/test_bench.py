@@ -302,7 +302,7 @@ def test_shapes_to_measure():
             shapes_file.parse_shape(text)
     assert shapes_file.select(["4x5x6", "1x2x3"]) == [GemmShape(1, 2, 3), GemmShape(4, 5, 6)]
     every = shapes_file.select(None)
-    assert len(every) == 48
+    assert len(every) == 72
     few = shapes_file.select(None, limit=8)
     assert len(few) == 8 == len(set(few))
     assert {(s.n, s.k) for s in few} == {(s.n, s.k) for s in every}  # every layer is there

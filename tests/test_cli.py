@@ -271,7 +271,7 @@ def test_bench_prints_tables_and_json(monkeypatch, capfd, error, differs, status
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ((), ["no verb", "doctor, trace-shapes, tune, verify, run", "bench, db", "`int8kit --help`"]),
+        ((), ["no verb", "doctor, trace-shapes, tune, verify, warmup, run", "bench, db", "`int8kit --help`"]),
         (("paint",), ["paint", "`int8kit --help`"]),
         (("tune", "--gpus", "x"), ["--gpus", "`int8kit tune --help`"]),
         (("run", "--steps", "x"), ["--steps 'x': expected a whole number", "`int8kit run --help`"]),
@@ -484,7 +484,7 @@ def tuned(monkeypatch, tmp_path):
 def test_tune_finds_the_shapes_that_were_traced_here(tuned, tmp_path, capfd):
     """Those that `trace-shapes` wrote, else those of this folder, else the shipped ones."""
     every, targets = tuned("--gpu", "RTX 3090")
-    assert len(every) == 48
+    assert len(every) == 72
     assert targets == [("rtx3090", store.user_path("rtx3090"))]
     write_shapes(tmp_path / "shapes" / "ideogram4.json", (1, 2, 3))
     assert tuned("--gpu", "rtx3090")[0] == [GemmShape(1, 2, 3)]

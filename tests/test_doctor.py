@@ -123,10 +123,10 @@ def test_a_gpu(monkeypatch, properties, status, word):
 
 def test_the_lookup_counts_shapes_by_level(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert findings("rtx3090")["lookup"].found == "48 shapes of ideogram4 on rtx3090: 48 exact"
+    assert findings("rtx3090")["lookup"].found == "72 shapes of ideogram4 on rtx3090: 48 exact, 24 nearest"
     assert findings("rtx3090")["proofs"].status == "ok"
-    assert "48 of 48 configurations unproven" in findings("rtx5090")["proofs"].found
-    assert findings("h100")["lookup"].found == "48 shapes of ideogram4 on h100: 48 default"
+    assert "72 of 72 configurations unproven" in findings("rtx5090")["proofs"].found
+    assert findings("h100")["lookup"].found == "72 shapes of ideogram4 on h100: 72 default"
     base = store.load(files.shipped("tuning_db") / "rtx3090.json")
     few = replace(base, entries=tuple(e for e in base.entries if e.m == 4296))
     (tmp_path / "tuning_db").mkdir()

@@ -1,5 +1,6 @@
 """The tables of the verbs: within the width, and without a word broken in the middle."""
 
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from int8kit import files, gpus
 from int8kit.cli import layout, tables
 from int8kit.database import store
+from int8kit.runtime.generate import GeneratedImages
 from int8kit.spec import GemmShape, default_config
 from int8kit.toolchain import ANY_TOOLCHAIN
 
@@ -77,9 +79,10 @@ def test_a_case_of_many_layers_fits():
 def test_configurations_of_an_image_fit():
     base = store.load(SHIPPED[0])
     choices = [(base.resolve(GemmShape(m, 12288, 4608), ANY_TOOLCHAIN), 34) for m in (4096, 4000, 7)]
-    times = dict.fromkeys(("load_s", "prepare_s", "denoise_s", "decode_s", "step_ms", "peak_gib"), 1.0)
-    text = tables.run_tables(SimpleNamespace(choices=choices, steps=1, device="NVIDIA H200", **times))
-    assert_fits(text, "nearest-m", "1 step ")
+    times = dict.fromkeys([f.name for f in fields(GeneratedImages) if f.name.endswith(("_s", "_ms", "_gib"))], 1.0)
+    more = {"request": SimpleNamespace(variant="fake-quant"), "fused": True, "graphs": True, "attention": "cudnn"}
+    outcome = SimpleNamespace(choices=choices, steps=1, device="NVIDIA H200", until_first_step_s=6.0, **times, **more)
+    assert_fits(tables.run_tables(outcome), "nearest-m", "1 step ", "int8kit's kernels, CUDA graphs, cudnn")
 
 
 def test_a_benchmark_fits():

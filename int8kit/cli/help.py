@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-ORDER = ("doctor", "trace-shapes", "tune", "verify", "run", "compare", "bench", "db")
+ORDER = ("doctor", "trace-shapes", "tune", "verify", "warmup", "run", "compare", "bench", "db")
 _USAGE_ERROR: Any = typer.BadParameter.__base__  # typer exports no name for the root of its usage errors
 _COMPLETION = ("--install-completion", "--show-completion")
 
