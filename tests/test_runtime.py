@@ -147,11 +147,17 @@ def test_the_loop_is_that_of_the_stock_pipeline():
 
 
 def test_memory_of_weights_that_the_steps_do_not_need(generated, monkeypatch):
-    monkeypatch.setattr(generate, "_is_short_of_memory", lambda device, rows: rows > 0)
+    monkeypatch.setattr(generate, "_is_short_of_memory", lambda device, needed: needed > 0)
     released = []
     monkeypatch.setattr(denoise.FusedBranches, "release", lambda self: released.append(self))
     assert generate.generate(REQUEST).images[0].tobytes() == generated.images[0].tobytes()
     assert len(released) == 1
+
+
+def test_a_batch_that_no_memory_holds():
+    reason = "200000 images of 96x64 at once: they need about .* GiB, and this machine has .*; name fewer --images"
+    with pytest.raises(InputError, match=reason):
+        generate.generate(replace(REQUEST, images=200_000))
 
 
 def test_local_folder_and_same_seed_give_the_same_image(generated, tmp_path):

@@ -156,6 +156,12 @@ class FusedBranches:
         return model.modulation(self.times) if model.repairs.modulation_ahead else None
 
 
+def bytes_per_row(config: Any) -> int:
+    """The activations of a step for each row of the sequence: some ten of the width and two of the feed-forward's."""
+    width = config.attention_head_dim * config.num_attention_heads
+    return int(2 * (10 * width + 2 * config.intermediate_size))
+
+
 def times(scheduler: Any, dtype: torch.dtype) -> torch.Tensor:
     """The model's time at each step of a scheduler whose timesteps are set: 0 is noise, 1 the image."""
     made: torch.Tensor = (1.0 - scheduler.timesteps.float() / scheduler.config.num_train_timesteps).to(dtype)

@@ -185,14 +185,16 @@ def generate(request: ImageRequest, progress: Progress = no_progress) -> Generat
     step = progress("encoding the prompts", 1)
     features = ideogram4.encode(pipe, request.prompts, device)
     scene = denoise.Scene(features, request.images, request.height, request.width)
+    image_rows = scene.samples * Case(request.height, request.width).image_tokens
+    rows = image_rows + sum(scene.texts)
+    _check_rows(rows * denoise.bytes_per_row(pipe.transformer.config), request, present)
     step()
     clock.lap("encode_s")
     step = progress(f"preparing the linears, {request.variant}", 1)
     plans = functools.cache(lambda n, k: database.plan(n, k, toolchain))
     cond, uncond = ideogram4.prepare(pipe, request.variant, repairs, plans, device, compiled=request.compile)
-    image_rows = scene.samples * Case(request.height, request.width).image_tokens
     shapes = Counter(ideogram4.gemms(uncond, image_rows, 0))
-    shapes.update(ideogram4.gemms(cond, image_rows + sum(scene.texts), sum(map(len, features))))
+    shapes.update(ideogram4.gemms(cond, rows, sum(map(len, features))))
     choices = [(database.resolve(shape, toolchain), count) for shape, count in sorted(shapes.items())]
     if request.strict:
         _require_proofs(choices, gpu, toolchain)
@@ -201,7 +203,7 @@ def generate(request: ImageRequest, progress: Progress = no_progress) -> Generat
     guidance = preset.guidance(steps) if request.guidance is None else [request.guidance] * steps
     pipe.scheduler.set_timesteps(sigmas=preset.sigmas(steps, request.height, request.width), device=device)
     branches = denoise.FusedBranches(cond, uncond, scene, denoise.times(pipe.scheduler, pipe.transformer.dtype))
-    if _is_short_of_memory(device, image_rows + sum(scene.texts)):
+    if _is_short_of_memory(device, rows * denoise.bytes_per_row(pipe.transformer.config)):
         branches.release()
     noise = denoise.noise(scene, pipe.transformer.config.in_channels, request.seed, device)
     clock.lap("ahead_s", device)
@@ -281,18 +283,14 @@ def _process_age() -> float:
         return 0.0
 
 
-BYTES_PER_ROW = 400_000
-"""Activations of a step for each row: some 40 values of the width and 8 of the feed-forward's, in bf16."""
-
-
-def _is_short_of_memory(device: torch.device, rows: int) -> bool:
-    """Whether the activations of a step may not fit beside weights that the steps do not need."""
+def _is_short_of_memory(device: torch.device, needed: int) -> bool:
+    """Whether the activations of a step, `needed` bytes, may not fit beside weights that the steps do not need."""
     if device.type != "cuda":
         return False
     import torch
 
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached < rows * BYTES_PER_ROW
+    return torch.cuda.mem_get_info(device)[0] + cached < needed
 
 
 def _check_memory(request: ImageRequest, present: gpus.Gpu | None) -> None:
@@ -307,6 +305,18 @@ def _check_memory(request: ImageRequest, present: gpus.Gpu | None) -> None:
         raise InputError(
             f"size {request.width}x{request.height}: needs more than {pixels / 2**30:.0f} GiB, and {where} "
             f"has {total / 2**30:.0f}; name a smaller --size"
+        )
+
+
+def _check_rows(needed: int, request: ImageRequest, present: gpus.Gpu | None) -> None:
+    """Raise InputError for a batch whose activations, `needed` bytes, no memory here holds."""
+    total = _memory_bytes() if present is None else present.memory_gib << 30
+    if total and needed > total:
+        where = "this machine" if present is None else present.name
+        count = len(request.prompts) * request.images
+        raise InputError(
+            f"{count} images of {request.width}x{request.height} at once: they need about {needed / 2**30:.0f} GiB, "
+            f"and {where} has {total / 2**30:.0f}; name fewer --images, fewer prompts, or a smaller --size"
         )
 
 
