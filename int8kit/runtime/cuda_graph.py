@@ -31,21 +31,3 @@ class Captured:
             own.copy_(tensor)
         self._graph.replay()
         return self._outs
-
-
-def side_by_side(calls: Sequence[Callable[[], torch.Tensor]]) -> tuple[torch.Tensor, ...]:
-    """The results of `calls`, each on a stream of its own, so that one fills the GPU at the end of another's kernel.
-
-    The first call has the current stream, which waits for the others.
-    """
-    current = torch.cuda.current_stream()
-    others = [torch.cuda.Stream() for _ in calls[1:]]
-    results = []
-    for stream, call in zip(others, calls[1:], strict=True):
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            results.append(call())
-    first = calls[0]()
-    for stream in others:
-        current.wait_stream(stream)
-    return first, *results

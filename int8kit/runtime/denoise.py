@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from int8kit.models import PATCH
-from int8kit.runtime import cuda_graph, packed_rows
+from int8kit.runtime import packed_rows
 from int8kit.runtime.cuda_graph import Captured
 from int8kit.runtime.fused_ideogram4 import FusedIdeogram4, Modulation, Prompt
 
@@ -114,7 +114,7 @@ class FusedBranches:
 
         def call(flat: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, ...]:
             jobs = [functools.partial(self._velocity, *pair, flat) for pair in zip(branches, tables, strict=True)]
-            return cuda_graph.side_by_side(jobs) if self.graphs else tuple(job() for job in jobs)
+            return tuple(job() for job in jobs)
 
         found = self._run(branches, call, given)
         return [one.float().unflatten(0, (len(latents), -1)) for one in found]
