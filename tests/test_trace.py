@@ -94,6 +94,28 @@ def test_joined_gemms_of_the_fused_forward():
     assert trace.trace(model, [Case(64, 96)])["cases"][0]["joined"] == []
 
 
+def test_joined_gemms_of_the_full_model_are_the_shipped_ones():
+    case = Case(1024, 1024)
+    [row] = trace.trace(models.get("ideogram4"), [case])["cases"]
+    assert [(g["m"], g["n"], g["k"], g["count"], g["epilogue"]) for g in row["joined"]] == [
+        (4296, 13824, 4608, 34, "none"), (4296, 24576, 4608, 34, "swiglu"),
+    ]  # fmt: skip
+    for shipped in shapes_file.read(SHIPPED)["cases"]:
+        shapes = [(g["m"], g["n"], g["k"]) for g in shipped["joined"]]
+        assert shapes == [(shipped["tokens"], n, 4608) for n in (13824, 24576)]
+
+
+def test_a_file_without_joined_gemms_loads(tmp_path):
+    document = trace.trace(models.get("tiny"), [Case(64, 64)])
+    shapes_file.write(document, tmp_path / "new.json")
+    [joined] = [case.pop("joined") for case in document["cases"]]
+    shapes_file.write(document, tmp_path / "old.json")
+    assert shapes_file.read(tmp_path / "old.json") == document
+    added = set(shapes_file.select(path=tmp_path / "new.json")) - set(shapes_file.select(path=tmp_path / "old.json"))
+    assert added == {GemmShape(g["m"], g["n"], g["k"]) for g in joined}
+    assert len(added) == 2
+
+
 def test_joined_rows_of_a_file_are_checked(tmp_path):
     document = trace.trace(models.get("tiny"), [Case(64, 64)])
     document["cases"][0]["joined"][1]["n"] = 2047
