@@ -26,6 +26,7 @@ from int8kit.verify.properties import (
     gemm_calls,
     gradients,
     launch_cache,
+    layers,
     lookups,
     operator_tables,
     operators,
@@ -215,6 +216,10 @@ PROPERTIES: dict[str, Property] = {
         _all_of_int8kit(
             "gradients", "derivatives of the linears, and x under autocast, are as defined", gradients.check,
             strategy=lambda tiles, budget: gradients.examples(), always=lambda tiles, budget: gradients.always(),
+        ),
+        _all_of_int8kit(
+            "layers", "an INT8 layer computes the linear of the weights and biases that it was made of", layers.check,
+            strategy=lambda tiles, budget: layers.examples(), always=lambda tiles, budget: layers.always(),
         ),
         _all_of_int8kit(
             "lookup", "a plan and its text choose the configuration that the rule names", lookups.check,
