@@ -13,7 +13,7 @@ from int8kit.verify import executors, implementations
 from int8kit.verify.compare import Output, columns, fronts, operands, strides
 from int8kit.verify.examples import epilogue_table, fixed
 from int8kit.verify.examples.strategies import VARIANTS, Draw, admitted, int8_matrix, takes_operands
-from int8kit.verify.properties import launch_cache, order, pdl_probe, tile_order
+from int8kit.verify.properties import launch_cache, launch_keys, order, pdl_probe, tile_order
 from int8kit.verify.properties.budget import budget
 from int8kit.verify.properties.registry import PROPERTIES
 from int8kit.verify.runner import run_property
@@ -274,16 +274,65 @@ def test_a_launch_of_another_launch_is_seen(quiet_interpreter):
         return out.copy_(reference.scaled_mm(x, w, sx, sw, b if with_bias else None, out_dtype=out.dtype))
 
     broken = replace(INT8KIT, output=output)
-    assert "the second: " in launch_cache.check(pair, broken)
-    assert "the first: " in launch_cache.check(replace(pair, reverse=True), broken)
+    assert "the second: " in launch_cache.executed(pair, broken)
+    assert "the first: " in launch_cache.executed(replace(pair, reverse=True), broken)
     assert kept == launch._COMPILED
+    assert launch_cache.executed(pair, INT8KIT) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "broken"),
+    [
+        ("out in float16", lambda key: key[-3:]),
+        ("SwiGLU", lambda key: key[:-1]),
+        ("M", lambda key: None),
+    ],
+)
+def test_a_key_that_lacks_something_is_seen_without_a_gpu(monkeypatch, change, broken):
+    pair = next(p for p in launch_cache.pairs(fixed.SMALL_TILES) if p.change == change)
+    kept = dict(launch._COMPILED)
     assert launch_cache.check(pair, INT8KIT) is None
+    whole = Operands.key.func
+    monkeypatch.setattr(Operands, "key", property(lambda self: broken(whole(self))))
+    words = "the stored kernel is not found" if change == "M" else "compiled for other"
+    assert words in launch_cache.check(pair, INT8KIT)
+    assert kept == launch._COMPILED
+
+
+def test_other_values_than_the_launchers_are_seen():
+    """A launch that hands another grid, other arguments or other options to Triton, at its first or second run."""
+    x, seen = torch.zeros(16), launch_keys.Observed()
+    function = launch_keys._Function(seen, launch._probe.fn)
+    seen.needs = launch._probe.fn, (), (), ()
+    seen.present = ((3, 1), (x,), (("BLOCK", 16),), (("num_warps", 4),))
+    for _ in range(2):
+        function[3, 1](x, BLOCK=16, num_warps=4, enable_fp_fusion=False).run(
+            3, 1, 1, (launch_keys._STREAM, launch_keys._DEVICE), "handle", "metadata", None, None, None, x, 16
+        )
+    assert not seen.problems
+    function[2, 1](x.clone(), BLOCK=16, num_warps=4).run(x)
+    assert [problem.split()[3] for problem in seen.problems] == ["a", "arguments", "constants", "values"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("N", 1, (False, True, False)),
+        ("N", 32, (False, False, True)),
+        ("stride_xm", 2**31, (True, False, True)),
+        ("M", 1, False),
+        ("M", 2**31, True),
+        ("eps", 1e-5, float),
+    ],
+)
+def test_kinds_of_arguments(name, value, kind):
+    assert launch_keys.kind_of(name, value) == kind
 
 
 @pytest.mark.slow
 def test_every_pair_of_launches_passes_in_the_interpreter(quiet_interpreter):
     for pair in list(launch_cache.pairs(fixed.SMALL_TILES))[::16]:
-        assert launch_cache.check(pair, INT8KIT) is None
+        assert launch_cache.executed(pair, INT8KIT) is None
 
 
 def test_a_tile_without_a_number_is_seen(monkeypatch):

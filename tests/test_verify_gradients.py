@@ -34,7 +34,7 @@ def test_cases_have_every_way_and_dtype():
         assert {c.way for c in own} == set(WAYS)
         assert {(c.dtype, c.bias) for c in own} == {(a, b) for a in OUT_DTYPES for b in (None, *OUT_DTYPES)}
         assert {c.needs for c in own} == set(gradients.NEEDS)
-        assert max(c.rows[0] for c in own) > 2 * 256  # bf16 has no odd number beyond 256
+        assert max(c.rows[0] for c in own if c.rows) > 2 * 256  # bf16 has no odd number beyond 256
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -70,17 +70,38 @@ def test_lost_derivatives_and_refusals_are_caught(monkeypatch):
     assert gradients.check(replace(BASE, way="dual"), EXECUTOR) == "no error, expected InputError"
     assert gradients.check(replace(BASE, way="scales"), EXECUTOR) == "no error, expected InputError"
     assert gradients.check(replace(BASE, way="autocast"), EXECUTOR) == "torch.float32, expected torch.bfloat16"
+    assert gradients.check(replace(BASE, way="no floats"), EXECUTOR) == (
+        "no error for x of torch.float64, expected InputError"
+    )
+
+
+def test_layouts_of_x_and_of_the_gradient():
+    for layout, contiguous in (("", True), ("transposed", False), ("apart", False), ("expanded", False)):
+        a = gradients._operands(replace(BASE, layout=layout), "cpu")
+        assert a["x"].shape == (3, 2, 40)
+        assert (a["x"].is_contiguous(), a["grad"].is_contiguous()) == (contiguous, contiguous)
+        row = gradients._operands(replace(BASE, rows=(), layout=layout), "cpu")
+        assert (row["x"].shape, row["grad"].shape) == ((40,), (12,))
+
+
+def test_second_derivative_without_the_bias_is_caught(monkeypatch):
+    case = replace(BASE, way="second", bias=FP32)
+    assert gradients.check(case, EXECUTOR) is None
+    whole = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, bias=None: whole(x, w))
+    assert gradients.check(case, EXECUTOR) == "the second derivative for bias: absent"
 
 
 @pytest.mark.parametrize(("layout", "k", "strides"), [("expanded", 40, (0, 1)), ("overlapping", 40, (16, 1)),
-                                                      ("overlapping", 3, (1, 1)), ("apart", 1, (4, 2))])  # fmt: skip
+                                                      ("overlapping", 3, (1, 1)), ("apart", 1, (4, 2)),
+                                                      ("loose", 40, (41, 1))])  # fmt: skip
 def test_layouts(layout, k, strides):
     plain = torch.arange(1.0, 3 * k + 1).reshape(3, k)
     view = layouts.laid_out(plain, layout, torch.nan)
     assert view.stride() == strides
     assert not view.isnan().any()
     assert torch.equal(view[0], plain[0])
-    assert torch.equal(view, plain) is (layout == "apart")
+    assert torch.equal(view, plain) is (layout in ("apart", "loose"))
 
 
 def test_every_layout_of_x_and_w_is_tried():

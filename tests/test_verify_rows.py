@@ -15,7 +15,7 @@ from kernel_helpers import EXECUTOR
 
 from int8kit import gpus, lookup, ops
 from int8kit.database.database import Database
-from int8kit.kernels import gemm, launch, quantize
+from int8kit.kernels import gemm, launch, quantize, row_primitives
 from int8kit.kernels.qk_norm_rope import HeadTile
 from int8kit.kernels.row_primitives import K_MAX_HELD, RowTile
 from int8kit.verify import property_runs, replay, runner, verify_kernels
@@ -146,8 +146,20 @@ def test_pairs_of_launches_run_in_both_orders(monkeypatch):
         row_kernels, "check", lambda e, on: seen.append(e.seed) or ("planted" if len(seen) == 5 else None)
     )
     pair = row_launches.LaunchPair(replace(SMALL, seed=1), replace(SMALL, seed=2))
-    assert row_launches.check(pair, EXECUTOR).startswith("launch 2, ")
+    assert row_launches.executed(pair, EXECUTOR).startswith("launch 2, ")
     assert seen == [1, 2, 1, 2, 1]
+
+
+def test_a_row_kernel_of_another_stride_is_seen_without_a_gpu(monkeypatch):
+    """A key that lacks the strides after the first one: `layout` has pairs of each operand."""
+    pairs = list(row_launches.pairs(huge_strides=False))
+    loose = [pair for pair in pairs if pair.second.layout and pair.second.kernel == "residual_norm_quantize"]
+    assert [row_launches.check(pair, EXECUTOR) for pair in loose] == [None] * 4
+    whole = launch.aligned_dtypes
+    monkeypatch.setattr(row_primitives, "aligned_dtypes", lambda tensors, strides: whole(tensors, strides[:1]))
+    found = [row_launches.check(pair, EXECUTOR) for pair in loose]
+    assert found[0] is None
+    assert all("compiled for other arguments" in why for why in found[1:])
 
 
 def _examples(name):

@@ -33,6 +33,7 @@ CLASSES = {  # by name: the module, which is imported when it is needed, since i
     "FallbackCall": "int8kit.verify.properties.gemm_calls",
     "OperatorCase": "int8kit.verify.properties.operators",
     "GradientCase": "int8kit.verify.properties.gradients",
+    "LayerCase": "int8kit.verify.properties.layers",
     "LookupCase": "int8kit.verify.properties.lookups",
     "StampCase": "int8kit.verify.properties.stamps",
 }

@@ -27,7 +27,6 @@ FAULTS = (
         "key-without-n", "kernels/operands.py",
         "integers = self.n, self.k, *(matrix", "integers = self.k, self.k, *(matrix",
         "a kernel that was compiled for N a multiple of 16 is launched for another N", "launch cache",
-        "the interpreter has no cache of compiled kernels",
     ),
     Mutant(
         "cpu-sums-in-float32", "ops.py",
@@ -98,6 +97,50 @@ FAULTS = (
         "output-shared-by-calls", "kernels/gemm.py",
         "def _empty(", "@lru_cache(maxsize=64)\ndef _empty(",
         "a later call of the same x overwrites the output of an earlier one", "operators",
+    ),
+    Mutant(
+        "fake-output-laid-out-as-x", "ops.py",
+        "    x, wq = args[:2]\n    return x.new_empty(",
+        "    x, wq = args[:2]\n"
+        "    if not swiglu and wq.shape[0] == x.shape[-1]:\n"
+        "        return torch.empty_like(x)\n"
+        "    return x.new_empty(",
+        "torch.compile takes the output of a square linear for one with the strides of x", "operators",
+    ),
+    Mutant(
+        "autocast-takes-float64", "ops.py",
+        "if x.dtype in operand_checks.FLOATS else x", "if x.is_floating_point() else x",
+        "a linear takes float64 under autocast, which it refuses elsewhere", "gradients",
+    ),
+    Mutant(
+        "gradient-of-bias-needs-rows", "gradient.py",
+        "grad.reshape(-1, wq.shape[0]).sum(0,", "grad.flatten(0, -2).sum(0,",
+        "the bias has no gradient where x has one axis", "gradients",
+    ),
+    Mutant(
+        "gradient-of-contiguous-x", "gradient.py",
+        "rows = x.reshape(-1, x.shape[-1]).contiguous()", "rows = x.reshape(-1, x.shape[-1])",
+        "the backward of SwiGLU refuses a transposed x, which its forward takes", "gradients",
+    ),
+    Mutant(
+        "second-derivative-without-bias", "gradient.py",
+        "wq * sw[:, None], None if bias is None else bias.float())", "wq * sw[:, None])",
+        "the gradient of x has no derivative for the bias", "gradients",
+    ),
+    Mutant(
+        "stamp-of-a-spelling", "toolchain.py",
+        "release(triton) == release(self.triton)", "triton == self.triton",
+        "a stamp loses its proof where the same version of Triton is spelt in another way", "stamps",
+    ),
+    Mutant(
+        "key-without-k-tail", "kernels/gemm_triton.py",
+        "key = o.key and (config, o.k % config.block_k == 0, *o.key)", "key = o.key and (config, *o.key)",
+        "a kernel without masks along K is launched for a K with a partial step", "launch cache",
+    ),
+    Mutant(
+        "joined-bias-lost", "layers.py",
+        "if any(b is not None for b in biases):", "if all(b is not None for b in biases):",
+        "joined linears lose their biases if one of them has none", "layers",
     ),
     Mutant(
         "row-scales-written", "kernels/gemm.py",

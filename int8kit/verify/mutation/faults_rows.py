@@ -227,6 +227,5 @@ FUSED_FAULTS = (
         "row-key-without-constants", "kernels/row_primitives.py",
         "dtypes and (*dtypes, values),", "dtypes and (*dtypes,),",
         "a compiled row kernel is launched for another K", "row launches",
-        "the interpreter has no cache of compiled kernels",
     ),
 )  # fmt: skip

@@ -3,9 +3,10 @@
     way         called                                                compared
     backward    torch.autograd.grad of x, of the bias, or of both     every bit, the dtype, and None where not asked
     func        torch.func.grad                                       the same
-    second      a backward of the backward                            float64, to SECOND of the largest number
+    second      a backward of the backward, for x, bias and gradient  float64, to SECOND of the largest number
     vmap        torch.vmap over x, over the bias, over both           the bits of one call after the other
     autocast    x in fp32, under autocast to another dtype            the reference of x in that dtype
+    no floats   x of a dtype that is refused, under autocast          InputError
     tangent     torch.func.jvp                                        InputError
     dual        torch.autograd.forward_ad.make_dual                   InputError
     scales      sw requires a gradient                                InputError
@@ -33,7 +34,8 @@ from int8kit.verify.executors import Executor
 from int8kit.verify.implementations import Implementation
 
 SECOND = 1e-3
-WAYS = ("backward", "func", "second", "vmap", "autocast", "tangent", "dual", "scales")
+WAYS = ("backward", "func", "second", "vmap", "autocast", "no floats", "tangent", "dual", "scales")
+LAYOUTS = ("", "transposed", "apart", "expanded")
 NEEDS = ("x", "bias", "x,bias")
 _PUBLIC: dict[str, Callable[..., torch.Tensor]] = {"linear": ops.int8_linear, "linear_swiglu": ops.int8_linear_swiglu}
 
@@ -51,12 +53,14 @@ class GradientCase:
     needs: str = "x,bias"  # one of NEEDS: the operands whose gradient is asked for, or that vmap maps over
     way: str = "backward"  # one of WAYS
     seed: int = 0
+    layout: str = ""  # of x and of the incoming gradient, one of LAYOUTS; "": contiguous
 
     def __str__(self) -> str:
         short = [str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.bias)]
         return (
             f"{self.way} of {self.operator} for {self.needs}, rows {list(self.rows)}, N = {self.n}, K = {self.k}, "
             f"{short[0]}, {short[1]} bias, seed {self.seed}"
+            f"{f', {self.layout} x' if self.layout else ''}"
         )
 
     @property
@@ -71,7 +75,7 @@ def check(c: GradientCase, on: Executor | Implementation) -> str | None:
         return None
     way: dict[str, Callable[[GradientCase, str], str | None]] = {
         "backward": _backward, "func": _func, "second": _second, "vmap": _vmap, "autocast": _autocast,
-        "tangent": _refused, "dual": _refused, "scales": _refused,
+        "no floats": _no_floats, "tangent": _refused, "dual": _refused, "scales": _refused,
     }  # fmt: skip
     return way[c.way](c, on.device)
 
@@ -91,7 +95,17 @@ def _operands(c: GradientCase, device: str) -> dict[str, Any]:
         "sw": torch.rand(c.n, generator=g) * 0.011 + 0.0003, "bias": bias,
         "grad": grad.reshape(*c.rows, columns).to(c.dtype),
     }  # fmt: skip
-    return {name: value if value is None else value.to(device) for name, value in found.items()}
+    moved: dict[str, Any] = {name: value if value is None else value.to(device) for name, value in found.items()}
+    return moved | {name: _laid_out(moved[name], c.layout) for name in ("x", "grad")}
+
+
+def _laid_out(data: torch.Tensor, layout: str) -> torch.Tensor:
+    """`data` in a layout of LAYOUTS; an expanded tensor has equal rows."""
+    if layout == "transposed" and data.dim() > 1:
+        return data.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "expanded" and data.dim() > 1:
+        return data[:1].expand(data.shape) if len(data) else data
+    return data.repeat_interleave(2, -1)[..., ::2] if layout else data
 
 
 def _count(c: GradientCase) -> int:
@@ -120,7 +134,7 @@ def _hidden(c: GradientCase, a: dict[str, Any]) -> torch.Tensor:
 
 def _expected(c: GradientCase, a: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The gradients of x and of the bias, by their definition."""
-    grad = a["grad"].reshape(_count(c), -1)
+    grad = a["grad"].reshape(_count(c), a["grad"].shape[-1])
     if c.operator == "linear_swiglu":
         gate, up = _hidden(c, a).reshape(*c.rows, c.n // 2, 2).unbind(-1)
         wide, s = a["grad"].float(), torch.sigmoid(gate)
@@ -149,6 +163,8 @@ def _differs(c: GradientCase, got: dict[str, Any], want: dict[str, torch.Tensor]
 
 
 def _far(got: torch.Tensor, want: torch.Tensor, part: float) -> str | None:
+    if not want.numel():
+        return None
     off, most = float((got.double() - want.double()).abs().max()), float(want.double().abs().max())
     return None if off <= part * most else f"off by {off:.3g}, expected at most {part:.1g} of {most:.3g}"
 
@@ -179,21 +195,28 @@ def _func(c: GradientCase, device: str) -> str | None:
 
 
 def _second(c: GradientCase, device: str) -> str | None:
-    """The derivative, for x, of a weighted sum of the gradient of x. That of a plain linear is that of `grad`."""
+    """The derivative of a weighted sum of gradients. A plain linear has one for the incoming gradient alone."""
     a = _operands(c, device)
-    weights = torch.randn(a["x"].shape, generator=torch.Generator().manual_seed(c.seed + 1)).to(device)
+    g = torch.Generator().manual_seed(c.seed + 1)
+    weights = [torch.randn(a[name].shape, generator=g).to(device) for name in c.names]
     hidden, weight = _hidden(c, a).double(), _weight(a).double()
-    x, grad = a["x"].double().requires_grad_(), a["grad"].double().requires_grad_()
-    exact = x.reshape(-1, c.k) @ weight.t()
+    names = ("x", "grad") if c.bias is None else ("x", "grad", "bias")
+    wide = {name: a[name].double().requires_grad_() for name in names}
+    exact = wide["x"].reshape(-1, c.k) @ weight.t() + wide.get("bias", 0.0)
     h = hidden + (exact - exact.detach())
     y = torch.nn.functional.silu(h[:, 0::2]) * h[:, 1::2] if c.operator == "linear_swiglu" else h
-    [first] = torch.autograd.grad(y.reshape(grad.shape), x, grad, create_graph=True)
-    wanted = torch.autograd.grad((first * weights).sum(), (x, grad), allow_unused=True)
-    a["x"].requires_grad_(), a["grad"].requires_grad_()
-    [first] = torch.autograd.grad(_call(c, a), a["x"], a["grad"], create_graph=True)
-    found = torch.autograd.grad((first * weights).sum(), (a["x"], a["grad"]), allow_unused=True)
-    part = SECOND if c.dtype is torch.float32 else 30 * torch.finfo(c.dtype).eps
-    for name, mine, theirs in zip(("x", "grad"), found, wanted, strict=True):
+    results = []
+    for output, of in ((y.reshape(a["grad"].shape), wide), (None, a)):
+        for name in names:
+            of[name].requires_grad_()
+        first = torch.autograd.grad(
+            _call(c, a) if output is None else output, [of[name] for name in c.names], of["grad"], create_graph=True
+        )
+        total = torch.stack([(one * factor).sum() for one, factor in zip(first, weights, strict=True)]).sum()
+        results.append(torch.autograd.grad(total, [of[name] for name in names], allow_unused=True))
+    coarse = max(torch.finfo(dtype).eps for dtype in (c.dtype, c.bias or c.dtype))
+    part = max(SECOND, 30 * coarse)
+    for name, theirs, mine in zip(names, *results, strict=True):
         if theirs is None or not bool(theirs.any()):
             continue
         why = "absent" if mine is None else _far(mine, theirs, part)
@@ -224,8 +247,23 @@ def _autocast(c: GradientCase, device: str) -> str | None:
     return f"{got.dtype}, expected {to}" if got.dtype is not to else bitwise_diff(got, want)
 
 
+def _no_floats(c: GradientCase, device: str) -> str | None:
+    a = _operands(c, device)
+    for dtype in (torch.float64, torch.int32, torch.int8):
+        try:
+            with torch.autocast(device.partition(":")[0], dtype=torch.bfloat16):
+                _call(c, a, x=a["x"].to(dtype))
+        except InputError:
+            continue
+        except Exception as error:
+            return f"{type(error).__name__} for x of {dtype}: {str(error).splitlines()[0]}; expected InputError"
+        return f"no error for x of {dtype}, expected InputError"
+    return None
+
+
 def _refused(c: GradientCase, device: str) -> str | None:
     a = _operands(c, device)
+    a["x"] = a["x"].contiguous()  # torch itself refuses the tangent of an expanded one
     name = c.names[0]
     try:
         if c.way == "scales":
@@ -247,7 +285,7 @@ def examples() -> st.SearchStrategy[GradientCase]:
     return st.builds(
         GradientCase,
         operator=st.sampled_from(tuple(_PUBLIC)),
-        rows=st.sampled_from(((1,), (3,), (2, 2), (7,))),
+        rows=st.sampled_from(((), (0,), (1,), (3,), (2, 2), (7,), (2, 0))),
         k=st.sampled_from((2, 17, 40, 64)),
         n=st.sampled_from((2, 6, 24)),
         dtype=st.sampled_from(OUT_DTYPES),
@@ -255,11 +293,15 @@ def examples() -> st.SearchStrategy[GradientCase]:
         needs=st.sampled_from(NEEDS),
         way=st.sampled_from(WAYS),
         seed=st.integers(0, 7),
+        layout=st.sampled_from(LAYOUTS),
     )
 
 
 def always() -> Iterator[GradientCase]:
-    """Each way of each operator, in every dtype of x and of the bias; sums of the bias beyond 256."""
+    """Each way of each operator, in every dtype of x and of the bias; sums of the bias beyond 256.
+
+    Also each way of x with no axis of rows, with no row, and in each layout.
+    """
     for operator in _PUBLIC:
         for dtype in OUT_DTYPES:
             for bias in (None, *OUT_DTYPES):
@@ -268,3 +310,9 @@ def always() -> Iterator[GradientCase]:
                         yield GradientCase(operator, (3, 2), 40, 24, dtype, bias, needs, way)
                 if bias is not None:
                     yield GradientCase(operator, (900,), 4, 2, dtype, bias, "bias")
+        for way in WAYS:
+            for rows in ((), (0,), (2, 0)):
+                yield GradientCase(operator, rows, 40, 24, torch.float32, torch.float32, way=way)
+            for layout in LAYOUTS[1:]:
+                for rows in ((5,), (3, 2)):
+                    yield GradientCase(operator, rows, 40, 24, torch.float32, torch.float32, way=way, layout=layout)

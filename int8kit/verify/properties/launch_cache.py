@@ -5,8 +5,8 @@
 
 `launch_cached` looks a kernel up by a key of its own, and skips Triton's look-up. A key that lacks one property gives a
 wrong result, or writes outside, in the second launch of a process. So each pair starts from an empty cache, in both
-orders. CHANGES has the pairs: one or more for each field of `Operands` and of `TileConfig`. The interpreter has no
-cache, so the property needs a GPU.
+orders. CHANGES has the pairs: one or more for each field of `Operands` and of `TileConfig`. The interpreter keeps no
+kernel. There `launch_keys` says which kernel each launch of the Triton kernel would run.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from int8kit.verify.compare import bitwise_diff, expected
 from int8kit.verify.examples.guarded_buffers import GuardedOutput, in_poison, vector_in_poison
 from int8kit.verify.examples.strategies import Draw, Variant, int8_matrix, scales
 from int8kit.verify.implementations import Implementation
+from int8kit.verify.properties.launch_keys import observed_launches
 from int8kit.verify.properties.launch_store import stored_kernels
 
 ROOM = 64  # elements before the first one and between rows, where nothing else is asked for
@@ -179,12 +180,23 @@ def _why_illegal(config: TileConfig) -> str | None:
 
 
 def check(pair: Pair, gemm: Implementation) -> str | None:
+    """How one of two launches differs from the reference, or runs the other one's kernel; or None."""
+    return keys(pair, gemm) if gemm.device == "cpu" else executed(pair, gemm)
+
+
+def _launches(pair: Pair) -> list[tuple[str, Launch, TileConfig]]:
+    """Both launches of a pair, in its order."""
+    changed = CHANGES[pair.change].of() if pair.change else Launch()
+    both = [("the first", Launch(), pair.first), ("the second", changed, pair.second)]
+    return both[::-1] if pair.reverse else both
+
+
+def executed(pair: Pair, gemm: Implementation) -> str | None:
     """How one of two launches differs from the reference, or None."""
-    base, changed = Launch(), CHANGES[pair.change].of() if pair.change else Launch()
-    launches = [("the first", base, pair.first), ("the second", changed, pair.second)]
+    base = Launch()
     served = not pair.change or pair.second.kernel in CHANGES[pair.change].kernels
     with empty_cache(), nullcontext() if served else _fallback():
-        for name, one, config in reversed(launches) if pair.reverse else launches:
+        for name, one, config in _launches(pair):
             with stored_kernels() as launched:
                 if why := _launch(one, config, gemm):
                     return f"{name}: {why}"
@@ -194,6 +206,29 @@ def check(pair: Pair, gemm: Implementation) -> str | None:
             why = _launch(base, pair.first, gemm)
         if why := why or launched.differs(aligned=True, again=True):
             return f"the first again: {why}"
+    return None
+
+
+def keys(pair: Pair, gemm: Implementation) -> str | None:
+    """How a launch would run the kernel of another one, or would not find its own again; or None.
+
+    Nothing is executed. The launchers of the Gluon kernels ask the GPU for its properties, so only pairs of the Triton
+    kernel are tried.
+    """
+    if {pair.first.kernel, pair.second.kernel} != {Kernel.TRITON}:
+        return None
+    with observed_launches() as seen:
+        for name, one, config in (*_launches(pair), ("the first again", Launch(), pair.first)):
+            before = seen.launches
+            _launch(one, config, gemm)  # nothing is executed, so its result says nothing
+            if seen.launches != before + 1:
+                return f"{name}: {seen.launches - before} launches, expected 1"
+            if seen.problems:
+                return f"{name}: {seen.problems[0]}"
+            compiled = seen.compiled
+            _launch(one, config, gemm)
+            if one == Launch() and seen.compiled > compiled:
+                return f"{name}: the stored kernel is not found, so the launch waits for Triton's look-up"
     return None
 
 

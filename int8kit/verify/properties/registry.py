@@ -26,6 +26,7 @@ from int8kit.verify.properties import (
     gemm_calls,
     gradients,
     launch_cache,
+    layers,
     lookups,
     operator_tables,
     operators,
@@ -117,18 +118,8 @@ def _needs_early_starts(implementation: Implementation) -> str | None:
     return None if pdl_probe.overlaps(implementation.device) else "no kernel starts here before the one ahead has ended"
 
 
-def _needs_a_cache(implementation: Implementation) -> str | None:
-    return None if implementation.device != "cpu" else "Triton's interpreter keeps no compiled kernels"
-
-
 def _needs_row_kernels(implementation: Implementation) -> str | None:
     return None if implementation.row_kernels else "it has no row kernels, or the same as the native executor"
-
-
-def _needs_compiled_row_kernels(implementation: Implementation) -> str | None:
-    if implementation.device == "cpu":
-        return "nothing is compiled here"
-    return _needs_row_kernels(implementation)
 
 
 @dataclass(frozen=True)
@@ -194,19 +185,19 @@ PROPERTIES: dict[str, Property] = {
                  _needs_early_starts, always=lambda tiles, budget: fixed.late_operands(tiles),
                  mutants_of=(Kernel.WGMMA,), shares=3),
         Property(
-            "launch cache", "a launch never runs the kernel of another launch", launch_cache.check, _needs_a_cache,
+            "launch cache", "a launch never runs the kernel of another launch", launch_cache.check, _needs_swiglu,
             strategy=lambda tiles, budget: sampled_from(tuple(launch_cache.pairs(tiles))),
-            always=lambda tiles, budget: launch_cache.pairs(tiles) if budget.large_k else (),  # no cache, no need
+            always=lambda tiles, budget: launch_cache.pairs(tiles),
             cost=50, scope="int8kit", mutants_of=tuple(Kernel), shares=4,
         ),
         Property("configuration", "any two configurations give the same bits", gemm.configuration,
                  _needs_configurations, strategy=_two_configurations),
         *map(_row_kernel, row_kernels.KERNELS),
-        Property(
+        _all_of_int8kit(
             "row launches", "a compiled row kernel serves no example that needs other code", row_launches.check,
-            _needs_compiled_row_kernels, strategy=lambda tiles, budget: row_launches.examples(),
-            always=lambda tiles, budget: row_launches.pairs(huge_strides=budget.huge_strides), scope="int8kit",
-            mutants_of=(Kernel.TRITON,), shares=2,
+            strategy=lambda tiles, budget: row_launches.examples(),
+            always=lambda tiles, budget: row_launches.pairs(huge_strides=budget.huge_strides), cost=REPEAT_COST,
+            shares=2,
         ),
         _all_of_int8kit(
             "refusals", "a GEMM refuses each operand that is wrong in any way", gemm_calls.check_refused,
@@ -226,6 +217,10 @@ PROPERTIES: dict[str, Property] = {
         _all_of_int8kit(
             "gradients", "derivatives of the linears, and x under autocast, are as defined", gradients.check,
             strategy=lambda tiles, budget: gradients.examples(), always=lambda tiles, budget: gradients.always(),
+        ),
+        _all_of_int8kit(
+            "layers", "an INT8 layer computes the linear of the weights and biases that it was made of", layers.check,
+            strategy=lambda tiles, budget: layers.examples(), always=lambda tiles, budget: layers.always(),
         ),
         _all_of_int8kit(
             "lookup", "a plan and its text choose the configuration that the rule names", lookups.check,

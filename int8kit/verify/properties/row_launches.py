@@ -3,7 +3,7 @@
 The launcher stores compiled kernels by a key (`kernels.launch`). A key that lacks a value gives an example the kernel
 of another one. So two examples that differ in one thing run one after the other, in both orders, each time from an
 empty store. Each field of `RowExample` is changed by a function of CHANGES, so that no field is forgotten. Triton's
-interpreter compiles nothing and has no store.
+interpreter keeps no kernel. There `launch_keys` says which kernel each launch would run.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from int8kit.kernels.row_primitives import K_MAX_HELD, RowTile
 from int8kit.verify.executors import Executor
 from int8kit.verify.implementations import Implementation
 from int8kit.verify.properties import row_kernels
+from int8kit.verify.properties.launch_keys import observed_launches
 from int8kit.verify.properties.launch_store import stored_kernels
 from int8kit.verify.properties.row_kernels import KERNELS, OPERANDS, PER_IMAGE, TABLES, VECTORS, RowExample
 
@@ -82,7 +83,7 @@ def _huge(e: RowExample) -> Iterator[RowExample]:
             yield replace(e, huge_stride=name, images=images, rows=rows)
 
 
-UNCHANGED = ("kernel", "refused", "layout")  # a refused example launches nothing; padding changes the strides
+UNCHANGED = ("kernel", "refused")  # a refused example launches nothing; padding changes the strides
 CHANGES: dict[str, Callable[[RowExample], Iterable[RowExample]]] = {
     "images": _values("images", 1, 3, 7),
     "rows": _values("rows", 1, 16, 17),
@@ -98,6 +99,7 @@ CHANGES: dict[str, Callable[[RowExample], Iterable[RowExample]]] = {
     "other_dtype": _of_each("other_dtype"),
     "unaligned": _of_each("unaligned"),
     "huge_stride": _huge,
+    "layout": lambda e: (replace(e, layout=f"loose {n}") for n in OPERANDS[e.kernel] if n not in VECTORS),
     "special": lambda e: (replace(e, special=n) for n in OPERANDS[e.kernel] if n in (*VECTORS, *PER_IMAGE, *TABLES)),
     "given_out": _values("given_out", False, only="quantize"),
     "kind": _values("kind", "subnormal", "huge"),
@@ -124,6 +126,14 @@ def examples() -> st.SearchStrategy[LaunchPair]:
 
 def check(pair: LaunchPair, on: Executor | Implementation) -> str | None:
     """How an example of the pair differs from the reference after the other one, or is launched wrongly; or None."""
+    if on.device == "cpu":
+        first, second = pair.first, pair.second
+        return keys((first, second, first)) or keys((second, first, second))
+    return executed(pair, on)
+
+
+def executed(pair: LaunchPair, on: Executor | Implementation) -> str | None:
+    """As `check`, by the bits of each launch."""
     for order in ((pair.first, pair.second, pair.first), (pair.second, pair.first, pair.second)):
         launch._COMPILED.clear()
         for number, one in enumerate(order):
@@ -136,6 +146,27 @@ def check(pair: LaunchPair, on: Executor | Implementation) -> str | None:
                 return f"launch {number + 1}, {one}: a grid of {wrong[0]}, expected {one.m}, {_programs(one)}"
             if other := {key[0].__name__ for key in launched.added} - {_function(one)}:
                 return f"launch {number + 1}, {one}: {min(other)} was launched, expected {_function(one)}"
+    return None
+
+
+def keys(order: tuple[RowExample, ...]) -> str | None:
+    """How a launch would run the kernel of another one, or would not find its own again; or None.
+
+    Nothing is executed.
+    """
+    with observed_launches() as seen:
+        for number, one in enumerate(order):
+            compiled = seen.compiled
+            more: dict[str, Any] = {} if one.tile is None else {"tile": one.tile}
+            given = row_kernels._Given(one, "cpu") if one.given_out else None
+            more |= {} if given is None else {"out": given.out}
+            KERNELS[one.kernel](*row_kernels.operands(one, "cpu"), **more)
+            if seen.launches != number + 1:
+                return f"launch {number + 1}, {one}: {seen.launches - number} launches, expected 1"
+            if seen.problems:
+                return f"launch {number + 1}, {one}: {seen.problems[0]}"
+            if number == 2 and one == base(one.kernel) and seen.compiled > compiled:
+                return f"launch {number + 1}, {one}: the stored kernel is not found"
     return None
 
 

@@ -1,15 +1,16 @@
 """The property `stamps`: a proof holds for one kernel source, Triton, architecture, configuration and numerics alone.
 
 A case is an entry with one stamp that differs from the entry, or from the present toolchain, in some of ASPECTS. It
-proves only if it differs in none. The same answer is expected of `Entry.proofs`, of the choice that a database makes,
-of `db check`, and of a database that is stamped or merged. Nothing is executed: the databases are synthetic.
+proves only if it differs in none. A version of Triton may be spelt in several ways. The same answer is expected of
+`Entry.proofs`, of the choice that a database makes, of `db check`, and of a database that is stamped or merged. Nothing
+is executed: the databases are synthetic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any, Literal
 
 from hypothesis import strategies as st
@@ -25,6 +26,15 @@ from int8kit.verify.implementations import Implementation
 
 ASPECTS = ("kernel", "triton", "arch", "numerics", "config", "shape", "operation")
 """Aspects of a stamp that must be the present ones."""
+
+SPELT = ("3.7.1", "3.7.1.0", "v3.7.1", "3.07.1")
+"""Spellings of one version of Triton. The first is the usual one."""
+
+GENERATIONS = (
+    ("3.6.0", "3.6.3", "3.7", "3.7.0", "3.7.1", "3.7.10", "3.7.1.post1"),
+    ("3.8.0", "3.8", "3.9.1", "3.10.0"),
+)
+"""Versions of Triton that compile the kernels to the same code."""
 
 _CONFIGS = {
     Kernel.TRITON: TileConfig(128, 128, 64, 8, 4),
@@ -43,9 +53,13 @@ class StampCase:
     kernel: Kernel
     executor: Literal["native", "cross_arch", "interpreter"]
     differs: tuple[str, ...] = ()
+    spelt: str = _TRITON  # the version of Triton in the stamp, unless it differs
 
     def __str__(self) -> str:
-        return f"a stamp of the {self.kernel} kernel, {self.executor}, of another {' and '.join(self.differs) or '-'}"
+        return (
+            f"a stamp of the {self.kernel} kernel, {self.executor}, of another {' and '.join(self.differs) or '-'}"
+            f"{'' if self.spelt == _TRITON else f', Triton {self.spelt}'}"
+        )
 
 
 def _hash(kernel: Kernel) -> str:
@@ -77,7 +91,7 @@ def stamp_of(case: StampCase) -> Stamp:
         executor=case.executor, device="a GPU", arch=arch,
         of=identity(Operation.SWIGLU if "operation" in other else Operation.GEMM, shape, config),
         kernel="another hash" if "kernel" in other else _hash(case.kernel),
-        triton="3.7.2" if "triton" in other else _TRITON,
+        triton="3.7.2" if "triton" in other else case.spelt,
         numerics=NUMERICS_VERSION + ("numerics" in other),
     )  # fmt: skip
 
@@ -104,7 +118,7 @@ def check(case: StampCase, on: Executor | Implementation) -> str | None:
     for name, (got, want) in found.items():
         if got is not want:
             return f"{name}: {'accepted' if got else 'refused'}, expected the opposite"
-    return _stale(case, entry) or _stamped(case, mark) or _merged(case, entry) or _preferred(case)
+    return _stale(case, entry) or _stamped(case, mark) or _merged(case, entry) or _preferred(case) or _generations()
 
 
 def _stale(case: StampCase, entry: Entry) -> str | None:
@@ -131,7 +145,7 @@ def _stamped(case: StampCase, mark: Stamp) -> str | None:
     entry = entry_of(case).model_copy(update={"verified": (mark,)})
     after = Database(GPUS["h200"], (entry,)).stamped({entry.key: [new]}).entries[0].verified or ()
     same = mark.of == entry.identity and not {"kernel", "numerics"} & set(case.differs)
-    stays = same and (case.executor != "interpreter" or mark.triton != _TRITON)
+    stays = same and (case.executor != "interpreter" or "triton" in case.differs or case.spelt != _TRITON)
     if new not in after or (mark in after) is not stays:
         return f"after a new proof the old stamp {'stays' if mark in after else 'is gone'}, expected the opposite"
     return None
@@ -188,10 +202,20 @@ def _preferred(case: StampCase) -> str | None:
     return None
 
 
+def _generations() -> str | None:
+    """Whether two versions of Triton are taken for the wrong ones, of one generation or of two."""
+    for mine, theirs in permutations((*GENERATIONS[0], *GENERATIONS[1]), 2):
+        same = any({mine, theirs} <= set(versions) for versions in GENERATIONS)
+        if Toolchain(mine, {}).is_other_triton(theirs) is same:
+            return f"Triton {theirs} beside {mine}: expected {'the same' if same else 'another'} generation"
+    return None
+
+
 def examples() -> st.SearchStrategy[StampCase]:
     """Strategy for cases that differ in any number of aspects."""
     return st.builds(
         StampCase, kernel=st.sampled_from(Kernel), executor=st.sampled_from(("native", "cross_arch", "interpreter")),
+        spelt=st.sampled_from(SPELT),
         differs=st.lists(st.sampled_from(ASPECTS), unique=True, max_size=4).map(lambda some: tuple(sorted(some))),
     )  # fmt: skip
 
@@ -203,3 +227,4 @@ def always() -> Iterator[StampCase]:
             for count in (0, 1, 2):
                 for differs in combinations(ASPECTS, count):
                     yield StampCase(kernel, executor, differs)
+            yield from (StampCase(kernel, executor, spelt=spelt) for spelt in SPELT[1:])
