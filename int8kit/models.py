@@ -30,6 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 from int8kit import files
 from int8kit.errors import FileError, InputError, Int8kitError, UnknownName
+from int8kit.tiny_model import TINY_TRANSFORMER, default_dtype
+from int8kit.tiny_model import tiny_pipeline as tiny_pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +40,8 @@ BRANCHES = ("cond", "uncond")
 PATCH = 16  # side of an image token in pixels: VAE factor 8, patches of 2 x 2
 IMAGE_POSITION_OFFSET = 65536
 TEXT, IMAGE, PAD = 3, 2, 0  # the indicator's values
+STOCK_SLOTS = 2048
+"""Text positions of the pipeline in diffusers, by default."""
 TINY = "tiny"
 HUB_ID = "ideogram-ai/ideogram-4-nf4-diffusers"  # weights of ideogram4
 
@@ -154,7 +158,7 @@ def _ideogram4(name: str, settings: dict[str, Any], path: Path | None = None) ->
         from diffusers import Ideogram4Transformer2DModel
 
         accepted = settings if path is None else _accepted(settings, Ideogram4Transformer2DModel, path)
-        with _default_dtype(torch.bfloat16), blaming(path):
+        with default_dtype(torch.bfloat16), blaming(path):
             module: torch.nn.Module = Ideogram4Transformer2DModel(**accepted).eval()
         return module
 
@@ -235,15 +239,6 @@ def first_line(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {text}".removesuffix(": "), 160)
 
 
-TINY_TRANSFORMER: dict[str, Any] = {
-    "num_layers": 2,
-    "num_attention_heads": 2,
-    "attention_head_dim": 256,
-    "intermediate_size": 1024,
-    "adaln_dim": 32,
-    "llm_features_dim": 13 * 32,
-}
-
 MODELS: dict[str, Model] = {
     "ideogram4": _ideogram4("ideogram4", {}),
     TINY: _ideogram4(TINY, TINY_TRANSFORMER),
@@ -323,85 +318,3 @@ def check_seed(seed: int) -> None:
     """Raise InputError for a seed that torch refuses."""
     if not -(2**63) <= seed < 2**64:
         raise InputError(f"seed {seed}: expected a number of 64 bits, such as 0")
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    import torch
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def tiny_pipeline(seed: int = 0) -> Any:
-    """A small `Ideogram4Pipeline` of the real classes with random weights, built without a download.
-
-    The tokenizer works on bytes, so a prompt has about as many tokens as bytes. Head size, RoPE sections and VAE factor
-    equal the full model's. K = 416 of the text projection is not a multiple of any tile.
-    """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch
-    from diffusers import (
-        AutoencoderKLFlux2,
-        FlowMatchEulerDiscreteScheduler,
-        Ideogram4Pipeline,
-        Ideogram4Transformer2DModel,
-    )
-    from transformers import Qwen3VLConfig, Qwen3VLModel
-
-    tokenizer = _byte_tokenizer()
-    width = TINY_TRANSFORMER["llm_features_dim"] // 13
-    text = {
-        "hidden_size": width,
-        "num_hidden_layers": 36,  # the pipeline taps layers up to the 36th
-        "num_attention_heads": 4,
-        "head_dim": 16,
-        "num_key_value_heads": 2,
-        "intermediate_size": 64,
-        "vocab_size": len(tokenizer),
-    }
-    vision = {
-        "hidden_size": 16,
-        "depth": 1,
-        "num_heads": 2,
-        "intermediate_size": 32,
-        "patch_size": 16,
-        "out_hidden_size": width,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0],
-    }
-    with torch.random.fork_rng(devices=[]), _default_dtype(torch.bfloat16):
-        torch.manual_seed(seed)
-        parts = {
-            "text_encoder": Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)),
-            "vae": AutoencoderKLFlux2(block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4),
-            "transformer": Ideogram4Transformer2DModel(**TINY_TRANSFORMER),
-            "unconditional_transformer": Ideogram4Transformer2DModel(**TINY_TRANSFORMER),
-        }
-    return Ideogram4Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), tokenizer=tokenizer, **{k: m.eval() for k, m in parts.items()}
-    )
-
-
-def _byte_tokenizer() -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    level = pre_tokenizers.ByteLevel
-    tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(sorted(level.alphabet()))}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = level(add_prefix_space=False), decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    fast.chat_template = (
-        "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-        "{% for part in message.content %}{{ part.text }}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-    )
-    return fast

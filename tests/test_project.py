@@ -23,7 +23,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 # A module imports modules of earlier layers, and of its own package.
 LAYERS = [
-    {"errors"}, {"files", "spec"},
+    {"errors"}, {"files", "spec", "tiny_model"},
     {
         "canonical", "damage", "gradient", "image_errors", "interrupt", "layer_state", "lookup", "models",
         "operand_checks", "peers", "progress", "reference", "saved_models", "toolchain",
