@@ -14,9 +14,10 @@ from int8kit.database.schema import Entry, Resources, stamp
 from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
 from int8kit.kernels import gemm
 from int8kit.lookup import DEFAULT, LEVELS, Plan
-from int8kit.runtime import denoise, generate, ideogram4, variants
-from int8kit.runtime.generate import PRESETS, ImageRequest
+from int8kit.runtime import denoise, generate, ideogram4, memory, png, variants
+from int8kit.runtime.generate import ImageRequest
 from int8kit.runtime.repairs import Repairs, described
+from int8kit.runtime.schedule import PRESETS
 from int8kit.spec import Source, default_config
 
 
@@ -46,9 +47,9 @@ def test_image_is_written_with_its_request(generated, tmp_path):
     assert generated.first_step_s < generated.denoise_s < generated.until_first_step_s + generated.denoise_s
     assert (generated.fused, generated.attention) == (True, "torch on the CPU")
     path = tmp_path / "a.png"
-    assert not generate.is_ours(path)
-    assert generate.save(generated, path) == [path]
-    assert generate.is_ours(path)
+    assert not png.is_ours(path)
+    assert png.save(generated, path) == [path]
+    assert png.is_ours(path)
     with Image.open(path) as image:
         image.load()
         assert image.size == (96, 64)
@@ -97,11 +98,20 @@ def test_prompts_and_images_of_each(generated, tmp_path):
     alone = generate.generate(replace(REQUEST, prompts=prompts[1:], seed=5))
     assert (pixels(batch.images[2]) - pixels(alone.images[0])).abs().mean() < 0.01
     assert (pixels(batch.images[1]) - pixels(alone.images[0])).abs().mean() > 0.02
-    paths = generate.save(batch, tmp_path / "a.png")
+    paths = png.save(batch, tmp_path / "a.png")
     assert [path.name for path in paths] == ["a.png", "a-2.png", "a-3.png", "a-4.png"]
     with Image.open(paths[2]) as image:
         kept = json.loads(image.info["int8kit"])
     assert (kept["prompt"], kept["seed"], kept["variant"]) == (prompts[1], 5, "int8")
+    assert not {"guidance", "compile", "without", "gpu"} & set(kept)  # defaults
+
+
+def test_a_guidance_of_zero_is_recorded(generated, tmp_path):
+    zero = replace(generated, request=replace(REQUEST, guidance=0.0, without=("no-mask",)))
+    [path] = png.save(zero, tmp_path / "a.png")
+    with Image.open(path) as image:
+        kept = json.loads(image.info["int8kit"])
+    assert (kept["guidance"], kept["without"], kept["seed"]) == (0.0, ["no-mask"], 0)
 
 
 @pytest.mark.parametrize("variant", [name for name in variants.VARIANTS if name != "int8"])
@@ -136,10 +146,10 @@ def test_the_loop_is_that_of_the_stock_pipeline():
     noise = denoise.noise(scene, 128, 4, device)
 
     def latents(repairs):
-        pipe.scheduler.set_timesteps(sigmas=PRESETS["quality"].sigmas(3, 64, 96), device=device)
+        scheduler = PRESETS["quality"].schedule(64, 96, 3).scheduler(pipe, device)
         pair = ideogram4.prepare(pipe, "bf16", repairs, lambda n, k: Plan(), device)
-        branches = denoise.FusedBranches(*pair, scene, denoise.times(pipe.scheduler, torch.bfloat16))
-        return denoise.denoise(branches, pipe.scheduler, noise, call["guidance_schedule"])
+        branches = denoise.FusedBranches(*pair, scene, denoise.times(scheduler, torch.bfloat16))
+        return denoise.denoise(branches, scheduler, noise, call["guidance_schedule"])
 
     # torch multiplies one row by another kernel than three, which rounds adaLN otherwise
     assert torch.equal(latents(Repairs.without(["modulation-ahead"])), theirs)
@@ -147,7 +157,7 @@ def test_the_loop_is_that_of_the_stock_pipeline():
 
 
 def test_memory_of_weights_that_the_steps_do_not_need(generated, monkeypatch):
-    monkeypatch.setattr(generate, "_is_short_of_memory", lambda device, needed: needed > 0)
+    monkeypatch.setattr(memory, "is_short", lambda device, needed: needed > 0)
     released = []
     monkeypatch.setattr(denoise.FusedBranches, "release", lambda self: released.append(self))
     assert generate.generate(REQUEST).images[0].tobytes() == generated.images[0].tobytes()
@@ -164,7 +174,7 @@ def test_local_folder_and_same_seed_give_the_same_image(generated, tmp_path):
     models.tiny_pipeline().save_pretrained(tmp_path / "m")
     again = generate.generate(replace(REQUEST, model=str(tmp_path / "m")))
     assert again.images[0].tobytes() == generated.images[0].tobytes()
-    generate.save(again, tmp_path / "a.png")
+    png.save(again, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         assert '"model": "m"' in image.info["int8kit"]
         assert str(tmp_path) not in str(image.info)

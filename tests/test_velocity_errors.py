@@ -10,7 +10,8 @@ from int8kit import models
 from int8kit.errors import CheckFailed, InputError, ShapeError, UnknownName
 from int8kit.runtime import velocity_errors
 from int8kit.runtime.generate import ImageRequest
-from int8kit.runtime.stock_branches import Schedule, StockBranches
+from int8kit.runtime.schedule import Schedule
+from int8kit.runtime.stock_branches import StockBranches, noise
 from int8kit.runtime.velocity_errors import Trajectory, evaluate, record, relative_error
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def test_the_reference_has_the_bits_of_the_stock_pipeline(pipe):
     ).images  # fmt: skip
     branches = StockBranches(pipe, prompts, SCHEDULE, 40, CPU)
     trajectory = record(
-        branches, SCHEDULE.guidance, SCHEDULE.scheduler(pipe, CPU), SCHEDULE.noise(pipe, 3, CPU, batch=2)
+        branches, SCHEDULE.guidance, SCHEDULE.scheduler(pipe, CPU), noise(pipe, SCHEDULE, 3, CPU, batch=2)
     )
     assert torch.equal(trajectory.latents[-1], theirs)
     assert len(trajectory.latents) == 3
@@ -71,8 +72,8 @@ class Known:
 
 
 def test_errors_of_known_velocities():
-    noise = torch.ones(1, 2, 3)
-    trajectory = record(Known(2.0, 1.0), (7.0, 3.0), Steps(), noise)
+    start = torch.ones(1, 2, 3)
+    trajectory = record(Known(2.0, 1.0), (7.0, 3.0), Steps(), start)
     assert isinstance(trajectory, Trajectory)
     built = {"floor": Known(2.0, 1.0), "other": Known(2.2, 0.9)}
     floor, other = evaluate(trajectory, list(built), lambda name: nullcontext(built[name]), drift=True)
@@ -91,10 +92,10 @@ def test_errors_of_known_velocities():
 
 
 def test_a_velocity_that_is_not_finite():
-    noise = torch.ones(1, 2, 3)
+    start = torch.ones(1, 2, 3)
     with pytest.raises(CheckFailed, match="stock pipeline: the unconditional velocity of step 1 is not finite"):
-        record(Known(1.0, torch.nan), (7.0, 3.0), Steps(), noise)
-    trajectory = record(Known(2.0, 1.0), (7.0, 3.0), Steps(), noise)
+        record(Known(1.0, torch.nan), (7.0, 3.0), Steps(), start)
+    trajectory = record(Known(2.0, 1.0), (7.0, 3.0), Steps(), start)
     with pytest.raises(CheckFailed, match="variant 'x': the conditional velocity of step 1"):
         evaluate(trajectory, ["x"], lambda name: nullcontext(Known(torch.inf, 1.0)))
 

@@ -17,7 +17,6 @@ benchmark runs.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +35,6 @@ from int8kit.runtime.fused_ideogram4 import FusedIdeogram4
 from int8kit.runtime.repairs import Repairs, described
 from int8kit.timing import wall_clock
 
-STOCK_SLOTS = 2048
-"""Text slots of the pipeline in diffusers."""
 GUIDANCE = 7.0
 Step = Callable[[], torch.Tensor]
 
@@ -57,7 +54,7 @@ class ModelSetting:
     profiled: bool = False
     gpu: str | None = None  # alias of the GPU whose database serves; None: the present one's, or rtx3090's without one
     database: Path | None = None
-    stock_slots: int = STOCK_SLOTS
+    stock_slots: int = models.STOCK_SLOTS
 
     def check(self) -> None:
         """Raise InputError or UnknownName for a setting that no machine can time."""
@@ -146,8 +143,7 @@ def _contestants(
     longest = max(setting.text_tokens)
     for slots in sorted({max(setting.stock_slots, longest), longest}, reverse=True):
         yield f"stock, {slots} text slots", _stock_step(model, stock, setting, slots, device)
-    toolchain = gemm.toolchain()
-    plans = functools.cache(lambda n, k: database.plan(n, k, toolchain))
+    plans = database.plans(gemm.toolchain())
     for name in setting.variants:
         made = stock
         if name != "bf16":
@@ -181,8 +177,7 @@ def _stock_step(model: models.Model, stock: Any, setting: ModelSetting, slots: i
     def step() -> torch.Tensor:
         cond = stock(**inputs[0], return_dict=False)[0][:, slots:].float()
         uncond = stock(**inputs[1], return_dict=False)[0].float()
-        guided: torch.Tensor = GUIDANCE * cond + (1 - GUIDANCE) * uncond
-        return guided
+        return denoise.guided(cond, uncond, GUIDANCE)
 
     return step
 
@@ -200,7 +195,6 @@ def _repaired_step(cond: FusedIdeogram4, uncond: FusedIdeogram4, setting: ModelS
 
     @torch.no_grad()
     def step() -> torch.Tensor:
-        one, other = branches.velocities(latents, 1)
-        return GUIDANCE * one + (1 - GUIDANCE) * other
+        return denoise.guided(*branches.velocities(latents, 1), GUIDANCE)
 
     return step

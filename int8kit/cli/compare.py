@@ -125,12 +125,11 @@ def _velocities(
     from dataclasses import asdict
 
     from int8kit.cli import compare_tables
-    from int8kit.runtime import velocity_errors
-    from int8kit.runtime.generate import ImageRequest
+    from int8kit.runtime import generate, variants
 
     tiny = given["model"] == "tiny"
     height, width = parse_size(given["size"] or ("256x256" if tiny else "1024x1024"))
-    request = ImageRequest(
+    request = generate.ImageRequest(
         tuple(given["prompt"] or ("a red bicycle against a white brick wall",)),
         model=given["model"],
         height=height,
@@ -139,10 +138,14 @@ def _velocities(
         steps=4 if tiny and given["steps"] is None else given["steps"],
         seed=given["seed"],
     )
-    velocity_errors.check(request, names)
+    for name in names:
+        variants.check(name)
+    generate.check(request)
     check_output(output, force)
     with stages() as stage:
         quiet_libraries()
+        from int8kit.runtime import velocity_errors
+
         report = velocity_errors.compare(request, names, drift=drift, progress=stage)
     document = {
         "model": request.model,

@@ -56,7 +56,7 @@ def run(
     from int8kit import files, gpus
     from int8kit.cli import layout, tables
     from int8kit.database import store
-    from int8kit.runtime import generate
+    from int8kit.runtime import generate, png
 
     tiny = model == "tiny"
     height, width = parse_size(size or ("256x256" if tiny else "1024x1024"))
@@ -85,8 +85,8 @@ def run(
     named = gpus.get(gpu) if gpu is not None else None
     if database is not None:
         store.load(database, named.alias if named else None)
-    for target in generate.targets(output, len(request.prompts) * images):
-        files.check_target(target, ours=generate.is_ours, force=force)
+    for target in png.targets(output, len(request.prompts) * images):
+        files.check_target(target, ours=png.is_ours, force=force)
     with stages() as stage:
         step = stage("importing diffusers and transformers", 1)
         quiet_libraries()
@@ -97,7 +97,7 @@ def run(
             f"{len(unproven)} of {layout.count(len(outcome.choices), 'configuration')} not proven with the present "
             "kernels; see `int8kit verify`"
         )
-    paths = generate.save(outcome, output)
+    paths = png.save(outcome, output)
     took = {key: value for key, value in vars(outcome).items() if key.endswith(("_s", "_ms", "_gib"))}
     choices = [
         {"m": c.shape.m, "n": c.shape.n, "k": c.shape.k, "layers": count, "config": vars(c.config), "level": c.level,

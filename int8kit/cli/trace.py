@@ -13,7 +13,6 @@ from int8kit.cli.terminal import STDOUT, Force, Json, progress, quiet_libraries,
 from int8kit.errors import InputError, UnknownName
 
 SIZES = ("768x768", "1024x1024", "1536x1536", "2048x2048")  # of the shapes files that are committed
-STOCK_SLOTS = 2048
 
 
 def trace_shapes(
@@ -76,7 +75,7 @@ def _cases(size: list[str] | None, text_tokens: int, batch: int, slots: list[int
     if max(batch, text_tokens, *(slots or [0])) > 1 << 20:
         raise InputError(f"batch {batch}, {text_tokens} text tokens, slots {slots}: expected at most {1 << 20}")
     if not size and not slots:
-        slots = [text_tokens, max(text_tokens, STOCK_SLOTS)]
+        slots = [text_tokens, max(text_tokens, models.STOCK_SLOTS)]
     cases: dict[models.Case, None] = {}
     for height, width in map(parse_size, size or SIZES):
         for one in models.BRANCHES if branch == "both" else (branch,):

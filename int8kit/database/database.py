@@ -11,7 +11,8 @@ rows, `store` the files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from int8kit import files, lookup
@@ -156,6 +157,10 @@ class Database:
         """The plan of a weight [n, k]. It chooses for every m as `resolve` does."""
         found = dict.fromkeys(candidate for candidate, _ in self.candidates(toolchain, GemmShape(1, n, k)))
         return Plan(tuple(found), self.gpu.sms)
+
+    def plans(self, toolchain: Toolchain) -> Callable[[int, int], Plan]:
+        """The function (n, k) -> plan of a weight [n, k], which finds each plan once."""
+        return functools.cache(lambda n, k: self.plan(n, k, toolchain))
 
     def dumps(self) -> str:
         """The text of the database's file: one entry per line, sorted by key."""

@@ -195,7 +195,7 @@ def load_plans(gpu: str | None = None) -> Callable[[int, int], Plan]:
     """
     require_supported()
     database, toolchain = load_database(gpu), present_toolchain()[0]
-    return lambda n, k: database.plan(n, k, toolchain)
+    return database.plans(toolchain)
 
 
 class NotTuned(UserWarning):

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 
 import torch
 
-from int8kit.models import PATCH
+from int8kit.models import PATCH, STOCK_SLOTS
 from int8kit.runtime import packed_rows
+from int8kit.runtime.conditioning import Modulation, Prompt
 from int8kit.runtime.cuda_graph import Captured
-from int8kit.runtime.fused_ideogram4 import FusedIdeogram4, Modulation, Prompt
+from int8kit.runtime.fused_ideogram4 import FusedIdeogram4
 
 
 class Branches(Protocol):
@@ -54,6 +55,11 @@ class Scene:
         return tuple(len(one) for one in self.features for _ in range(self.images_per_prompt))
 
     @property
+    def rows(self) -> int:
+        """Text and image rows of all samples."""
+        return sum(self.texts) + self.samples * math.prod(self.grid)
+
+    @property
     def samples(self) -> int:
         """B, the number of images."""
         return len(self.features) * self.images_per_prompt
@@ -72,7 +78,7 @@ class FusedBranches:
         uncond: FusedIdeogram4,
         scene: Scene,
         times: torch.Tensor,
-        slots: int = 2048,
+        slots: int = STOCK_SLOTS,
         *,
         graphs: bool = True,
     ) -> None:
@@ -184,12 +190,17 @@ def denoise(
         if scale == 1:
             velocity = branches.conditional(latents, step)
         else:
-            cond, uncond = branches.velocities(latents, step)
-            weight = weights[step]
-            velocity = weight * cond + (1.0 - weight) * uncond
+            velocity = guided(*branches.velocities(latents, step), weights[step])
         latents = scheduler.step(-velocity, t, latents, return_dict=False)[0]
         on_step()
     return latents
+
+
+def guided(conditional: torch.Tensor, unconditional: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
+    """The guided velocity of two float32 velocities, rounded as in diffusers' loop. weight: float32, or a number."""
+    if not isinstance(weight, torch.Tensor):
+        weight = torch.tensor(weight, dtype=torch.float32, device=conditional.device)
+    return weight * conditional + (1.0 - weight) * unconditional
 
 
 def noise(scene: Scene, channels: int, seed: int, device: torch.device) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The blocks of Ideogram 4 by the stock model's own operations, on rows in runs.
 
-    x = run(layers, x, modulations, prompt, joined=..., masked=..., compiled=...)
+    x = run(layers, x, prompt, modulation, masked=..., join=..., compiled=...)
 
 All variants without fused row kernels take this way: bf16, fp8, nf4, fake-quant, and unfused INT8. Each operation and
 its order are the stock block's, so a difference comes from a GEMM or an attention of another size.
@@ -16,32 +16,29 @@ from typing import Any
 import torch
 
 from int8kit.runtime import attention, tied_weights
+from int8kit.runtime.conditioning import Modulation, Prompt, Tensors
 from int8kit.runtime.joined import scaled
-
-Tensors = tuple[torch.Tensor, ...]
 
 
 def run(
     layers: Sequence[Any],
     x: torch.Tensor,
-    modulations: Sequence[Tensors],
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    lengths: tuple[int, ...],
+    prompt: Prompt,
+    modulation: Modulation,
     *,
-    joined: bool,
     masked: int,
+    join: bool,
     compiled: bool,
 ) -> torch.Tensor:
-    """The residual stream [M, W] after all blocks. modulations: for each block scale, gate, scale, gate, each [S, W].
+    """The residual stream [M, W] after all blocks. x: the stream before them.
 
-    joined: plain linears that read the same input run as one GEMM. masked: see `attention.attend`. compiled: the block
+    masked: see `attention.attend`. join: plain linears that read the same input run as one GEMM. compiled: the block
     runs through torch.compile.
     """
     step = _compiled(_kinds(layers[0])) if compiled else block
-    for layer, modulation in zip(layers, modulations, strict=True):
-        weights = _joined_weights(layer) if joined else (None, None)
-        x = step(layer, x, modulation, cos, sin, lengths, weights, masked)
+    for layer, values in zip(layers, modulation.blocks, strict=True):
+        weights = _joined_weights(layer) if join else (None, None)
+        x = step(layer, x, values, prompt.cos, prompt.sin, prompt.rows.lengths, weights, masked)
     return x
 
 

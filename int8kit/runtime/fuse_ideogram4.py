@@ -21,8 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from int8kit.database import store
 from int8kit.runtime import packed_rows, tied_weights
+from int8kit.runtime.conditioning import Prompt
 from int8kit.runtime.fuse import NotFused, Undo
-from int8kit.runtime.fused_ideogram4 import FusedIdeogram4, Prompt
+from int8kit.runtime.fused_ideogram4 import FusedIdeogram4
 
 QUIET = "quiet"
 """A reason without a warning: the caller asked for the stock forward's own behaviour."""

@@ -12,60 +12,18 @@ repair off.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from int8kit.errors import InputError
 from int8kit.runtime import attention, float_blocks, int8_blocks, joined
+from int8kit.runtime.conditioning import Modulation, Prompt
 from int8kit.runtime.joined import Plans
 from int8kit.runtime.packed_rows import Rows
 from int8kit.runtime.repairs import Repairs
-
-Tensors = tuple[torch.Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """All that the prompts of a batch contribute to each step.
-
-    hidden [M, W]: the text rows after projection and embedding; image rows are filled at each step. cos, sin [M, D]:
-    tables of RoPE.
-    """
-
-    rows: Rows
-    hidden: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Modulation:
-    """Scales and gates of all blocks, and the factor of the last norm: table [S, 4 L + 1, W] for L blocks.
-
-    A block has scale, gate, scale, gate. S: one row for all samples, or one for each sample; before `at`, one row for
-    each step.
-    """
-
-    table: torch.Tensor
-
-    @property
-    def blocks(self) -> tuple[Tensors, ...]:
-        """For each block its scale, gate, scale and gate, each [S, W]."""
-        rows = self.table.unbind(1)
-        return tuple(tuple(rows[i : i + 4]) for i in range(0, len(rows) - 1, 4))
-
-    @property
-    def final(self) -> torch.Tensor:
-        """[S, W]."""
-        return self.table[:, -1]
-
-    def at(self, row: int) -> Modulation:
-        """The modulation of one row."""
-        return Modulation(self.table[row : row + 1])
 
 
 class FusedIdeogram4:
@@ -78,8 +36,7 @@ class FusedIdeogram4:
     def __init__(
         self, model: Any, repairs: Repairs | None = None, *, plans: Plans = None, compiled: bool = False
     ) -> None:
-        self.model, self.repairs, self.compiled = model, repairs or Repairs(), compiled
-        self._plans = None if plans is None else functools.cache(plans)
+        self.model, self.repairs, self.compiled, self._plans = model, repairs or Repairs(), compiled, plans
         if compiled and self.is_fused:
             raise InputError("compile: the fused INT8 blocks gain nothing from it; expected another variant")
 
@@ -163,11 +120,12 @@ class FusedIdeogram4:
 
     def _blocks(self, x: torch.Tensor, prompt: Prompt, modulation: Modulation) -> torch.Tensor:
         layers, repairs = list(self.model.layers), self.repairs
-        given = layers, x, modulation.blocks, prompt.cos, prompt.sin, prompt.rows.lengths
         masked = 0 if repairs.no_mask else prompt.rows.equal_parts
         if self.is_fused:
-            return int8_blocks.run(*given, plans=self._plans, masked=masked, join=repairs.joined)
-        return float_blocks.run(*given, joined=repairs.joined, masked=masked, compiled=self.compiled)
+            return int8_blocks.run(layers, x, prompt, modulation, plans=self._plans, masked=masked, join=repairs.joined)
+        return float_blocks.run(
+            layers, x, prompt, modulation, masked=masked, join=repairs.joined, compiled=self.compiled
+        )
 
     def _by_sample(self, latents: torch.Tensor, prompt: Prompt, modulation: Modulation) -> torch.Tensor:
         """`velocity` of samples of several lengths at several timesteps: one run after the other."""

@@ -28,7 +28,7 @@ from int8kit.runtime.fused_ideogram4 import FusedIdeogram4
 from int8kit.runtime.repairs import Repairs
 from int8kit.spec import GemmShape
 
-MAX_TEXT_TOKENS = 2048
+MAX_TEXT_TOKENS = models.STOCK_SLOTS
 BRANCHES = {"cond": "transformer", "uncond": "unconditional_transformer"}
 
 
@@ -51,7 +51,7 @@ def load(model: str) -> Any:
 
 
 def count_tokens(pipe: Any, prompt: str) -> int:
-    """Number of tokens of the prompt in its chat template. Raises InputError beyond 2048."""
+    """Number of tokens of the prompt in its chat template. Raises InputError beyond MAX_TEXT_TOKENS."""
     messages = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
     text = pipe.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     tokens = len(pipe.tokenizer(text, add_special_tokens=False)["input_ids"])

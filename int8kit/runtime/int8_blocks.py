@@ -14,32 +14,30 @@ import torch
 
 from int8kit import ops
 from int8kit.runtime import attention, joined
+from int8kit.runtime.conditioning import Modulation, Prompt
 from int8kit.runtime.joined import Inputs, Plans
-
-Tensors = tuple[torch.Tensor, ...]
 
 
 def run(
     layers: Sequence[Any],
     x: torch.Tensor,
-    modulations: Sequence[Tensors],
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    lengths: tuple[int, ...],
+    prompt: Prompt,
+    modulation: Modulation,
     *,
     plans: Plans,
     masked: int,
-    join: bool = True,
+    join: bool,
 ) -> torch.Tensor:
-    """The residual stream [M, W] after all blocks.
+    """The residual stream [M, W] after all blocks. x: the stream before them.
 
-    modulations: for each block scale, gate, scale, gate, each [S, W]. masked: see `attention.attend`.
+    masked: see `attention.attend`. join: one GEMM for q, k and v, and one for w1 and w3.
     """
+    blocks = modulation.blocks
     first = layers[0].attention_norm1
-    q, s = ops.rms_norm_quantize(x, first.weight, modulations[0][0], first.eps)
-    for index, (layer, (scale, gate, ffn_scale, ffn_gate)) in enumerate(zip(layers, modulations, strict=True)):
+    q, s = ops.rms_norm_quantize(x, first.weight, blocks[0][0], first.eps)
+    for index, (layer, (scale, gate, ffn_scale, ffn_gate)) in enumerate(zip(layers, blocks, strict=True)):
         given = Inputs(x, layer.attention_norm1, scale, q, s)
-        branch = _attention(layer.attention, given, cos, sin, lengths, plans, masked, join)
+        branch = _attention(layer.attention, given, prompt, plans, masked, join)
         norm = layer.attention_norm2
         x, q, s = ops.residual_norm_quantize(x, branch, norm.weight, gate, layer.ffn_norm1.weight, ffn_scale, norm.eps)
         given = Inputs(x, layer.ffn_norm1, ffn_scale, q, s)
@@ -47,33 +45,24 @@ def run(
         # the last block has no next norm: its own serves, and nobody reads the quantized rows
         after = min(index + 1, len(layers) - 1)
         x, q, s = ops.residual_norm_quantize(
-            x, branch, layer.ffn_norm2.weight, ffn_gate, layers[after].attention_norm1.weight, modulations[after][0],
+            x, branch, layer.ffn_norm2.weight, ffn_gate, layers[after].attention_norm1.weight, blocks[after][0],
             layer.ffn_norm2.eps,
         )  # fmt: skip
     return x
 
 
-def _attention(
-    module: Any,
-    given: Inputs,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    lengths: tuple[int, ...],
-    plans: Plans,
-    masked: int,
-    join: bool,
-) -> torch.Tensor:
+def _attention(module: Any, given: Inputs, prompt: Prompt, plans: Plans, masked: int, join: bool) -> torch.Tensor:
     parts = (module.to_q, module.to_k, module.to_v)
     if join:
         qkv = joined.side_by_side(parts, given, plans)
     else:
         qkv = torch.cat([joined.side_by_side((part,), given, plans) for part in parts], -1)
     q, k = ops.qk_norm_rope(
-        qkv, module.norm_q.weight, module.norm_k.weight, cos, sin, module.num_heads, module.norm_q.eps
+        qkv, module.norm_q.weight, module.norm_k.weight, prompt.cos, prompt.sin, module.num_heads, module.norm_q.eps
     )
-    out = attention.attend(q, k, qkv[:, 2 * q.shape[1] :], lengths, module.num_heads, masked)
-    result: torch.Tensor = module.to_out[0](out)
-    return result
+    v = qkv[:, 2 * q.shape[1] :]
+    out: torch.Tensor = module.to_out[0](attention.attend(q, k, v, prompt.rows.lengths, module.num_heads, masked))
+    return out
 
 
 def _feed_forward(module: Any, given: Inputs, plans: Plans, join: bool) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The stock transformers of an Ideogram4Pipeline, called one step at a time as the loop of diffusers calls them.
 
-    schedule = Schedule(256, 256, guidance=(7.0,) * 3 + (3.0,), mu=0.0, std=1.5)
+    schedule = PRESETS["quality"].schedule(256, 256, steps=4)
     branches = StockBranches(pipe, "a red bicycle", schedule, slots=2048, device=torch.device("cpu"))
     conditional, unconditional = branches.velocities(latents, step=0)
 
@@ -9,47 +9,28 @@ The pipeline's own call hides its velocities. The velocities here have the same 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.pipelines.ideogram4 import pipeline_ideogram4 as stock
 
 from int8kit.errors import InputError, ShapeError
 from int8kit.models import PATCH
 from int8kit.runtime import ideogram4
+from int8kit.runtime.schedule import Schedule
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Noise levels and guidance of each step, for one image size."""
-
-    height: int  # pixels
-    width: int
-    guidance: tuple[float, ...]  # one scale for each step
-    mu: float  # mean and standard deviation of the noise levels' logits
-    std: float
-
-    def scheduler(self, pipe: Any, device: torch.device) -> Any:
-        """A scheduler of the pipeline's kind before its first step, with the timesteps that the stock loop sets."""
-        mu = stock._resolution_aware_mu(self.height, self.width, self.mu)
-        sigmas = stock._logit_normal_sigmas(len(self.guidance), mu, std=self.std, device=device)
-        scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-        scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
-        return scheduler
-
-    def noise(self, pipe: Any, seed: int, device: torch.device, batch: int = 1) -> torch.Tensor:
-        """The stock pipeline's first latents [batch, image tokens, channels], float32, for a generator's seed."""
-        noise: torch.Tensor = pipe.prepare_latents(
-            batch_size=batch,
-            num_image_tokens=(self.height // PATCH) * (self.width // PATCH),
-            latent_dim=pipe.transformer.config.in_channels,
-            dtype=torch.float32,
-            device=device,
-            generator=torch.Generator(device).manual_seed(seed),
-            latents=None,
-        )
-        return noise
+def noise(pipe: Any, schedule: Schedule, seed: int, device: torch.device, batch: int = 1) -> torch.Tensor:
+    """The stock pipeline's first latents [batch, image tokens, channels], float32, for a generator's seed."""
+    made: torch.Tensor = pipe.prepare_latents(
+        batch_size=batch,
+        num_image_tokens=(schedule.height // PATCH) * (schedule.width // PATCH),
+        latent_dim=pipe.transformer.config.in_channels,
+        dtype=torch.float32,
+        device=device,
+        generator=torch.Generator(device).manual_seed(seed),
+        latents=None,
+    )
+    return made
 
 
 class StockBranches:

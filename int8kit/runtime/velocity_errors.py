@@ -14,7 +14,7 @@ the latents after the step, where a variant continues from its own latents.
 The first variant is the floor: the same weights in bf16 with int8kit's repairs. It differs from the stock pipeline by
 rounding alone, so a smaller error has no meaning.
 
-`evaluate` knows neither pipelines nor variants. torch is imported by the functions that need it.
+`evaluate` knows neither pipelines nor variants.
 """
 
 from __future__ import annotations
@@ -26,24 +26,21 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from int8kit import gpus
+import torch
+
+from int8kit import gpus, models
 from int8kit.errors import CheckFailed, InputError
+from int8kit.lookup import Plan
 from int8kit.progress import Progress, no_progress
-from int8kit.runtime import generate, variants
-from int8kit.runtime.generate import ImageRequest
-
-if TYPE_CHECKING:
-    import torch
-
-    from int8kit.runtime.denoise import Branches
-    from int8kit.runtime.stock_branches import Schedule
+from int8kit.runtime import denoise, ideogram4, stock_branches, variants
+from int8kit.runtime.denoise import Branches, guided
+from int8kit.runtime.generate import ImageRequest, repairs_of, schedule_of
 
 FLOOR = "bf16"
 VELOCITIES = ("conditional", "unconditional", "guided")
 DRIFT = "drift"
-STOCK_SLOTS = 2048  # text slots of the stock pipeline
 
 
 @dataclass(frozen=True)
@@ -106,18 +103,11 @@ class VelocityReport:
     variants: tuple[VariantErrors, ...]
 
 
-def check(request: ImageRequest, names: Sequence[str]) -> int:
-    """The number of steps. Raises UnknownName or InputError for what `compare` cannot serve; needs no torch."""
-    for name in names:
-        variants.check(name)
-    return generate.check(request)
-
-
 def compare(
     request: ImageRequest,
     names: Sequence[str],
     *,
-    slots: int = STOCK_SLOTS,
+    slots: int = models.STOCK_SLOTS,
     drift: bool = False,
     progress: Progress = no_progress,
 ) -> VelocityReport:
@@ -126,7 +116,7 @@ def compare(
     slots: text slots of the stock pipeline. Raises UnknownName, InputError or FileError for a bad request, and
     CheckFailed for a velocity that is not finite.
     """
-    check(request, names)
+    schedule_of(request)
     device, present = _device(), gpus.present()
     for name in names:
         if reason := variants.why_not(name, device, present):
@@ -136,8 +126,6 @@ def compare(
 
     @contextmanager
     def built(variant: str) -> Iterator[Branches]:
-        from int8kit.runtime import ideogram4
-
         yield contestant(ideogram4.load(request.model), variant, request)
 
     order = list(dict.fromkeys([FLOOR, *names]))
@@ -148,15 +136,12 @@ def compare(
 
 def _reference(request: ImageRequest, slots: int, progress: Progress) -> tuple[Trajectory, tuple[int, ...]]:
     """The trajectory of the stock pipeline, and the number of each prompt's tokens."""
-    from int8kit.runtime import ideogram4
-    from int8kit.runtime.stock_branches import StockBranches
-
     step = progress(f"loading {request.model}", 1)
-    pipe, device, schedule = ideogram4.load(request.model), _device(), _schedule(request)
+    pipe, device, schedule = ideogram4.load(request.model), _device(), schedule_of(request)
     prompts = list(request.prompts)
-    branches = StockBranches(pipe, prompts, schedule, slots, device)
+    branches = stock_branches.StockBranches(pipe, prompts, schedule, slots, device)
     step()
-    noise = schedule.noise(pipe, request.seed, device, batch=len(prompts))
+    noise = stock_branches.noise(pipe, schedule, request.seed, device, batch=len(prompts))
     step = progress("stock pipeline", len(schedule.guidance))
     found = record(branches, schedule.guidance, schedule.scheduler(pipe, device), noise, step)
     return found, tuple(ideogram4.count_tokens(pipe, prompt) for prompt in prompts)
@@ -164,30 +149,17 @@ def _reference(request: ImageRequest, slots: int, progress: Progress) -> tuple[T
 
 def contestant(pipe: Any, variant: str, request: ImageRequest) -> Branches:
     """The branches of a variant, on the device. `pipe` is a new stock pipeline on the CPU, which this changes."""
-    from int8kit.lookup import Plan
-    from int8kit.runtime import denoise, ideogram4
-
     device = _device()
     features = ideogram4.encode(pipe, request.prompts, device)
-    repairs = generate.repairs_of(replace(request, variant=variant))
+    repairs = repairs_of(replace(request, variant=variant))
     pair = ideogram4.prepare(pipe, variant, repairs, lambda n, k: Plan(), device)  # any configuration: the same bits
     scene = denoise.Scene(features, 1, request.height, request.width)
-    schedule = _schedule(request).scheduler(pipe, device)
+    schedule = schedule_of(request).scheduler(pipe, device)
     return denoise.FusedBranches(*pair, scene, denoise.times(schedule, pipe.transformer.dtype))
 
 
 def _device() -> torch.device:
-    import torch
-
     return torch.device("cpu" if gpus.present() is None else "cuda")
-
-
-def _schedule(request: ImageRequest) -> Schedule:
-    from int8kit.runtime.stock_branches import Schedule
-
-    steps, preset = generate.check(request), generate.PRESETS[request.preset]
-    guidance = preset.guidance(steps) if request.guidance is None else [request.guidance] * steps
-    return Schedule(request.height, request.width, tuple(guidance), preset.mu, preset.std)
 
 
 def record(
@@ -285,14 +257,6 @@ def _step_errors(
     )
 
 
-def guided(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
-    """The guided velocity of float32 velocities, rounded as in the stock loop."""
-    import torch
-
-    g = torch.tensor(guidance, dtype=torch.float32, device=conditional.device)
-    return g * conditional + (1.0 - g) * unconditional
-
-
 def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
     """||found - reference|| / ||reference||, with sums in float64.
 
@@ -311,8 +275,6 @@ def _require_finite(who: str, i: int, conditional: torch.Tensor, unconditional: 
 
 def _free() -> None:
     """Return the memory of a pipeline that is no longer used."""
-    import torch
-
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -14,6 +14,7 @@ from int8kit.lookup import Plan
 from int8kit.runtime import attention, denoise, generate, ideogram4, variants
 from int8kit.runtime.fused_ideogram4 import FusedIdeogram4
 from int8kit.runtime.repairs import Repairs, described
+from int8kit.runtime.schedule import PRESETS
 
 DEVICE = torch.device("cuda")
 
@@ -135,11 +136,11 @@ def test_a_pipeline_and_the_loop_agree():
         output_type="latent", max_sequence_length=tokens, generator=torch.Generator(DEVICE).manual_seed(0),
     ).images  # fmt: skip
     scene = denoise.Scene(ideogram4.encode(pipe, ["a red bicycle"], DEVICE), 1, 64, 96)
-    pipe.scheduler.set_timesteps(sigmas=generate.PRESETS["quality"].sigmas(3, 64, 96), device=DEVICE)
+    scheduler = PRESETS["quality"].schedule(64, 96, 3).scheduler(pipe, DEVICE)
     pair = [FusedIdeogram4(getattr(pipe, part)) for part in ideogram4.BRANCHES.values()]
-    branches = denoise.FusedBranches(*pair, scene, denoise.times(pipe.scheduler, torch.bfloat16))
+    branches = denoise.FusedBranches(*pair, scene, denoise.times(scheduler, torch.bfloat16))
     noise = denoise.noise(scene, 128, 0, DEVICE)
-    ours = denoise.denoise(branches, pipe.scheduler, noise, [7.0, 7.0, 3.0])
+    ours = denoise.denoise(branches, scheduler, noise, [7.0, 7.0, 3.0])
     assert branches.graphs
     assert distance(ours, theirs) < 0.01
 

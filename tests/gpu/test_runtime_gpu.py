@@ -7,7 +7,7 @@ from diffusers.hooks import apply_group_offloading
 from int8kit import Int8Linear, Int8SwiGLU, ShapeError, int8_linear, ops, reference
 from int8kit.kernels import gemm_triton
 from int8kit.lookup import Plan
-from int8kit.runtime import generate
+from int8kit.runtime import generate, png
 from int8kit.spec import GemmShape, TileConfig
 
 PLAN = Plan.fixed(
@@ -165,8 +165,8 @@ def test_group_offload_moves_the_int8_weights(kind):
 def test_tiny_image(tmp_path):
     request = generate.ImageRequest(("a red bicycle",), height=256, width=256, steps=4)
     generated = generate.generate(request)
-    generate.save(generated, tmp_path / "a.png")
-    assert generate.is_ours(tmp_path / "a.png")
+    png.save(generated, tmp_path / "a.png")
+    assert png.is_ours(tmp_path / "a.png")
     assert generated.images[0].size == (256, 256)
     assert generated.peak_gib > 0
     assert generate.generate(request).images[0].tobytes() == generated.images[0].tobytes()
