@@ -82,7 +82,7 @@ def test_configurations_of_an_image_fit():
     times = dict.fromkeys([f.name for f in fields(GeneratedImages) if f.name.endswith(("_s", "_ms", "_gib"))], 1.0)
     more = {"request": SimpleNamespace(variant="fake-quant"), "fused": True, "graphs": True, "attention": "cudnn"}
     outcome = SimpleNamespace(choices=choices, steps=1, device="NVIDIA H200", until_first_step_s=6.0, **times, **more)
-    assert_fits(tables.run_tables(outcome), "nearest-m", "1 step ", "int8kit's kernels, CUDA graphs, cudnn")
+    assert_fits(tables.run_tables(outcome), "nearest-m", "1 step ", "fused, CUDA graphs, cudnn")
 
 
 def test_a_benchmark_fits():

@@ -256,7 +256,7 @@ def run_tables(outcome: GeneratedImages) -> str:
     rows = [(c.shape, n, c.config, c.level, "yes" if c.is_verified else "no", c.provenance) for c, n in outcome.choices]
     head = ("M x N x K", "layers", "tile", "level", "proven", "why")
     configs = fit(rows, head, drop=("why",), wrap="why", left="tile,level,proven,why")
-    blocks = ("int8kit's kernels" if outcome.fused else "torch") + (", CUDA graphs" if outcome.graphs else "")
+    blocks = ("fused" if outcome.fused else "unfused") + (", CUDA graphs" if outcome.graphs else "")
     took = [
         ("start and imports", f"{outcome.start_s:.2f} s"),
         ("load", f"{outcome.load_s:.2f} s"),
