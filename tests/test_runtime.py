@@ -164,6 +164,30 @@ def test_memory_of_weights_that_the_steps_do_not_need(generated, monkeypatch):
     assert len(released) == 1
 
 
+DAMAGES = {
+    "step 1: the conditional velocity": lambda pipe: pipe.transformer.layers[0].adaln_modulation.bias,
+    "step 1: the unconditional velocity": lambda pipe: pipe.unconditional_transformer.final_layer.linear.weight,
+    "the decoded image is not finite; the weights of the VAE": lambda pipe: pipe.vae.decoder.conv_out.weight,
+}
+
+
+@pytest.mark.parametrize("reason", DAMAGES)
+@pytest.mark.parametrize("variant", ["int8", "bf16"])
+def test_a_damaged_model_makes_no_black_image(monkeypatch, reason, variant):
+    """A NaN in a weight that no variant quantizes."""
+    pipe = models.tiny_pipeline()
+    with torch.no_grad():
+        DAMAGES[reason](pipe).view(-1)[3] = torch.nan
+    monkeypatch.setattr(models, "tiny_pipeline", lambda: pipe)
+    with pytest.raises(CheckFailed, match=f"^{reason}"):
+        generate.generate(replace(REQUEST, variant=variant))
+
+
+def test_latents_that_overflow():
+    with pytest.raises(CheckFailed, match="step 1: the latents are not finite; name a smaller --guidance"):
+        generate.generate(replace(REQUEST, guidance=3e38))
+
+
 def test_a_batch_that_no_memory_holds():
     reason = "200000 images of 96x64 at once: they need about .* GiB, and this machine has .*; name fewer --images"
     with pytest.raises(InputError, match=reason):

@@ -93,10 +93,10 @@ def test_errors_of_known_velocities():
 
 def test_a_velocity_that_is_not_finite():
     start = torch.ones(1, 2, 3)
-    with pytest.raises(CheckFailed, match="stock pipeline: the unconditional velocity of step 1 is not finite"):
+    with pytest.raises(CheckFailed, match="stock pipeline, step 1: the unconditional velocity is not finite"):
         record(Known(1.0, torch.nan), (7.0, 3.0), Steps(), start)
     trajectory = record(Known(2.0, 1.0), (7.0, 3.0), Steps(), start)
-    with pytest.raises(CheckFailed, match="variant 'x': the conditional velocity of step 1"):
+    with pytest.raises(CheckFailed, match="variant 'x', step 1: the conditional velocity"):
         evaluate(trajectory, ["x"], lambda name: nullcontext(Known(torch.inf, 1.0)))
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from int8kit.errors import CheckFailed
 from int8kit.models import PATCH, STOCK_SLOTS
 from int8kit.runtime import packed_rows
 from int8kit.runtime.conditioning import Modulation, Prompt
@@ -181,19 +182,35 @@ def denoise(
     guidance: Sequence[float],
     on_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """The latents after all steps. latents: float32 [B, T, C] of noise. on_step: called after each step is queued.
+    """The latents after all steps. latents: float32 [B, T, C] of noise. on_step: called after each step.
 
-    A step whose guidance is exactly 1 needs no unconditional branch, and runs none.
+    A step whose guidance is exactly 1 needs no unconditional branch, and runs none. Raises CheckFailed for a velocity
+    that is not finite: its picture would be black.
     """
     weights = torch.tensor(guidance, dtype=torch.float32, device=latents.device)
     for step, (t, scale) in enumerate(zip(scheduler.timesteps, guidance, strict=True)):
+        velocities: tuple[torch.Tensor, ...]
         if scale == 1:
-            velocity = branches.conditional(latents, step)
+            velocities = (branches.conditional(latents, step),)
+            velocity = velocities[0]
         else:
-            velocity = guided(*branches.velocities(latents, step), weights[step])
+            velocities = cond, uncond = branches.velocities(latents, step)
+            velocity = guided(cond, uncond, weights[step])
         latents = scheduler.step(-velocity, t, latents, return_dict=False)[0]
+        if not bool(latents.isfinite().all()):
+            require_finite(*velocities, what=f"step {step + 1}")
+            raise CheckFailed(f"step {step + 1}: the latents are not finite; name a smaller --guidance")
         on_step()
     return latents
+
+
+def require_finite(*velocities: torch.Tensor, what: str) -> None:
+    """Raise CheckFailed that names the branch whose velocity is not finite. velocities: conditional, unconditional."""
+    for name, velocity in zip(("conditional", "unconditional"), velocities, strict=False):
+        if not bool(velocity.isfinite().all()):
+            raise CheckFailed(
+                f"{what}: the {name} velocity is not finite; its weights are damaged, or a value overflows"
+            )
 
 
 def guided(conditional: torch.Tensor, unconditional: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:

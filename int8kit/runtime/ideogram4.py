@@ -19,7 +19,7 @@ import torch
 from diffusers import Ideogram4Pipeline
 
 from int8kit import models
-from int8kit.errors import FileError, InputError
+from int8kit.errors import CheckFailed, FileError, InputError
 from int8kit.layers import Int8Linear
 from int8kit.lookup import Plan
 from int8kit.models import PATCH
@@ -121,7 +121,10 @@ def gemms(branch: FusedIdeogram4, rows: int, texts: int) -> dict[GemmShape, int]
 
 @torch.no_grad()
 def decode(pipe: Any, latents: torch.Tensor, height: int, width: int, output_type: str = "pil") -> list[Any]:
-    """The images of latents [B, T, C], one at a time: each needs much memory, and none depends on the others."""
+    """The images of latents [B, T, C], one at a time: each needs much memory, and none depends on the others.
+
+    Raises CheckFailed for an image with a value that is not finite.
+    """
     vae, patch = pipe.vae, pipe.patch_size
     mean = vae.bn.running_mean.view(1, 1, -1).to(latents)
     std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps).view(1, 1, -1).to(latents)
@@ -131,5 +134,9 @@ def decode(pipe: Any, latents: torch.Tensor, height: int, width: int, output_typ
         z = (one * std + mean).view(1, rows, columns, patch, patch, -1)
         z = z.permute(0, 5, 1, 3, 2, 4).reshape(1, -1, rows * patch, columns * patch)
         decoded = vae.decode(z.to(vae.dtype), return_dict=False)[0]
+        if not bool(decoded.isfinite().all()):
+            raise CheckFailed(
+                "the decoded image is not finite; the weights of the VAE are damaged, or a value overflows"
+            )
         images += list(pipe.image_processor.postprocess(decoded.float(), output_type=output_type))
     return images

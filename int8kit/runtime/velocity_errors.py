@@ -31,11 +31,11 @@ from typing import Any
 import torch
 
 from int8kit import gpus, models
-from int8kit.errors import CheckFailed, InputError
+from int8kit.errors import InputError
 from int8kit.lookup import Plan
 from int8kit.progress import Progress, no_progress
 from int8kit.runtime import denoise, ideogram4, stock_branches, variants
-from int8kit.runtime.denoise import Branches, guided
+from int8kit.runtime.denoise import Branches, guided, require_finite
 from int8kit.runtime.generate import ImageRequest, repairs_of, schedule_of
 
 FLOOR = "bf16"
@@ -186,7 +186,7 @@ def record(
         x = walk.step(-v, t, x, return_dict=False)[0]
         for kept, one in ((conditional, c), (unconditional, u), (mixed, v), (latents, x)):
             kept.append(one.cpu())
-        _require_finite("the stock pipeline", i, conditional[-1], unconditional[-1])
+        require_finite(c, u, what=f"stock pipeline, step {i + 1}")
         step()
     levels = tuple(map(float, walk.sigmas[: len(guidance)]))
     return Trajectory(
@@ -249,7 +249,7 @@ def _step_errors(
 ) -> tuple[float, float, float]:
     """The errors of the conditional, the unconditional and the guided velocity of step `i`."""
     c, u = c.cpu(), u.cpu()
-    _require_finite(f"variant {variant!r}", i, c, u)
+    require_finite(c, u, what=f"variant {variant!r}, step {i + 1}")
     return (
         relative_error(c, trajectory.conditional[i]),
         relative_error(u, trajectory.unconditional[i]),
@@ -265,12 +265,6 @@ def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
     expected = reference.double()
     distance, norm = float((found.double() - expected).norm()), float(expected.norm())
     return distance / norm if norm else math.inf if distance else 0.0
-
-
-def _require_finite(who: str, i: int, conditional: torch.Tensor, unconditional: torch.Tensor) -> None:
-    for name, one in (("conditional", conditional), ("unconditional", unconditional)):
-        if not bool(one.isfinite().all()):
-            raise CheckFailed(f"{who}: the {name} velocity of step {i + 1} is not finite; no error can be measured")
 
 
 def _free() -> None:
