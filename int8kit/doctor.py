@@ -188,7 +188,7 @@ def _extras() -> Iterator[Finding]:
     """Packages of each extra that are missing or too old."""
     uses = {
         "run": "trace-shapes, run and compare", "nf4": "NF4 checkpoints", "lora": "LoRA", "verify": "verify",
-        "tune": "tune",
+        "tune": "tune", "images": "compare --images",
     }  # fmt: skip
     wanted: dict[str, list[Requirement]] = {extra: [] for extra in uses}
     try:
