@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import triton
 
-from int8kit import files, gpus
+from int8kit import files, gpus, shapes_file
 from int8kit.cli import main
 from int8kit.database import store
 from int8kit.database.database import Database
 from int8kit.database.schema import FORMAT, Entry, Resources, json_schema, stamp
 from int8kit.errors import FileError
 from int8kit.kernels import gemm
-from int8kit.spec import GemmShape, Kernel, Source, TileConfig
+from int8kit.spec import GemmShape, Kernel, Operation, Source, TileConfig
 from int8kit.toolchain import ANY_TOOLCHAIN, generation
 from int8kit.tune import workers
 
@@ -206,6 +206,18 @@ def test_merge(home, capfd):
     _, err = call(capfd, "db", "merge", "a.json", "h.json", "-o", "c.json", status=2)
     assert "'h.json' is for the GPU 'h200', 'a.json' for 'rtx3090'" in err
     assert (home / "c.json").read_bytes() == before
+
+
+def test_explain_names_an_exact_entry_of_each_joined_shape(capfd):
+    document = shapes_file.read(files.shipped("shapes") / "ideogram4.json")
+    joined = {(g["m"], g["n"], g["k"]) for case in document["cases"] for g in case["joined"]}
+    assert len(joined) == 24
+    for path in sorted(SHIPPED.parent.glob("*.json")):
+        call(capfd, "db", "explain", *max(joined), "--gpu", path.stem, "--strict")
+        base = store.load(path)
+        for shape in joined:
+            for operation in Operation:
+                assert base.resolve(GemmShape(*shape), gemm.toolchain(), operation).level == "exact"
 
 
 def test_explain(capfd):

@@ -123,7 +123,7 @@ def test_a_gpu(monkeypatch, properties, status, word):
 
 def test_the_lookup_counts_shapes_by_level(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert findings("rtx3090")["lookup"].found == "72 shapes of ideogram4 on rtx3090: 48 exact, 24 nearest"
+    assert findings("rtx3090")["lookup"].found == "72 shapes of ideogram4 on rtx3090: 72 exact"
     assert findings("rtx3090")["proofs"].status == "ok"
     assert "72 of 72 configurations unproven" in findings("rtx5090")["proofs"].found
     assert findings("h100")["lookup"].found == "72 shapes of ideogram4 on h100: 72 default"

@@ -42,7 +42,7 @@ def test_without_triton(tmp_path):
     assert "wrote out/shapes/tiny.json" in trace[1]
     assert "wrote out/image.png" in run[1]
     assert "cpu, reference backend" in run[1]
-    assert "138 entries for NVIDIA GeForce RTX 3090" in show[1]
+    assert "186 entries for NVIDIA GeForce RTX 3090" in show[1]
     assert "no kernel compiles here" in show[2]
     assert doctor[0] == 1
     assert "failed  Triton" in doctor[1]
