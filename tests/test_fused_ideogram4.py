@@ -1,13 +1,15 @@
 """runtime/fused_ideogram4.py: the repaired forward against the stock model, switch by switch and part by part."""
 
 import copy
+import functools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from int8kit import models, ops, quantize_
 from int8kit.errors import InputError, UnknownName
-from int8kit.runtime import packed_rows
+from int8kit.runtime import denoise, float_blocks, packed_rows
 from int8kit.runtime.fused_ideogram4 import FusedIdeogram4
 from int8kit.runtime.repairs import Repairs, described
 
@@ -209,3 +211,30 @@ def test_compile_is_for_float_blocks(stock, int8):
         FusedIdeogram4(int8, compiled=True)
     FusedIdeogram4(int8, Repairs.without(["fused-rows"]), compiled=True)
     assert FusedIdeogram4(stock, compiled=True).compiled
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    """Counts the compilations of the float blocks, which then run by torch's own operations."""
+    found = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=found))
+    torch.compiler.reset()
+    float_blocks._compiled.cache_clear()
+    yield found
+    torch.compiler.reset()
+    float_blocks._compiled.cache_clear()
+
+
+def test_no_prompt_and_no_size_compiles_a_block_again(stock, counter):
+    """A compilation during the capture of a graph fails, and after a few torch gives up compiling."""
+    pair = [FusedIdeogram4(stock, compiled=compiled) for compiled in (True, False)]
+    for texts, height, width in (((20,), 64, 96), ((33,), 96, 96), ((5, 9), 64, 64), ((7, 7, 4), 32, 64)):
+        torch.manual_seed(0)
+        features = tuple(torch.randn(n, stock.config.llm_features_dim).to(stock.dtype) for n in texts)
+        scene, times = denoise.Scene(features, 1, height, width), torch.tensor([0.1, 0.5, 0.9], dtype=stock.dtype)
+        compiled, eager = (denoise.FusedBranches(fused, fused, scene, times) for fused in pair)
+        latents = denoise.noise(scene, stock.config.in_channels, 0, torch.device("cpu"))
+        for step in range(3):
+            for made, want in zip(compiled.velocities(latents, step), eager.velocities(latents, step), strict=True):
+                assert torch.equal(made, want)
+        assert counter.frame_count == 2  # before and after the attention
