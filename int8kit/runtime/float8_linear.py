@@ -143,23 +143,20 @@ class Float8Linear(ScaledLinear):
             )
         if not self.native:
             return emulated_product(q, s, self.weight, self.weight_scale, self.bias)
-        rows = q.shape[0]
-        if rows == 0:
+        if q.shape[0] == 0:
             return q.new_empty((0, self.out_features), dtype=torch.bfloat16)
-        if self.bias is not None and rows % _MULTIPLE:  # cuBLAS refuses some numbers of rows with a bias
-            more = -rows % _MULTIPLE
-            q = torch.cat([q, q.new_zeros((more, q.shape[1]))])
-            s = torch.cat([s, s.new_ones((more, 1))])
+        if not torch.compiler.is_compiling() and s.storage_offset() % 4:
+            s = s.clone()  # cuBLAS demands an address that 16 divides
         y = torch._scaled_mm(
             q,
             self.weight.t(),  # K along the memory, as the tensor cores read it
-            s if s.storage_offset() % 4 == 0 else s.clone(),  # cuBLAS demands an address that 16 divides
+            s,
             self.weight_scale[None, :],
-            bias=self.bias_as(torch.bfloat16),
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
         )
-        return y[:rows]
+        bias = self.bias_as(torch.bfloat16)
+        return y if bias is None else y + bias  # by itself, since cuBLAS refuses some shapes with a bias
 
     def extra_repr(self) -> str:
         """Text for print(model), with the path of the product."""

@@ -7,9 +7,10 @@ import torch
 from layer_bounds import exact_and_bound
 
 from int8kit import gpus, models
-from int8kit.runtime import variants
+from int8kit.runtime import denoise, variants
 from int8kit.runtime.fake_quant import FakeQuantLinear
 from int8kit.runtime.float8_linear import Float8Linear, emulated_product, has_products, quantize_rows_e4m3
+from int8kit.runtime.fused_ideogram4 import FusedIdeogram4
 
 SHAPES = [(1, 16, 16), (5, 48, 64), (300, 4608, 4608), (17, 512, 12288)]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -172,3 +173,24 @@ def test_the_tiny_transformer_runs_on_a_gpu(name):
     if name == "fp8":
         assert all(layer.native == has_products(0) for layer in layers.values())
     assert float((y - expected).norm() / expected.norm()) < (0.08 if name == "nf4" else 0.05)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8"])
+def test_compiled_steps_are_captured(name):
+    """A compilation at the second call would fall into the capture, and fail."""
+    pytest.importorskip("diffusers")
+    device, model = torch.device("cuda"), models.get("tiny")
+    torch.manual_seed(0)
+    transformer = model.build().to(device, torch.bfloat16)
+    variants.convert(transformer, name, model.quantizes, None, device, compiled=True)
+    pair = [FusedIdeogram4(transformer, compiled=compiled) for compiled in (True, False)]
+    times = torch.tensor([0.1, 0.5, 0.9], device=device, dtype=torch.bfloat16)
+    for texts, height, width in (((20,), 64, 96), ((5, 9), 96, 96)):
+        features = tuple(torch.randn(n, transformer.config.llm_features_dim, device=device).bfloat16() for n in texts)
+        scene = denoise.Scene(features, 1, height, width)
+        compiled, eager = (denoise.FusedBranches(fused, fused, scene, times) for fused in pair)
+        assert compiled.graphs
+        latents = denoise.noise(scene, transformer.config.in_channels, 0, device)
+        for step in (1, 1, 2, 0):
+            for made, want in zip(compiled.velocities(latents, step), eager.velocities(latents, step), strict=True):
+                assert float((made - want).norm()) <= 0.02 * float(want.norm())
