@@ -30,6 +30,7 @@ from int8kit.database import store
 from int8kit.errors import Int8kitError
 from int8kit.gpus import Gpu
 from int8kit.kernels import present_toolchain
+from int8kit.spec import operation_of, plain
 from int8kit.toolchain import ANY_TOOLCHAIN, OLDEST, release
 
 GIB = 2**30
@@ -236,7 +237,7 @@ def _databases(name: str | None) -> Iterator[Finding]:
         yield Finding("database", "failed", without_folders(str(error)), "repair or delete the file")
         return
     yield Finding("database", "ok", f"{gpu.alias}: {' and '.join(_label(path, gpu) for path in paths) or 'none'}")
-    choices = [database.resolve(shape, toolchain) for shape in shapes]
+    choices = [database.resolve(plain(shape), toolchain, operation_of(shape)) for shape in shapes]
     levels = Counter(choice.level for choice in choices)
     shares = ", ".join(f"{count} {level}" for level, count in levels.most_common())
     served = f"{len(choices)} shapes of ideogram4 on {gpu.alias}: {shares}"

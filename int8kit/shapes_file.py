@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from int8kit import damage, files
 from int8kit.errors import FileError, InputError, ShapeError
 from int8kit.shapes_schema import FORMAT, ShapesDocument, check
-from int8kit.spec import GemmShape
+from int8kit.spec import GemmShape, Operation, SwigluShape, plain
 
 TRACED = Path("out") / "shapes"
 """Folder that `trace-shapes` writes to. `out` holds results, so no committed file is overwritten."""
@@ -71,7 +71,7 @@ def int8_shapes(document: dict[str, Any], size: tuple[int, int] | None = None) -
     """The shapes that `run` quantizes, joined or not, with their FLOPs summed over the cases.
 
     size: height and width in pixels; only cases of this size count. In documents of other tracers, without the "int8"
-    field, every product with M, N and K over 128 counts.
+    field, every product with M, N and K over 128 counts. A joined GEMM with SwiGLU is a `SwigluShape`.
     """
     shapes: Counter[GemmShape] = Counter()
     for case in document["cases"]:
@@ -82,17 +82,23 @@ def int8_shapes(document: dict[str, Any], size: tuple[int, int] | None = None) -
             if gemm.get("int8", min(shape.m, shape.n, shape.k) > 128):
                 shapes[shape] += shape.flops * gemm["count"]
         for joined in case.get("joined", ()):
-            shape = GemmShape(joined["m"], joined["n"], joined["k"])
+            kind = SwigluShape if joined["epilogue"] == Operation.SWIGLU else GemmShape
+            shape = kind(joined["m"], joined["n"], joined["k"])
             shapes[shape] += shape.flops * joined["count"]
     return dict(shapes)
 
 
-def parse_shape(text: str) -> GemmShape:
-    """MxNxK -> GemmShape. Raises InputError."""
-    parts = text.lower().split("x")
+def parse_shape(text: str, *, epilogues: bool = False) -> GemmShape:
+    """MxNxK -> GemmShape, and with `epilogues` MxNxK+swiglu -> SwigluShape. Raises InputError."""
+    extents, plus, epilogue = text.lower().partition("+")
+    parts = extents.split("x")
+    if plus and not epilogues:
+        raise InputError(f"shape {text!r}: expected MxNxK; the epilogue is a part of a shape for `tune` alone")
+    if plus and epilogue != Operation.SWIGLU:
+        raise InputError(f"shape {text!r}: expected MxNxK or MxNxK+swiglu, such as 4096x24576x4608+swiglu")
     if len(parts) != 3 or not all(part.isascii() and part.isdecimal() and len(part) < 11 for part in parts):
         raise InputError(f"shape {text!r}: expected MxNxK, such as 4352x12288x4608")
-    return GemmShape(*map(int, parts))
+    return (SwigluShape if plus else GemmShape)(*map(int, parts))
 
 
 def select(
@@ -100,17 +106,29 @@ def select(
     path: Path | None = None,
     limit: int | None = None,
     sizes: Sequence[tuple[int, int]] = (),
+    *,
+    epilogues: bool = False,
 ) -> list[GemmShape]:
     """The shapes given as MxNxK, else the INT8 shapes of a shapes file; `limit` of them, spread over them. Sorted.
 
-    path: the shapes file, None for `find()`; sizes: only the cases of these heights and widths. Raises InputError.
+    path: the shapes file, None for `find()`; sizes: only the cases of these heights and widths. epilogues: with SwiGLU
+    a shape is a SwigluShape; otherwise all are plain. Raises InputError.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit}: expected 1 or more shapes")
-    flops_by_shape = dict.fromkeys((parse_shape(text) for text in texts or ()), 1)
+    flops_by_shape = dict.fromkeys((parse_shape(text, epilogues=epilogues) for text in texts or ()), 1)
     if not flops_by_shape:
         flops_by_shape = _of_file(path or find(), sizes)
+    if not epilogues:
+        flops_by_shape = _plain(flops_by_shape)
     return sorted(flops_by_shape) if limit is None else representative(flops_by_shape, limit)
+
+
+def _plain(flops_by_shape: dict[GemmShape, int]) -> dict[GemmShape, int]:
+    found: Counter[GemmShape] = Counter()
+    for shape, flops in flops_by_shape.items():
+        found[plain(shape)] += flops
+    return dict(found)
 
 
 def _of_file(path: Path, sizes: Sequence[tuple[int, int] | None]) -> dict[GemmShape, int]:

@@ -35,6 +35,12 @@ POLICIES = {
     2: _TIMED.format("turning order" + _HOT),
     # a contestant inherits the clock of the previous one; a launch from Python takes longer than a small GEMM
     3: _TIMED.format("an order shuffled anew each time" + _HOT) + "; CUDA graphs of launches",
+    # in a model, the input of a GEMM was written a moment ago, and other kernels use the GPU between two GEMMs
+    4: _TIMED.format(
+        "an order shuffled anew each time, in samples of 20 ms, or from 1024 rows on of 100 ms, in which GEMMs and "
+        "quantizations of x take turns, without the quantizations' own time"
+    )
+    + "; CUDA graphs of launches",
 }
 """Measurement policies by version. A database entry names the version; the header of its file has the text."""
 
@@ -61,6 +67,13 @@ class Source(StrEnum):
     def strength(self) -> int:
         """3 for measured, 2 for proxy, 1 for modelled: a stronger entry is never replaced by a weaker one."""
         return 3 - list(Source).index(self)
+
+
+class Operation(StrEnum):
+    """Operation of a kernel. The values are written into files and exported graphs."""
+
+    GEMM = "gemm"  # scales and bias
+    SWIGLU = "swiglu"  # scales and bias, then silu(gate) * up of pairs of columns
 
 
 @dataclass(frozen=True, order=True)
@@ -94,6 +107,42 @@ class GemmShape:
         return f"{self.m}x{self.n}x{self.k}"
 
 
+@dataclass(frozen=True)
+class SwigluShape(GemmShape):
+    """A GEMM with the SwiGLU epilogue: n columns of the product, gate and up in turn, give n / 2 columns of the output.
+
+    It equals no plain GemmShape, and sorts behind the one of its extents. Raises ShapeError for an odd n.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n % 2:
+            raise ShapeError(f"N = {self.n} with SwiGLU: expected an even number, gate and up side by side")
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}+swiglu"
+
+    def __lt__(self, other: GemmShape) -> bool:
+        return _order(self) < _order(other)
+
+    def __gt__(self, other: GemmShape) -> bool:
+        return _order(other) < _order(self)
+
+
+def operation_of(shape: GemmShape) -> Operation:
+    """The operation that a shape names: SwiGLU of a SwigluShape, the GEMM of any other."""
+    return Operation.SWIGLU if isinstance(shape, SwigluShape) else Operation.GEMM
+
+
+def plain(shape: GemmShape) -> GemmShape:
+    """The extents of a shape, without an epilogue."""
+    return GemmShape(shape.m, shape.n, shape.k)
+
+
+def _order(shape: GemmShape) -> tuple[int, int, int, str]:
+    return shape.m, shape.n, shape.k, operation_of(shape).value
+
+
 class Kernel(StrEnum):
     """The device code of a GEMM. All kernels give the same bits.
 
@@ -103,13 +152,6 @@ class Kernel(StrEnum):
     TRITON = "triton"  # plain Triton: every GPU, every shape, and the CPU interpreter
     MMA_SYNC = "mma_sync"  # Gluon, mma.sync and cp.async: sm_80 and later; the tuner leaves it out on sm_90
     WGMMA = "wgmma"  # Gluon, wgmma and TMA, warp-specialized and persistent: sm_90
-
-
-class Operation(StrEnum):
-    """Operation of a kernel. The values are written into files and exported graphs."""
-
-    GEMM = "gemm"  # scales and bias
-    SWIGLU = "swiglu"  # scales and bias, then silu(gate) * up of pairs of columns
 
 
 class Schedule(StrEnum):

@@ -14,8 +14,8 @@ from int8kit.bench import contestants, gemm, results
 from int8kit.bench.contestants import Contestant
 from int8kit.cli import tables
 from int8kit.database import store
-from int8kit.errors import CheckFailed, FileError, InputError, UnknownName
-from int8kit.spec import GemmShape
+from int8kit.errors import CheckFailed, FileError, InputError, ShapeError, UnknownName
+from int8kit.spec import GemmShape, SwigluShape
 from int8kit.timing import captured, gpu_state, interleave
 from int8kit.timing.captured import PreparedContestant
 from int8kit.timing.interleave import Times
@@ -300,6 +300,17 @@ def test_shapes_to_measure():
     for text in ("1x2", "1x2x", "axbxc", "1x2x3x4", "-1x2x3", "1x2x" + "9" * 5000):
         with pytest.raises(InputError, match="expected MxNxK"):
             shapes_file.parse_shape(text)
+    assert shapes_file.select(["4x6x8", "4x6x8+swiglu"], epilogues=True) == [GemmShape(4, 6, 8), SwigluShape(4, 6, 8)]
+    for text, words in (("4x6x8+swiglu", "for `tune` alone"), ("4x6x8+gelu", "for `tune` alone")):
+        with pytest.raises(InputError, match=words):
+            shapes_file.select([text])
+    with pytest.raises(InputError, match=r"expected MxNxK or MxNxK\+swiglu"):
+        shapes_file.select(["4x6x8+gelu"], epilogues=True)
+    with pytest.raises(ShapeError, match="N = 5 with SwiGLU: expected an even number"):
+        shapes_file.select(["4x5x8+swiglu"], epilogues=True)
+    joined = set(shapes_file.select(None, epilogues=True)) - set(shapes_file.select(None))
+    assert {type(shape) for shape in joined} == {SwigluShape}
+    assert len(joined) == 12
     assert shapes_file.select(["4x5x6", "1x2x3"]) == [GemmShape(1, 2, 3), GemmShape(4, 5, 6)]
     every = shapes_file.select(None)
     assert len(every) == 72

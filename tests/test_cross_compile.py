@@ -54,7 +54,7 @@ def test_kernels_compile_for_absent_gpus(compilers, arch):
     kernels += [kernel_variant(c, True) for c in (WGMMA if arch == 90 else MMA_SYNC)]
     compilations = compilers.compile_all(arch, kernels)
     assert len(compilations) == 2 * len(SAMPLE) + 3
-    for (config, _), resources in compilations.items():
+    for (config, *_), resources in compilations.items():
         assert isinstance(resources, Resources), resources
         assert 16 <= resources.registers <= 255
         assert resources.spill_bytes == 0

@@ -18,7 +18,7 @@ from int8kit import gpus
 from int8kit.database import store
 from int8kit.database.schema import Entry, Resources
 from int8kit.errors import FileError
-from int8kit.spec import GemmShape, Kernel, Source, TileConfig
+from int8kit.spec import GemmShape, Kernel, Operation, Source, SwigluShape, TileConfig
 from int8kit.timing.interleave import Times
 from int8kit.tune.journal import Journal
 from int8kit.tune.search import ShapeHistory
@@ -42,6 +42,9 @@ ENTRY = Entry(
     time_us=9,
 )
 
+GATED = SwigluShape(SHAPE.m, SHAPE.n, SHAPE.k)
+GATED_ENTRY = ENTRY.model_copy(update={"operation": Operation.SWIGLU})
+
 
 @pytest.fixture
 def database(tmp_path):
@@ -53,10 +56,13 @@ def write(database, run=RUN):
     with Journal(database, run) as journal:
         journal.add_compiled(KernelVariant(A, True), FREE)
         journal.add_compiled(KernelVariant(B), "crash: the compiler ended its process")
+        journal.add_compiled(KernelVariant(B, swiglu=True), FREE)
         journal.add_rejected(SHAPE, A, "wrong: is not bit-equal")
         journal.add_timed(SHAPE, 0, {B: Times(1.5, 2.0, 2.5), A: Times(3, 4, 5)})
         journal.add_timed(SHAPE, None, {B: Times(1.5, 2.0, 2.5)})
+        journal.add_timed(GATED, 0, {B: Times(2.5, 3.0, 3.5)})
         journal.add_chosen(ENTRY)
+        journal.add_chosen(GATED_ENTRY)
     return journal.path
 
 
@@ -65,7 +71,11 @@ def held(journal):
 
 
 ALL = (
-    {(A, True): FREE, (B, None): "crash: the compiler ended its process"},
+    {
+        KernelVariant(A, True): FREE,
+        KernelVariant(B): "crash: the compiler ended its process",
+        KernelVariant(B, swiglu=True): FREE,
+    },
     {(SHAPE, A): "wrong: is not bit-equal"},
     {
         SHAPE: ShapeHistory(
@@ -73,9 +83,10 @@ ALL = (
             [{B: Times(1.5, 2.0, 2.5), A: Times(3, 4, 5)}],
             {B: Times(1.5, 2.0, 2.5)},
             {A: "wrong: is not bit-equal"},
-        )
+        ),
+        GATED: ShapeHistory(GATED, [{B: Times(2.5, 3.0, 3.5)}]),
     },
-    {SHAPE: ENTRY},
+    {SHAPE: ENTRY, GATED: GATED_ENTRY},
 )
 
 
@@ -94,7 +105,7 @@ def test_a_journal_replays_every_step(database):
         assert held(journal) == ({}, {}, {}, {})
 
 
-@pytest.mark.parametrize("run", [{**RUN, "policy": 4}, {**RUN, "gpu": "h200"}, {}])
+@pytest.mark.parametrize("run", [{**RUN, "policy": 5}, {**RUN, "gpu": "h200"}, {}])
 def test_the_journal_of_another_run_is_replaced(database, run):
     write(database)
     with Journal(database, run) as journal:
@@ -115,7 +126,7 @@ def test_a_truncated_journal_loses_at_most_the_last_line(database):
             journal.add_compiled(KernelVariant(A, False), FREE)  # a new line, not the rest of the incomplete one
         with Journal(database, RUN) as journal:
             assert lines_of(journal) == done + 1
-    assert lines == 7
+    assert lines == 10
 
 
 @pytest.mark.parametrize(
@@ -153,7 +164,7 @@ def test_a_journal_of_an_earlier_version_resumes(database):
     path = database.with_name("t.json.journal")
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with Journal(database, RUN) as journal:
-        assert journal.compiled == {(A, True): FREE, (A, False): FREE, (B, None): FREE}
+        assert journal.compiled == {KernelVariant(A, True): FREE, KernelVariant(A, False): FREE, KernelVariant(B): FREE}
 
 
 def test_a_second_tuner_is_refused_while_the_first_lives(database):

@@ -83,11 +83,11 @@ class Pool:
     def health(self, number):
         return 700.0, None
 
-    def time_configs(self, shape, arch, configs, rounds, sample_us, bf16):
+    def time_configs(self, shape, arch, configs, rounds, sustained, bf16):
         if any(self.lethal(shape, config) for config in configs):
             self.calls["ended"] += 1
             return ProcessEnded("crash", 1)
-        self.calls["time", shape, arch, rounds, sample_us, configs] += 1
+        self.calls["time", shape, arch, rounds, sustained, configs] += 1
         times = {c: Times(us * 0.999, us, us * 1.001) for c in configs for us in [truth(shape, c)]}
         last = Times(900, 900, 900) if bf16 else None
         return RoundTimes(times, {}, last)
@@ -268,7 +268,7 @@ class Replayed(Pool):
     def compile_kernel(self, arch, kernel, launch_code):
         return next((m[kernel.config][1] for m in MEASURED.values() if kernel.config in m), "compile: spills")
 
-    def time_configs(self, shape, arch, configs, rounds, sample_us, bf16):
+    def time_configs(self, shape, arch, configs, rounds, sustained, bf16):
         us = {c: MEASURED[shape][replace(c, group_m=8)][0] * self.noise.gauss(1, 0.01) for c in configs}
         return RoundTimes(
             {c: Times(t * 0.99, t, t * 1.01) for c, t in us.items()}, {}, Times(1, 1, 1) if bf16 else None

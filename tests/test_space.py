@@ -12,6 +12,7 @@ from int8kit.spec import (
     GROUP_M,
     GemmShape,
     Kernel,
+    SwigluShape,
     TileConfig,
     default_config,
     kernels_of,
@@ -19,6 +20,7 @@ from int8kit.spec import (
     why_illegal,
 )
 from int8kit.tune import space
+from int8kit.tune.space import KernelVariant
 
 
 @pytest.mark.parametrize("gpu", gpus.GPUS.values(), ids=lambda g: g.alias)
@@ -107,9 +109,12 @@ def test_candidates_for_few_rows_and_for_an_odd_k():
 
 
 def test_a_kernel_is_shared_by_configurations_and_shapes():
-    """Only the Triton kernel is compiled differently where K is not a multiple of block_k."""
+    """Only the Triton kernel is compiled differently where K is not a multiple of block_k. SwiGLU is another kernel."""
     triton, mma_sync = TileConfig(128, 128, 64, 8, 4), TileConfig(128, 128, 64, 4, 3, kernel=Kernel.MMA_SYNC)
     even, odd = GemmShape(64, 64, 4608), GemmShape(64, 64, 4624)
-    assert space.variant_of(triton, even) == space.variant_of(replace(triton, group_m=16), even) == (triton, True)
-    assert space.variant_of(triton, odd) == (triton, False)
-    assert space.variant_of(mma_sync, even) == space.variant_of(mma_sync, odd) == (mma_sync, None)
+    assert space.variant_of(triton, even) == space.variant_of(replace(triton, group_m=16), even)
+    assert space.variant_of(triton, even) == KernelVariant(triton, True)
+    assert space.variant_of(triton, odd) == KernelVariant(triton, False)
+    assert space.variant_of(mma_sync, even) == space.variant_of(mma_sync, odd) == KernelVariant(mma_sync)
+    gated = SwigluShape(64, 64, 4608)
+    assert space.variant_of(mma_sync, gated) == KernelVariant(mma_sync, swiglu=True)

@@ -15,7 +15,7 @@ from int8kit.database.database import Database
 from int8kit.database.schema import Entry, Resources
 from int8kit.errors import InputError
 from int8kit.kernels import gemm, quantize
-from int8kit.spec import GemmShape, Kernel, Source, TileConfig, legal_configs
+from int8kit.spec import GemmShape, Kernel, Operation, Source, TileConfig, legal_configs
 from int8kit.verify import executors, process_pool, property_runs, runner, verify_kernels
 from int8kit.verify.compare import bitwise_diff
 from int8kit.verify.examples import fixed, strategies
@@ -150,6 +150,15 @@ def test_entries_are_stamped_only_if_they_pass(monkeypatch):
     result, stamps = verify_kernels.run("entries", EXECUTOR, BASE)
     assert result.failure == "differs"
     assert set(stamps) == {GOOD.key}
+
+
+def test_an_entry_of_swiglu_is_checked_with_that_epilogue(monkeypatch):
+    gated = GOOD.model_copy(update={"operation": Operation.SWIGLU, "n": 64})
+    assert entries.check_entry(gated, EXECUTOR) is None
+    whole = gemm.scaled_mm_swiglu
+    monkeypatch.setattr(gemm, "scaled_mm_swiglu", lambda *args, **options: whole(*args, **options).neg_())
+    assert entries.check_entry(GOOD, EXECUTOR) is None
+    assert "differ" in entries.check_entry(gated, EXECUTOR)
 
 
 def test_more_configurations_are_drawn_too():

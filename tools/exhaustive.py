@@ -34,9 +34,8 @@ from int8kit.database.database import Database
 from int8kit.errors import InputError, Int8kitError
 from int8kit.shapes_file import select
 from int8kit.spec import GemmShape, TileConfig, default_config
-from int8kit.timing import interleave
 from int8kit.timing.interleave import Times
-from int8kit.tune import measure, search, session, space, tasks, workers
+from int8kit.tune import search, session, space, tasks, workers
 
 ROUNDS, SUSTAINED_ROUNDS = 3, 9
 FIELDS = [field.name for field in fields(TileConfig)]
@@ -45,7 +44,7 @@ FASTEST = 12  # configurations of the first pass that are timed again
 CHUNK, CHUNK_S = 200, 120.0  # configurations in one set of rounds, and its limit in seconds
 SHAPES = ("4296x4608x4608", "4296x12288x4608", "4296x4608x12288", "4096x9728x2432", "4608x3072x15360")
 
-Timer = Callable[[GemmShape, list[TileConfig], int, int], dict[TileConfig, Times]]
+Timer = Callable[[GemmShape, list[TileConfig], int, bool], dict[TileConfig, Times]]
 
 
 def timer(pool: workers.Workers, target: session.Target) -> Timer:
@@ -53,9 +52,9 @@ def timer(pool: workers.Workers, target: session.Target) -> Timer:
     assert target.timed_on is not None
     gpu, code_arch = target.timed_on.alias, target.code_arch
 
-    def job(shape: GemmShape, configs: list[TileConfig], rounds: int, sample_us: int) -> Any:
+    def job(shape: GemmShape, configs: list[TileConfig], rounds: int, sustained: bool) -> Any:
         chunks = [tuple(configs[i : i + CHUNK]) for i in range(0, len(configs), CHUNK)]
-        calls = [(shape, code_arch, chunk, rounds, sample_us, False) for chunk in chunks]
+        calls = [(shape, code_arch, chunk, rounds, sustained, False) for chunk in chunks]
         results = yield workers.Batch(tasks.time_configs, calls, gpu=gpu, limit_s=CHUNK_S, once=True)
         times = {}
         for call, result in results.items():
@@ -65,14 +64,14 @@ def timer(pool: workers.Workers, target: session.Target) -> Timer:
                 )
                 guilty = {c: str(end) for (_, _, c), end in alone.items() if isinstance(end, workers.ProcessEnded)}
                 note(f"{shape}: {result}; alone {', '.join(f'{c}: {why}' for c, why in guilty.items()) or 'none does'}")
-                rest = (shape, code_arch, tuple(c for c in call[2] if c not in guilty), rounds, sample_us, False)
+                rest = (shape, code_arch, tuple(c for c in call[2] if c not in guilty), rounds, sustained, False)
                 again = yield workers.Batch(tasks.time_configs, [rest], gpu=gpu, limit_s=CHUNK_S, once=True)
                 result = again[rest]
             times |= {} if isinstance(result, workers.ProcessEnded) else result.times
         return times
 
-    def once(shape: GemmShape, configs: list[TileConfig], rounds: int, sample_us: int) -> Any:
-        return pool.drive([job(shape, configs, rounds, sample_us)])[0]
+    def once(shape: GemmShape, configs: list[TileConfig], rounds: int, sustained: bool) -> Any:
+        return pool.drive([job(shape, configs, rounds, sustained)])[0]
 
     return once
 
@@ -80,7 +79,7 @@ def timer(pool: workers.Workers, target: session.Target) -> Timer:
 def invented(kernels: search.Compilations) -> Timer:
     """Replacement of `timer` for the dry run: the model's estimates with noise."""
 
-    def once(shape: GemmShape, configs: list[TileConfig], rounds: int, sample_us: int) -> dict[TileConfig, Times]:
+    def once(shape: GemmShape, configs: list[TileConfig], rounds: int, sustained: bool) -> dict[TileConfig, Times]:
         times = {}
         for us, config, _ in search.rank(configs, shape, kernels):
             us *= random.Random(f"{shape} {config}").uniform(0.9, 1.2)
@@ -124,12 +123,12 @@ def judge(
 ) -> dict[str, Any]:
     """One row of the document: a shape. tuned: the entry that the tuner chose, or None."""
     order = search.rank([c for c in configs if space.suits(c, shape)], shape, kernels)
-    short = once(shape, [config for _, config, _ in order], ROUNDS, interleave.SAMPLE_US)
+    short = once(shape, [config for _, config, _ in order], ROUNDS, False)
     seeds = [c for _, c, _ in order if c in space.candidates(shape, gpu) and c in short][:FIRST]
     fastest = sorted(short, key=lambda c: short[c].p50)[:FASTEST]
     swizzled = [replace(c, group_m=width) for c in fastest[: FASTEST // 2] for width in space.SWIZZLE_WIDTHS]
     again = [*fastest, *swizzled, *seeds, default_config(shape), *([tuned.config] if tuned else [])]
-    sustained = once(shape, list(dict.fromkeys(again)), SUSTAINED_ROUNDS, measure.SUSTAINED_US)
+    sustained = once(shape, list(dict.fromkeys(again)), SUSTAINED_ROUNDS, True)
     best = min(sustained, key=lambda c: sustained[c].p50)
     kept = [(us, config, resources) for us, config, resources in order if config in short]
 

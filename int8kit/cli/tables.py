@@ -58,7 +58,7 @@ def tuning_table(entries: Iterable[Entry]) -> str:
         gpus.add(e.measured_on or "the cost model; no GPU was timed")
         us = e.time_us or e.model_us or 0.0
         rows.append(
-            (e.shape, e.config, e.source, e.tried, e.resources.registers, e.resources.shared_bytes // 1024,
+            (e.tuned, e.config, e.source, e.tried, e.resources.registers, e.resources.shared_bytes // 1024,
              f"{us:.0f}", f"{e.shape.flops / us / 1e6:.0f}" if us else "", _ratio(e.default_us, e.time_us),
              _ratio(e.bf16_us, e.time_us))
         )  # fmt: skip
@@ -78,7 +78,7 @@ def database_table(database: Database, toolchain: Toolchain) -> str:
         proven = proven_by(e, toolchain, database.gpu.arch)
         proofs |= {proven} - {"no"}
         rows.append(
-            (e.shape, e.config, e.source, f"{us:.0f}" if us else "", f"{e.shape.flops / us / 1e6:.0f}" if us else "",
+            (e.tuned, e.config, e.source, f"{us:.0f}" if us else "", f"{e.shape.flops / us / 1e6:.0f}" if us else "",
              _ratio(e.default_us, e.time_us), _ratio(e.bf16_us, e.time_us), e.triton,
              "no" if proven == "no" else "yes", "changed" if e.is_stale(toolchain) else "present")
         )  # fmt: skip

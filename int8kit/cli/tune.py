@@ -100,7 +100,7 @@ def _wanted(
         other = f"--shapes {shapes}" if shapes else f"--size {', '.join(size or ())}"
         raise InputError(f"--shape {shape[0]} and {other}: expected one of them; --shape replaces the file")
     path = shapes or shapes_file.find()
-    wanted = shapes_file.select(shape, path, limit, [parse_size(text) for text in size or ()])
+    wanted = shapes_file.select(shape, path, limit, [parse_size(text) for text in size or ()], epilogues=True)
     return wanted, "" if shape else f" of {path}"
 
 

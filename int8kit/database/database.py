@@ -19,7 +19,17 @@ from int8kit import files, lookup
 from int8kit.database.schema import FORMAT, Entry, GpuIdentity, Stamp
 from int8kit.gpus import Gpu
 from int8kit.lookup import Candidate, Plan
-from int8kit.spec import NUMERICS_VERSION, POLICIES, GemmShape, Operation, TileConfig, is_near, why_illegal
+from int8kit.spec import (
+    NUMERICS_VERSION,
+    POLICIES,
+    GemmShape,
+    Operation,
+    TileConfig,
+    is_near,
+    operation_of,
+    plain,
+    why_illegal,
+)
 from int8kit.toolchain import Toolchain
 
 Key = tuple[str, int, int, int, str]
@@ -150,8 +160,9 @@ class Database:
 
     def choices_without_entry(self, shapes: Iterable[GemmShape], toolchain: Toolchain) -> list[Choice]:
         """The choice for each of `shapes` that has no entry, sorted by shape."""
-        known = {e.shape for e in self.entries}
-        return [self.resolve(shape, toolchain) for shape in sorted(set(shapes) - known)]
+        known = {e.tuned for e in self.entries}
+        missing = sorted(set(shapes) - known)
+        return [self.resolve(plain(shape), toolchain, operation_of(shape)) for shape in missing]
 
     def plan(self, n: int, k: int, toolchain: Toolchain) -> Plan:
         """The plan of a weight [n, k]. It chooses for every m as `resolve` does."""

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 from packaging.version import InvalidVersion, Version
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from int8kit.spec import NUMERICS_VERSION, GemmShape, Operation, Source, TileConfig, digest
+from int8kit.spec import NUMERICS_VERSION, GemmShape, Operation, Source, SwigluShape, TileConfig, digest
 from int8kit.toolchain import Toolchain, generation
 
 FORMAT = "int8kit.tuning/2"
@@ -135,6 +135,12 @@ class Entry(_Row):
     def shape(self) -> GemmShape:
         """(m, n, k) as a GemmShape."""
         return GemmShape(self.m, self.n, self.k)
+
+    @property
+    def tuned(self) -> GemmShape:
+        """The shape with its epilogue, as the tuner has it: a SwigluShape for that operation."""
+        kind = SwigluShape if self.operation is Operation.SWIGLU else GemmShape
+        return kind(self.m, self.n, self.k)
 
     @property
     def identity(self) -> str:

@@ -351,11 +351,11 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
     )
 
 
-def compiler_source(config: TileConfig) -> tuple[Any, dict[str, Any]]:
+def compiler_source(config: TileConfig, *, swiglu: bool = False) -> tuple[Any, dict[str, Any]]:
     """Source and options that Triton compiles for `config` with bias and bf16 output: see `tune.cross_compile`."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    values = dict(_constants(config, True))
+    values = dict(_constants(config, True, swiglu=swiglu))
     pointers = {"x": "*i8", "w": "*i8", "sx": "*fp32", "sw": "*fp32", "bias": "*bf16", "out": "*bf16"}
     buffer = "*i32" if config.stream_k else "*i8"  # without stream-K, x stands in for workspace and counters
     pointers |= {"workspace": buffer, "arrived": buffer}

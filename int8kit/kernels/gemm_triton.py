@@ -121,11 +121,11 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
     launch_cached(_gemm_triton, (grid, 1), args, values, tuple(compile_options.items()), key)
 
 
-def compiler_source(config: TileConfig, *, even_k: bool = True) -> tuple[Any, dict[str, Any]]:
+def compiler_source(config: TileConfig, *, even_k: bool = True, swiglu: bool = False) -> tuple[Any, dict[str, Any]]:
     """Source and options that Triton compiles for `config` with bias and bf16 output: see `tune.cross_compile`."""
     from triton.compiler import ASTSource
 
-    values = dict(_constants(config, even_k, True))
+    values = dict(_constants(config, even_k, True, swiglu=swiglu))
     pointers = {"x": "*i8", "w": "*i8", "sx": "*fp32", "sw": "*fp32", "bias": "*bf16", "out": "*bf16"}
     signature = {f"{name}_ptr": kind for name, kind in pointers.items()}
     signature |= dict.fromkeys(("M", "N", "K", "stride_xm", "stride_wn", "stride_om", "group_m"), "i32")

@@ -413,14 +413,14 @@ def launch(operands: Operands, config: TileConfig, options: dict[str, Any]) -> N
     launch_cached(_gemm_wgmma, (programs, 1), args, values, tuple((LAUNCH_OPTIONS | options).items()), key)
 
 
-def compiler_source(config: TileConfig) -> tuple[Any, dict[str, Any]]:
+def compiler_source(config: TileConfig, *, swiglu: bool = False) -> tuple[Any, dict[str, Any]]:
     """Source and options that Triton compiles for `config` with bias and bf16 output: see `tune.cross_compile`."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
     def descriptor(kind: str, dtype: torch.dtype, block: tuple[int, int]) -> str:
         return f"tensordesc<{kind}{list(block)},{_layout(dtype, block)!r}>"
 
-    values = dict(_constants(config, True))
+    values = dict(_constants(config, True, swiglu=swiglu))
     x, w, out = _blocks(config, torch.bfloat16)
     signature = {"x_desc": descriptor("i8", torch.int8, x), "w_desc": descriptor("i8", torch.int8, w)}
     signature |= {"out_desc": descriptor("bf16", torch.bfloat16, out), "sx_ptr": "*fp32", "sw_ptr": "*fp32"}

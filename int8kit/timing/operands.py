@@ -88,6 +88,11 @@ class TimingOperands:
         """The reference's bf16 output [M, N] for int32 accumulators [M, N]."""
         return reference.dequantize(sums, self.sx, self.sw, self.bias if bias else None, torch.bfloat16)
 
+    def gated(self, sums: torch.Tensor) -> torch.Tensor:
+        """The reference's bf16 output [M, N / 2] with SwiGLU for int32 accumulators [M, N]."""
+        wide = reference.dequantize(sums, self.sx, self.sw, self.bias, torch.float32)
+        return (reference.silu(wide[:, 0::2]) * wide[:, 1::2]).to(torch.bfloat16)
+
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
     """Fill `tensor` with a value that no result has: NaN, or the least integer."""

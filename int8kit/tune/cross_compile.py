@@ -42,9 +42,9 @@ def assemble(arch: int, kernel: KernelVariant, *, code: str | None = None) -> An
 
     if gemm.interpreted():
         raise ConfigError("TRITON_INTERPRET is set: compile in a process without it")
-    config, even_k = kernel
+    config, even_k, swiglu = kernel
     variant = {} if even_k is None else {"even_k": even_k}
-    source, options = gemm.module(config.kernel).compiler_source(config, **variant)
+    source, options = gemm.module(config.kernel).compiler_source(config, swiglu=swiglu, **variant)
     finalize_cache_keys(source.fn)
     if code is not None:
         options["arch"] = code

@@ -8,7 +8,7 @@
     {"chosen": {"m": 4096, "n": 4608, "k": 4608, ...}}                                          a database's entry
 
 "round" is null for the sustained round. "even_k" is there only for the Triton kernel; in a row of another kernel, which
-earlier versions wrote with it, it is ignored.
+earlier versions wrote with it, it is ignored. "swiglu" is there, and true, only for that epilogue.
 
 The file lies beside the database, `<name>.journal`. A line is on the disk before the next step begins, so a kill loses
 only the unfinished steps. A shape's round is one step, since its times compare only with each other. An incomplete last
@@ -37,7 +37,7 @@ from int8kit import files
 from int8kit.database import store
 from int8kit.database.schema import Entry, Resources
 from int8kit.errors import FileError, InputError
-from int8kit.spec import GemmShape, Kernel, TileConfig, config_from
+from int8kit.spec import GemmShape, Kernel, SwigluShape, TileConfig, config_from
 from int8kit.timing.interleave import Times
 from int8kit.tune.search import ShapeHistory
 from int8kit.tune.space import Compilation, KernelVariant, kernel_variant
@@ -85,6 +85,8 @@ class Journal:
         row: dict[str, Any] = {"config": asdict(kernel.config)}
         if kernel.even_k is not None:
             row["even_k"] = kernel.even_k
+        if kernel.swiglu:
+            row["swiglu"] = True
         if isinstance(compilation, Resources):
             row["resources"] = compilation.model_dump()
         else:
@@ -95,13 +97,13 @@ class Journal:
     def add_rejected(self, shape: GemmShape, config: TileConfig, reason: str) -> None:
         """A configuration that was launched and rejected; the reason begins with its class."""
         self._reject(shape, config, reason)
-        self._write({"wrong": {**asdict(shape), "config": asdict(config), "reason": reason}})
+        self._write({"wrong": {**_row_of(shape), "config": asdict(config), "reason": reason}})
 
     def add_timed(self, shape: GemmShape, number: int | None, times: dict[TileConfig, Times]) -> None:
         """The next round of one shape; number: None for the sustained round."""
         self._timed(shape, number, times)
         rows = [[asdict(config), t.p20, t.p50, t.p80] for config, t in times.items()]
-        self._write({"timed": {**asdict(shape), "round": number, "times": rows}})
+        self._write({"timed": {**_row_of(shape), "round": number, "times": rows}})
 
     def history(self, shape: GemmShape) -> ShapeHistory:
         """The timings of a shape so far."""
@@ -121,7 +123,7 @@ class Journal:
 
     def add_chosen(self, entry: Entry) -> None:
         """The entry of one shape, which ends its search."""
-        self.chosen[entry.shape] = entry
+        self.chosen[entry.tuned] = entry
         self._write({"chosen": entry.model_dump(mode="json", exclude_none=True)})
 
     def finish(self) -> None:
@@ -187,15 +189,15 @@ class Journal:
                 compilation = row["failed"] if "failed" in row else Resources.model_validate(row["resources"])
                 config = config_from(row["config"])
                 even_k = bool(row["even_k"]) if config.kernel is Kernel.TRITON else True
-                self.compiled[kernel_variant(config, even_k)] = compilation
+                self.compiled[kernel_variant(config, even_k, bool(row.get("swiglu")))] = compilation
             elif kind == "wrong":
-                self._reject(GemmShape(row["m"], row["n"], row["k"]), config_from(row["config"]), row["reason"])
+                self._reject(_shape_of(row), config_from(row["config"]), row["reason"])
             elif kind == "timed":
                 times = {config_from(config): Times(*map(float, us)) for config, *us in row["times"]}
-                self._timed(GemmShape(row["m"], row["n"], row["k"]), row["round"], times)
+                self._timed(_shape_of(row), row["round"], times)
             else:
                 entry = Entry.model_validate(document["chosen"])
-                self.chosen[entry.shape] = entry
+                self.chosen[entry.tuned] = entry
         except (ValueError, KeyError, TypeError, AttributeError, ValidationError, InputError):
             raise FileError(
                 f"{str(self.path)!r} is damaged in line {number}; delete it to start the run again, the database stays"
@@ -206,6 +208,14 @@ class Journal:
         self._file.write(json.dumps(document) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def _row_of(shape: GemmShape) -> dict[str, Any]:
+    return asdict(shape) | ({"swiglu": True} if isinstance(shape, SwigluShape) else {})
+
+
+def _shape_of(row: dict[str, Any]) -> GemmShape:
+    return (SwigluShape if row.get("swiglu") else GemmShape)(row["m"], row["n"], row["k"])
 
 
 def _json(line: bytes) -> Any:

@@ -22,9 +22,9 @@ def migrate(database: Database) -> tuple[list[Entry], dict[GemmShape, str]]:
     import triton
 
     here = generation(triton.__version__)
-    serving = {entry.shape: entry for entry in database.entries if generation(entry.triton) == here}
+    serving = {entry.tuned: entry for entry in database.entries if generation(entry.triton) == here}
     others = [entry for entry in database.entries if generation(entry.triton) != here]
-    variants = {e.key: space.variant_of(e.config, e.shape) for e in others if supersedes(e, serving.get(e.shape))}
+    variants = {e.key: space.variant_of(e.config, e.tuned) for e in others if supersedes(e, serving.get(e.tuned))}
     if not variants:
         return [], {}
     with workers.Workers() as pool:
@@ -35,7 +35,7 @@ def migrate(database: Database) -> tuple[list[Entry], dict[GemmShape, str]]:
         if entry.key in variants:
             result = migrated(entry, compiled[variants[entry.key]], database.gpu)
             if isinstance(result, str):
-                left[entry.shape] = result
+                left[entry.tuned] = result
             else:
                 new.append(result)
     return new, left

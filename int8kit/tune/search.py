@@ -39,7 +39,18 @@ from int8kit.database.database import Database
 from int8kit.database.schema import Entry, GpuState, Resources, RunnerUp
 from int8kit.errors import CheckFailed
 from int8kit.gpus import Gpu
-from int8kit.spec import POLICY, TIE, GemmShape, Kernel, Source, TileConfig, default_config, is_near, kernels_of
+from int8kit.spec import (
+    POLICY,
+    TIE,
+    GemmShape,
+    Kernel,
+    Source,
+    TileConfig,
+    default_config,
+    is_near,
+    kernels_of,
+    operation_of,
+)
 from int8kit.timing.interleave import Times
 from int8kit.toolchain import runnable_archs
 from int8kit.tune import space
@@ -55,12 +66,12 @@ NEAR_SHAPES = 3  # shapes whose fastest configurations are tried too
 ROUNDS_MAX = 3  # with round 0
 LEADERS = 3  # the fastest configurations, whose neighbours are tried
 NOISE = 0.005  # a round that gains less than this, or less than its own spread, is the last
-SUSTAINED = 6  # configurations in the sustained round
+SUSTAINED = 4  # kernels in the sustained round, each by its fastest configuration
 SUSTAINED_SWIZZLED = 2  # the fastest of them get every L2 swizzle width, which no model distinguishes
 FINALISTS = 4  # configurations of the sustained round that are timed again
 RUNNERS_UP = 3  # finalists that an entry keeps beside the winner
 MARGIN = TIE  # the default wins a tie
-ROUND_SAMPLES, FINAL_SAMPLES = 3, 9
+ROUND_SAMPLES, FINAL_SAMPLES = 3, 5
 
 
 @dataclass
@@ -149,14 +160,18 @@ def source_of(gpu: Gpu, present: Iterable[Gpu]) -> tuple[Source, Gpu | None]:
 
 
 def sustained_candidates(history: ShapeHistory) -> list[TileConfig]:
-    """Configurations of the sustained round: the fastest, and the first of them with every L2 swizzle width.
+    """Configurations of the sustained round: the fastest of each of the fastest kernels.
 
-    Configurations that launch the same program are listed once.
+    The first kernels come with every L2 swizzle width. Different kernels matter more than the next places: short
+    samples order them otherwise than a running model does. Configurations that launch the same program are listed once.
     """
-    leaders = history.fastest(SUSTAINED_SWIZZLED)
-    swizzled = [replace(config, group_m=width) for config in leaders for width in space.SWIZZLE_WIDTHS]
+    kernels: dict[TileConfig, TileConfig] = {}
+    for config in history.fastest(len(history.tried)):
+        kernels.setdefault(space.without_swizzle(config), config)
+    leaders = list(kernels.values())[:SUSTAINED]
+    swizzled = [replace(config, group_m=w) for config in leaders[:SUSTAINED_SWIZZLED] for w in space.SWIZZLE_WIDTHS]
     programs: dict[TileConfig, TileConfig] = {}
-    for config in [*history.fastest(SUSTAINED), *swizzled]:
+    for config in [*leaders, *swizzled]:
         tile_rows = math.ceil(history.shape.m / config.block_m)  # a width beyond this has no effect
         programs.setdefault(replace(config, group_m=min(config.group_m, tile_rows)), config)
     return list(programs.values())
@@ -195,7 +210,8 @@ def modelled_entry(shape: GemmShape, gpu: Gpu, compiled: Compilations) -> Entry:
         raise CheckFailed(f"no configuration for {shape} on {gpu.alias}: {reason}")
     us, config, resources = ranked[0]
     return Entry(
-        m=shape.m, n=shape.n, k=shape.k, source=Source.MODELLED, config=config, triton=triton.__version__,
+        operation=operation_of(shape), m=shape.m, n=shape.n, k=shape.k, source=Source.MODELLED, config=config,
+        triton=triton.__version__,
         kernel=gemm.kernel_hash(config.kernel), resources=resources, tried=len(ranked), model_us=round(us, 2),
     )  # fmt: skip
 
@@ -279,7 +295,8 @@ def entry(history: ShapeHistory, final: RoundTimes, compiled: Compilations, sour
 
     others = sorted((config for config in times if config != winner), key=lambda config: times[config].p50)
     return Entry(
-        m=shape.m, n=shape.n, k=shape.k, source=source, triton=triton.__version__, tried=len(history.tried),
+        operation=operation_of(shape), m=shape.m, n=shape.n, k=shape.k, source=source, triton=triton.__version__,
+        tried=len(history.tried),
         default_us=round(times[default].p50, 2), bf16_us=round(final.bf16.p50, 2) if final.bf16 else None,
         measured_on=timed_on.name, gpu_state=final.state, policy=POLICY,
         runners_up=tuple(RunnerUp(**result(config)) for config in others[:RUNNERS_UP]), **result(winner),

@@ -32,9 +32,8 @@ from int8kit.gpus import Gpu
 from int8kit.kernels import gemm
 from int8kit.progress import Progress, no_progress
 from int8kit.spec import POLICY, GemmShape, Source, TileConfig, default_config
-from int8kit.timing import interleave
 from int8kit.toolchain import require_supported
-from int8kit.tune import consolidate, measure, search, space, tasks, workers
+from int8kit.tune import consolidate, search, space, tasks, workers
 from int8kit.tune.journal import Journal
 from int8kit.tune.space import KernelVariant, variant_of
 from int8kit.tune.workers import Batch, Job, ProcessEnded, Workers
@@ -258,7 +257,7 @@ class _TargetRun:
             history, source = self.journal.history(shape), self.target.source
             self._choose(shape, lambda: search.entry(history, timed, self.compiled, source, timed_on))
 
-        yield from self._time("choosing", candidates, search.FINAL_SAMPLES, measure.SUSTAINED_US, True, choose)
+        yield from self._time("choosing", candidates, search.FINAL_SAMPLES, True, True, choose)
         for shape in set(pending) - set(self.journal.chosen) - set(self.result.failed):
             why = self.journal.history(shape).rejected.get(default_config(shape))
             self.result.failed[shape] = (
@@ -275,15 +274,14 @@ class _TargetRun:
     def _round(self, name: str, candidates: Candidates, number: int | None) -> Job[None]:
         """Time one round and write it to the journal; number: None for the sustained round."""
         todo = {shape: configs for shape, configs in candidates.items() if configs}
-        sample_us = measure.SUSTAINED_US if number is None else interleave.SAMPLE_US
 
         def store_result(shape: GemmShape, timed: search.RoundTimes) -> None:
             self.journal.add_timed(shape, number, timed.times)
 
-        yield from self._time(name, todo, search.ROUND_SAMPLES, sample_us, False, store_result)
+        yield from self._time(name, todo, search.ROUND_SAMPLES, number is None, False, store_result)
 
     def _time(
-        self, name: str, candidates: Candidates, samples: int, sample_us: int, bf16: bool,
+        self, name: str, candidates: Candidates, samples: int, sustained: bool, bf16: bool,
         on_timed: Callable[[GemmShape, search.RoundTimes], None],
     ) -> Job[None]:  # fmt: skip
         """Time the candidates of every shape. A shape whose process ends is timed again without the guilty kernels."""
@@ -313,7 +311,7 @@ class _TargetRun:
 
         while todo:
             before = ended_once.copy()
-            calls = [(shape, code_arch, tuple(configs), samples, sample_us, bf16) for shape, configs in todo.items()]
+            calls = [(shape, code_arch, tuple(configs), samples, sustained, bf16) for shape, configs in todo.items()]
             yield Batch(tasks.time_configs, calls, store_result, gpu, ROUND_S, once=True, halt=True)
             # each kernel once, by one of the configurations that share it
             suspects = {(s, variant_of(c, s)): (s, code_arch, c) for s in ended_once - before for c in todo[s]}

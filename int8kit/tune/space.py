@@ -35,6 +35,7 @@ from int8kit.spec import (
     GROUP_M,
     GemmShape,
     Kernel,
+    SwigluShape,
     TileConfig,
     default_config,
     kernels_of,
@@ -79,16 +80,17 @@ class KernelVariant(NamedTuple):
 
     config: TileConfig
     even_k: bool | None = None
+    swiglu: bool = False
 
 
 def variant_of(config: TileConfig, shape: GemmShape) -> KernelVariant:
     """The kernel that `config` needs for `shape`."""
-    return kernel_variant(config, shape.k % config.block_k == 0)
+    return kernel_variant(config, shape.k % config.block_k == 0, isinstance(shape, SwigluShape))
 
 
-def kernel_variant(config: TileConfig, even_k: bool) -> KernelVariant:
-    """The kernel that `config` needs where K is a multiple of block_k, or is not."""
-    return KernelVariant(without_swizzle(config), even_k if config.kernel is Kernel.TRITON else None)
+def kernel_variant(config: TileConfig, even_k: bool, swiglu: bool = False) -> KernelVariant:
+    """The kernel that `config` needs where K is a multiple of block_k, or is not. swiglu: with that epilogue."""
+    return KernelVariant(without_swizzle(config), even_k if config.kernel is Kernel.TRITON else None, swiglu)
 
 
 def without_swizzle(config: TileConfig) -> TileConfig:

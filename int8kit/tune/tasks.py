@@ -84,18 +84,18 @@ def health(number: int) -> tuple[float, str | None]:
 
 
 def time_configs(
-    shape: GemmShape, code_arch: str | None, configs: tuple[TileConfig, ...], samples: int, sample_us: int, bf16: bool
+    shape: GemmShape, code_arch: str | None, configs: tuple[TileConfig, ...], samples: int, sustained: bool, bf16: bool
 ) -> RoundTimes:
     """Check that each of `configs` is bit-exact at `shape`, then time the exact ones in `samples` interleaved samples.
 
-    code_arch: code of an older architecture. Ends the process if a configuration has broken its CUDA context, since
-    every later result would be meaningless.
+    code_arch: code of an older architecture. sustained: see `measure.ShapeBench.times`. Ends the process if a
+    configuration has broken its CUDA context, since every later result would be meaningless.
     """
     try:
         bench = _bench(shape, code_arch)
         rejected = {config: reason for config in configs if (reason := bench.launch_and_check(config))}
         exact = [config for config in configs if config not in rejected]
-        times = bench.times(exact, samples, sample_us, bf16=bf16) if exact or bf16 else []
+        times = bench.times(exact, samples, sustained=sustained, bf16=bf16) if exact or bf16 else []
     except measure.ContextLost:
         os._exit(1)
     bf16_times = times.pop() if bf16 else None

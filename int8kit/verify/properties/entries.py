@@ -10,7 +10,7 @@ from int8kit import reference
 from int8kit.database.database import Choice, Database, Key
 from int8kit.database.schema import Entry, Stamp, stamp
 from int8kit.kernels import gemm
-from int8kit.spec import GemmShape, TileConfig
+from int8kit.spec import GemmShape, Operation, TileConfig
 from int8kit.verify import implementations
 from int8kit.verify.compare import bitwise_diff, operands
 from int8kit.verify.examples.strategies import Draw
@@ -38,7 +38,7 @@ def run(
     """
     import triton
 
-    verdicts: dict[tuple[GemmShape, TileConfig], str | None] = {}
+    verdicts: dict[tuple[GemmShape, TileConfig, bool], str | None] = {}
     stamps: Stamps = {}
     failure = None
     # code from another Triton is not proven here
@@ -50,13 +50,14 @@ def run(
     for one in sorted(runnable, key=lambda e: e.shape.flops):
         shape = reduced(one.shape, one.config) if executor.on == "interpreter" else one.shape
         on_example(f"{shape}, {one.config}")
-        if (shape, one.config) not in verdicts:
+        key = shape, one.config, _is_swiglu(one)
+        if key not in verdicts:
             torch.cuda.empty_cache()  # shapes differ, so the next cannot use the memory; no effect without a GPU
             try:
-                verdicts[shape, one.config] = check_entry(one, executor)
+                verdicts[key] = check_entry(one, executor)
             except Exception as error:
-                verdicts[shape, one.config] = f"{one.shape}, {one.config}: {type(error).__name__}: {error}"
-        why = verdicts[shape, one.config]
+                verdicts[key] = f"{one.shape}, {one.config}: {type(error).__name__}: {error}"
+        why = verdicts[key]
         if why is None and isinstance(one, Entry):
             stamps[one.key] = [
                 stamp(
@@ -80,14 +81,20 @@ def check_entry(entry: Entry | Choice, executor: Executor) -> str | None:
         if executor.on == "interpreter":
             kernels = implementations.int8kit(executor)
             why = gemm_properties.accumulators(d, kernels) or gemm_properties.output(d, kernels)
+            if why is None and _is_swiglu(entry):
+                why = gemm_properties.swiglu(d, kernels)
         else:
-            why = _check_full(d, executor)
+            why = _check_full(d, executor, _is_swiglu(entry))
         if why:
             return f"{d}: {why}"
     return None
 
 
-def _check_full(d: Draw, executor: Executor) -> str | None:
+def _is_swiglu(one: Entry | Choice) -> bool:
+    return isinstance(one, Entry) and one.operation is Operation.SWIGLU
+
+
+def _check_full(d: Draw, executor: Executor, swiglu: bool) -> str | None:
     x, w, sx, sw, bias = operands(d, executor.device)
     got = gemm.accumulate(x, w, config=d.config, arch=executor.arch)
     picks = torch.linspace(0, d.shape.m - 1, min(d.shape.m, 32), device=x.device).long()
@@ -99,7 +106,12 @@ def _check_full(d: Draw, executor: Executor) -> str | None:
     want = reference.dequantize(got, sx, sw, bias, d.out_dtype)
     out = gemm.scaled_mm(x, w, sx, sw, bias, config=d.config, out_dtype=d.out_dtype, arch=executor.arch)
     why = bitwise_diff(out, want)
-    return why and f"output: {why}"
+    if why or not swiglu:
+        return why and f"output: {why}"
+    half = gemm.scaled_mm_swiglu(x, w, sx, sw, bias, config=d.config, out_dtype=d.out_dtype, arch=executor.arch)
+    wide = reference.dequantize(got, sx, sw, bias, torch.float32)
+    why = bitwise_diff(half, (reference.silu(wide[:, 0::2]) * wide[:, 1::2]).to(d.out_dtype))
+    return why and f"SwiGLU: {why}"
 
 
 def reduced(shape: GemmShape, config: TileConfig) -> GemmShape:
