@@ -108,7 +108,7 @@ def _products(
     toolchain, seen = gemm.toolchain(), set()
     for n, k, swiglu, bias in sorted(_weights(block, model)):
         plan = database.plan(n, k, toolchain)
-        configs = {candidate.config for candidate in plan.candidates} or {default_config(GemmShape(4096, n, k))}
+        configs = set(plan.configs) or {default_config(GemmShape(4096, n, k))}
         for config in sorted(configs, key=str):
             key = (n, k, config, swiglu, bias)
             if key not in seen:

@@ -1,0 +1,111 @@
+"""Ranking of known configurations for a shape that was not tuned, by the cost model.
+
+    ranking = Ranking(machine_of(gpu), (Ranked(config, needs), ...))
+    ranking.estimates(GemmShape(700, 3000, 2048))   ->  [Estimate(14.2, config, Origin.OWN), ...], the fastest first
+
+Ranked are the configurations that the GPU's database uses, those that it borrows, and the default of its architecture.
+Nothing is compiled or timed: each configuration comes with the resources of its compiled kernel.
+
+A borrowed database knows more than the model: its entries were the fastest on their GPU. So a configuration that the
+model puts before an entry, for the lender and for the entry's shape, is estimated too fast by at least that factor. The
+factor counts for shapes that are close to the entry's, and the entry wins a tie. So on a GPU like the lender the entry's
+configuration serves.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from int8kit import cost_model
+from int8kit.cost_model import Machine, Needs
+from int8kit.spec import TIE, GemmShape, Operation, TileConfig, architecture_default, supports
+
+CLOSE = 1.1
+"""An entry serves extents up to this many times larger or smaller. Beyond it the cost model chooses better.
+
+Each of 93 shapes of an H200 and of sm_86 code was left out in turn. The model's choice took 1.01 times the time of the
+fastest, and the nearest entry's configuration 1.16 times, up to 3.4 times.
+"""
+
+
+class Origin(StrEnum):
+    """Where a ranked configuration comes from."""
+
+    OWN = "own"
+    BORROWED = "borrowed"
+    DEFAULT = "default"
+
+
+class Ranked(NamedTuple):
+    """A configuration, the resources of its kernel, and whether it comes from the lender's database."""
+
+    config: TileConfig
+    needs: Needs
+    borrowed: bool = False
+
+
+class Evidence(NamedTuple):
+    """An entry of the lender: the fastest configuration of a shape on its GPU."""
+
+    shape: GemmShape
+    config: TileConfig
+
+
+class Estimate(NamedTuple):
+    """The cost model's microseconds for a configuration."""
+
+    us: float
+    config: TileConfig
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Everything that ranks configurations for one weight on one GPU."""
+
+    machine: Machine
+    kernels: tuple[Ranked, ...] = ()
+    lender: Machine | None = None
+    evidence: tuple[Evidence, ...] = ()  # the lender's entries of close weights
+
+    def estimates(self, shape: GemmShape, operation: Operation = Operation.GEMM) -> list[Estimate]:
+        """The configurations that can serve, fastest first. The order of `kernels` decides between equal times."""
+        tuned, factors = self._correction(shape)
+        machine = self.machine
+        default = architecture_default(shape, machine.arch, machine.shared_memory, operation)
+        own = [(one, Origin.BORROWED if one.borrowed else Origin.OWN) for one in self.kernels]
+        last = Ranked(default, cost_model.assumed_needs(default, machine.arch))
+        found = []
+        for (config, needs, _), origin in (*own, (last, Origin.DEFAULT)):
+            if supports(config.kernel, shape, operation):
+                us = cost_model.estimate(shape, config, needs, machine, operation) * factors.get(config, 1.0)
+                found.append(Estimate(us, config, origin))
+        fitting = [one for one in found if math.isfinite(one.us)]
+        return sorted(fitting, key=lambda one: round(one.us / (1 + TIE) if one.config == tuned else one.us, 6))
+
+    def _correction(self, shape: GemmShape) -> tuple[TileConfig | None, dict[TileConfig, float]]:
+        """The configuration of the lender's closest entry, and how much too fast the model estimates the others."""
+        close = [one for one in self.evidence if are_within(one.shape, shape, CLOSE)]
+        if self.lender is None or not close:
+            return None, {}
+        entry = min(close, key=lambda one: distance(one.shape, shape))
+        us = {
+            config: cost_model.estimate(entry.shape, config, needs, self.lender)
+            for config, needs, borrowed in self.kernels
+            if borrowed
+        }
+        fastest = us.get(entry.config, 0.0)
+        return entry.config, {config: max(1.0, fastest / own) for config, own in us.items()}
+
+
+def are_within(a: GemmShape, b: GemmShape, factor: float) -> bool:
+    """Whether no extent of one shape is more than `factor` times that of the other."""
+    return all(max(x, y) <= factor * min(x, y) for x, y in ((a.m, b.m), (a.n, b.n), (a.k, b.k)))
+
+
+def distance(a: GemmShape, b: GemmShape) -> float:
+    """The sum of the log ratios of M, N and K."""
+    return sum(abs(math.log(x / y)) for x, y in ((a.m, b.m), (a.n, b.n), (a.k, b.k)))
