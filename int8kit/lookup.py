@@ -223,6 +223,12 @@ class Plan:
         ranked = self.ranking.kernels if self.ranking else ()
         return tuple(dict.fromkeys([one.config for one in self.candidates] + [one.config for one in ranked]))
 
+    def choosable(self, n: int, k: int, operation: Operation = Operation.GEMM) -> set[TileConfig]:
+        """Every configuration that `choose` can give for the weight [n, k]."""
+        of = (GemmShape(m, n, k) for m in (16, 64, 2**31 - 1))
+        defaults = {_default(Request(shape, (), self.sms, operation, self.ranking)) for shape in of}
+        return defaults.union(c for c in self.configs if supports(c.kernel, GemmShape(1, n, k), operation))
+
     def choose(self, shape: GemmShape, operation: Operation = Operation.GEMM) -> TileConfig:
         """The configuration for `shape`."""
         return lookup(shape, self.candidates, sms=self.sms, operation=operation, ranking=self.ranking).config

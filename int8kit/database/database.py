@@ -135,14 +135,18 @@ class Database:
         return self._ranked[toolchain]
 
     def kernels(self, toolchain: Toolchain) -> dict[TileConfig, Entry]:
-        """The configurations that the database uses, each with its preferred entry; the most frequent first."""
+        """The configurations that the database uses, each with its preferred entry.
+
+        First those whose kernel won for the most shapes, with the L2 swizzle that won for the most of these.
+        """
         if toolchain not in self._kernels:
             entries: dict[TileConfig, Entry] = {}
-            uses: Counter[TileConfig] = Counter()
+            wins: Counter[TileConfig] = Counter()  # of configurations, and of their kernels with any L2 swizzle
             for candidate, entry in self._rank(toolchain):
                 entries.setdefault(candidate.config, entry)
-                uses[candidate.config] += 1
-            self._kernels[toolchain] = {config: entries[config] for config, _ in uses.most_common()}
+                wins.update((candidate.config, replace(candidate.config, group_m=0)))
+            order = sorted(entries, key=lambda c: (-wins[replace(c, group_m=0)], -wins[c], c.group_m))
+            self._kernels[toolchain] = {config: entries[config] for config in order}
         return self._kernels[toolchain]
 
     def ranking(self, wanted: GemmShape, toolchain: Toolchain) -> Ranking:

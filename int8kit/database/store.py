@@ -144,9 +144,9 @@ def known() -> list[Path]:
 def merged_view(gpu: Gpu, toolchain: Toolchain, given: Path | None = None) -> tuple[Database, tuple[Path, ...]]:
     """The database that serves a GPU, and the files that it comes from. Raises FileError.
 
-    given: the only file to read; nothing is borrowed then. By default the file that `find` returns, merged with the user's own. A user's entry
-    whose kernel has changed since does not replace another entry. Except for a given file, the record of a known GPU
-    holds: a file for a GPU of other limits is refused.
+    given: the only file to read; nothing is borrowed then. By default the file that `find` returns, merged with the
+    user's own. A user's entry whose kernel has changed since does not replace another entry. Except for a given file,
+    the record of a known GPU holds: a file for a GPU of other limits is refused.
     """
     base = given or find(gpu.alias)
     own = user_path(gpu.alias) if given is None else None
