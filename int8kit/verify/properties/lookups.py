@@ -22,7 +22,7 @@ from int8kit.database.schema import Entry, Resources
 from int8kit.errors import ConfigError
 from int8kit.gpus import GPUS
 from int8kit.lookup import Candidate, Plan, lookup
-from int8kit.ranking import Ranked, Ranking
+from int8kit.ranking import Evidence, Ranked, Ranking
 from int8kit.spec import K_MAX, GemmShape, Kernel, Operation, Schedule, Source, TileConfig
 from int8kit.toolchain import Toolchain
 from int8kit.verify.executors import Executor
@@ -76,10 +76,15 @@ class LookupCase:
             return None
         pool = [(c, False) for c in self.own] + [(c, True) for c in self.lent]
         kernels = tuple(Ranked(CONFIGS[c], NEEDS, borrowed) for c, borrowed in pool)
-        return Ranking(machine_of(replace(GPUS["h200"], sms=max(self.sms, 1))), kernels)
+        machine = machine_of(replace(GPUS["h200"], sms=max(self.sms, 1)))
+        if not self.lent:
+            return Ranking(machine, kernels)
+        return Ranking(machine, kernels, machine_of(GPUS["h100"]), (FAR,))
 
 
 NEEDS = Needs(1, 0, 1)
+FAR = Evidence(GemmShape(70001, 70001, 70001), CONFIGS[5])
+"""An entry of the lender that is close to no case: it changes no choice, and must survive the plan's text."""
 
 
 def _serves(config: TileConfig, case: LookupCase) -> bool:
