@@ -83,7 +83,7 @@ def test_entry_of_the_lender_wins_where_the_model_errs():
 def test_swiglu_writes_half():
     shape, slow = GemmShape(8192, 8192, 128), replace(H200, dram_gb_s=100)
     plain, swiglu = (estimate(shape, WIDE, needs(WIDE), slow, operation) for operation in Operation)
-    assert swiglu == pytest.approx(plain / 2, rel=0.02)
+    assert swiglu == pytest.approx(plain / 2, rel=0.05)
 
 
 def test_nearest_database_of_the_architecture_lends():
