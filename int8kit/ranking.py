@@ -93,7 +93,8 @@ class Ranking:
                 us = cost_model.estimate(shape, config, needs, machine, operation) * factors.get(config, 1.0)
                 found.append(Estimate(us, config, origin))
         fitting = [one for one in found if math.isfinite(one.us)]
-        bound = min((one.us for one in fitting), default=0.0) * (1 + TOLERANCE)
+        least = min((one.us for one in fitting), default=0.0)
+        bound = least + TOLERANCE * (least - cost_model.LAUNCH_US)  # the launch is the same for all
         level = [one for one in fitting if one.us <= bound]
         level.sort(key=lambda one: one.config != tuned)  # a stable sort
         return level + sorted((one for one in fitting if one.us > bound), key=lambda one: one.us)

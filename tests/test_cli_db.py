@@ -232,10 +232,10 @@ def test_explain(capfd):
         "was not tuned for rtx3090, nearest-m serves; tune it with `int8kit tune --gpu rtx3090 --shape 4000x12288x4608`"
         in err
     )
-    document = json.loads(call(capfd, "db", "explain", 700, 3000, 2040, "--gpu", "h200", "--json")[0])
+    document = json.loads(call(capfd, "db", "explain", 700, 3000, 2040, "--gpu", "rtx4090", "--json")[0])
     assert (document["level"], document["proven"]) == ("default", False)
     assert document["levels"] == dict.fromkeys(("exact", "nearest-m", "nearest", "model", "borrowed", "default"))
-    assert "no entry of h200 is near; estimated" in document["why"]
+    assert "no entry of rtx4090 is near; estimated" in document["why"]
 
 
 def test_explain_names_the_reason_of_a_rank(capfd):

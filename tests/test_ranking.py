@@ -116,7 +116,7 @@ def test_own_entries_come_before_borrowed_ones():
     own = Database(replace(GPU, alias="mine"), lender=lender).merged([entry(config=C)])
     assert own.resolve(GemmShape(4096, 4608, 4608), ANY_TOOLCHAIN).level == "exact"
     kernels = own.ranking(GemmShape(1, 4608, 4608), ANY_TOOLCHAIN).kernels
-    assert [(one.config, one.borrowed) for one in kernels] == [(C, False), (B, True), (A, True)]
+    assert [(one.config, one.borrowed) for one in kernels] == [(C, False), (A, True), (B, True)]
     assert own.ranking(GemmShape(1, 4608, 4608), ANY_TOOLCHAIN).evidence == (Evidence(GemmShape(9000, 4608, 4608), B),)
 
 

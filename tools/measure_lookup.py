@@ -103,7 +103,10 @@ def lookup_database(target: session.Target, args: argparse.Namespace) -> Databas
 
 
 def looked_up(base: Database, question: Question, exclude: float) -> tuple[Choice, float]:
-    """The choice for a shape, and the seconds that a plan and a call take. exclude: leaves out entries of near shapes."""
+    """The choice for a shape, and the seconds that a plan and a call take.
+
+    exclude: entries of shapes within this factor are left out.
+    """
     toolchain, shape = present_toolchain()[0], question.shape
 
     def far(one: Database) -> Database:
@@ -231,7 +234,7 @@ class Run:
                 files.write_text(self.args.out, files.dump_rows({**self.head, "shapes": self.rows}, "shapes"))
 
     def winners(self, questions: Sequence[Question], needed: Sequence[TileConfig]) -> dict[GemmShape, TileConfig]:
-        """The tuner's configuration of each shape. needed: other configurations, compiled in parallel for the timing."""
+        """The tuner's configuration of each shape. needed: others, compiled in parallel for the timing."""
         if not self.pool:
             return invented_winners(self.target, questions)
         shapes = [one.shape for one in questions]

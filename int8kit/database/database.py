@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from int8kit import files, lookup
 from int8kit.cost_model import Needs, machine_of
-from int8kit.database.schema import FORMAT, Entry, GpuIdentity, Stamp
+from int8kit.database.schema import FORMAT, Entry, GpuIdentity, Resources, Stamp
 from int8kit.gpus import Gpu
 from int8kit.lookup import Candidate, Plan
 from int8kit.ranking import CLOSE, Estimate, Evidence, Origin, Ranked, Ranking, distance
@@ -40,6 +40,14 @@ class Choice:
     is_verified: bool = False  # the entry's configuration was proven exact with the present kernel and Triton
 
 
+@dataclass(frozen=True)
+class Known:
+    """A configuration's kernel as the database knows it: the entry that it won or nearly won, and its resources."""
+
+    entry: Entry
+    needs: Needs
+
+
 def _policies() -> dict[str, str]:
     return {str(number): text for number, text in POLICIES.items()}
 
@@ -59,7 +67,7 @@ class Database:
     _ranked: dict[Toolchain, tuple[tuple[Candidate, Entry], ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    _kernels: dict[Toolchain, dict[TileConfig, Entry]] = field(
+    _kernels: dict[Toolchain, dict[TileConfig, Known]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -134,36 +142,42 @@ class Database:
             self._ranked[toolchain] = tuple((Candidate(e.shape, e.config, e.operation), e) for e in usable)
         return self._ranked[toolchain]
 
-    def kernels(self, toolchain: Toolchain) -> dict[TileConfig, Entry]:
-        """The configurations that the database uses, each with its preferred entry.
+    def kernels(self, toolchain: Toolchain) -> dict[TileConfig, Known]:
+        """The kernels of the entries and of their runners-up, each with the L2 swizzle that won for the most shapes.
 
-        First those whose kernel won for the most shapes, with the L2 swizzle that won for the most of these.
+        First those that won for the most shapes. The cost model hardly distinguishes widths of the swizzle.
         """
         if toolchain not in self._kernels:
-            entries: dict[TileConfig, Entry] = {}
+            known: dict[TileConfig, Known] = {}
             wins: Counter[TileConfig] = Counter()  # of configurations, and of their kernels with any L2 swizzle
-            for candidate, entry in self._rank(toolchain):
-                entries.setdefault(candidate.config, entry)
-                wins.update((candidate.config, replace(candidate.config, group_m=0)))
-            order = sorted(entries, key=lambda c: (-wins[replace(c, group_m=0)], -wins[c], c.group_m))
-            self._kernels[toolchain] = {config: entries[config] for config in order}
+            ranked = [entry for _, entry in self._rank(toolchain)]
+            for entry in ranked:
+                known.setdefault(entry.config, Known(entry, _needs(entry.resources)))
+                wins.update((entry.config, replace(entry.config, group_m=0)))
+            for entry in ranked:
+                for one in entry.runners_up or ():
+                    if self._runs(one.config):
+                        known.setdefault(one.config, Known(entry, _needs(one.resources)))
+            order = sorted(known, key=lambda c: (-wins[replace(c, group_m=0)], -wins[c], c))
+            first = {replace(c, group_m=0): c for c in reversed(order)}
+            self._kernels[toolchain] = {c: known[c] for c in order if first[replace(c, group_m=0)] == c}
         return self._kernels[toolchain]
 
     def ranking(self, wanted: GemmShape, toolchain: Toolchain) -> Ranking:
         """The configurations that the cost model ranks for the weight of `wanted`: its own, and those of the lender."""
         own = self.kernels(toolchain)
-        kernels = [Ranked(config, _needs(entry)) for config, entry in own.items()]
+        kernels = [Ranked(config, known.needs) for config, known in own.items()]
         if self.lender is None:
             return Ranking(machine_of(self.gpu), tuple(kernels))
-        lent = {c: e for c, e in self.lender.kernels(toolchain).items() if c not in own and self._runs(c)}
-        kernels += [Ranked(config, _needs(entry), borrowed=True) for config, entry in lent.items()]
-        close = [
-            Evidence(c.shape, c.config)
-            for c, e in self.lender.candidates(toolchain, wanted)
-            if e.source is not Source.MODELLED and c.operation is Operation.GEMM and c.config in lent
-        ]
-        close = list({one.shape: one for one in reversed(close)}.values())  # the preferred one of each shape
-        return Ranking(machine_of(self.gpu), tuple(kernels), machine_of(self.lender.gpu), tuple(close))
+        lent = {config: known.needs for config, known in self.lender.kernels(toolchain).items()}
+        evidence: dict[GemmShape, Evidence] = {}
+        for candidate, entry in self.lender.candidates(toolchain, wanted):
+            timed = entry.source is not Source.MODELLED and entry.operation is Operation.GEMM
+            if timed and candidate.config not in own and self._runs(candidate.config):
+                evidence.setdefault(candidate.shape, Evidence(candidate.shape, candidate.config))
+                lent.setdefault(candidate.config, _needs(entry.resources))
+        kernels += [Ranked(c, needs, True) for c, needs in lent.items() if c not in own and self._runs(c)]
+        return Ranking(machine_of(self.gpu), tuple(kernels), machine_of(self.lender.gpu), tuple(evidence.values()))
 
     def _runs(self, config: TileConfig) -> bool:
         return why_illegal(config, arch=self.gpu.arch, shared_memory=self.gpu.shared_memory) is None
@@ -192,7 +206,7 @@ class Database:
                 entry, why = self._reason(shape, request.estimates, toolchain)
             elif request.estimates:
                 why += f"; {_estimated(request.estimates)}"
-            proven = entry is not None and bool(entry.proofs(toolchain, self.gpu.arch))
+            proven = _proves(entry, match.config, toolchain, self.gpu.arch)
             found.append((level, Choice(shape, match.config, level, why, proven), entry))
         return found
 
@@ -200,12 +214,14 @@ class Database:
         """The entry from which the first estimate's configuration comes, and why that one serves."""
         first, lender = estimates[0], self.lender
         if first.origin is Origin.OWN or lender is None:
-            entry, origin = self.kernels(toolchain)[first.config], ""
+            entry, origin = self.kernels(toolchain)[first.config].entry, ""
         else:
             found = [e for c, e in lender.candidates(toolchain, shape) if c.config == first.config]
-            known = lender.kernels(toolchain)[first.config]
-            entry = min(found, key=lambda e: distance(e.shape, shape), default=known)
+            known = lender.kernels(toolchain).get(first.config)
+            entry = min(found, key=lambda e: distance(e.shape, shape)) if found or known is None else known.entry
             origin = f"from {lender.gpu.alias}, "
+        if entry.config != first.config:
+            origin += "runner-up, "
         return entry, f"{origin}{provenance(entry, toolchain)}; {_estimated(estimates)}"
 
     def choices_without_entry(self, shapes: Iterable[GemmShape], toolchain: Toolchain) -> list[Choice]:
@@ -246,8 +262,12 @@ def _estimated(estimates: Sequence[Estimate]) -> str:
     return text + (f"; next {others[0].config}, {others[0].us:.1f} us" if others else "")
 
 
-def _needs(entry: Entry) -> Needs:
-    of = entry.resources
+def _proves(entry: Entry | None, config: TileConfig, toolchain: Toolchain, arch: int) -> bool:
+    """Whether stamps of `entry` prove `config`. A runner-up of the entry has none."""
+    return entry is not None and entry.config == config and bool(entry.proofs(toolchain, arch))
+
+
+def _needs(of: Resources) -> Needs:
     return Needs(of.registers, of.spill_bytes, of.shared_bytes)
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from int8kit import lookup as lookup_module
 from int8kit import ops
-from int8kit.cost_model import Needs, assumed_needs, estimate, machine_of
+from int8kit.cost_model import LAUNCH_US, Needs, assumed_needs, estimate, machine_of
 from int8kit.database.database import Database
 from int8kit.database.schema import Entry, Resources
 from int8kit.errors import ConfigError
@@ -29,7 +29,7 @@ from int8kit.verify.executors import Executor
 from int8kit.verify.implementations import Implementation
 
 FACTOR, CLOSE = 4, 1.1  # of extents that one configuration may serve, without and with a pool
-EQUAL = 1.02  # times of the model up to this factor count as equal
+EQUAL = 1.02  # times of the model without the launch, up to this factor, count as equal
 CONFIGS = (
     TileConfig(64, 64, 128, 4, 4),
     TileConfig(128, 256, 64, 8, 3, 5),
@@ -103,7 +103,7 @@ def _ranked(case: LookupCase) -> tuple[str, TileConfig]:
     machine = case.ranking.machine
     pool = [("model", CONFIGS[c], NEEDS) for c in case.own] + [("borrowed", CONFIGS[c], NEEDS) for c in case.lent]
     pool = [one for one in pool if _serves(one[1], case)] + [("default", default, assumed_needs(default, 90))]
-    us = [estimate(shape, config, needs, machine, operation) for _, config, needs in pool]
+    us = [estimate(shape, config, needs, machine, operation) - LAUNCH_US for _, config, needs in pool]
     level, config, _ = next(one for one, time in zip(pool, us, strict=True) if time <= EQUAL * min(us))
     return level, config
 
