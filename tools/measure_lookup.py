@@ -49,7 +49,7 @@ FORMAT = "int8kit.measured-lookup/1"
 MEAN, LEAST = 0.9, 0.8
 FLOPS_MAX = 2e13  # about 15 ms on an H200
 ROUNDS, SAMPLE_US = 7, 20000
-CHUNK = 10
+CHUNK = 20
 
 Times = dict[TileConfig, float]
 """Microseconds by configuration."""

@@ -25,7 +25,7 @@ from int8kit.timing.operands import TimingOperands, poison
 SUSTAINED_US = 20000
 """Length of a sample at the sustained clock: long enough that the GPU's power limit acts, as in a run of a model."""
 
-INT_MM_ROWS = 17  # torch._int_mm takes no fewer rows
+INT_MM_ROWS, INT_MM_STEP = 17, 8  # torch._int_mm takes no fewer rows, and N and K that are multiples of 8
 
 
 class ContextLost(Exception):
@@ -40,7 +40,8 @@ class ShapeBench:
         self.code_arch, self.operands = code_arch, TimingOperands(shape, gpu, seed=seed)
         o = self.operands
         # torch._int_mm is exact too, and fast where the reference's float64 is slow
-        sums = torch._int_mm(o.xq, o.weights[0].t()) if shape.m >= INT_MM_ROWS else o.truth("sums")
+        able = shape.m >= INT_MM_ROWS and shape.n % INT_MM_STEP == shape.k % INT_MM_STEP == 0
+        sums = torch._int_mm(o.xq, o.weights[0].t()) if able else o.truth("sums")
         self.truth = o.dequantized(sums)
         self.out = o.output()
         self._stream = torch.cuda.Stream()
