@@ -200,9 +200,8 @@ def load_database(gpu: str | None = None) -> Database:
 def load_plans(gpu: str | None = None) -> Callable[[int, int], Plan]:
     """The function (n, k) -> `Plan` of a weight [n, k], from `load_database(gpu)` and for the installed Triton.
 
-    `replace_linears` takes it as its argument `plan`; without it a layer calls `found_plan`. A weight without a near
-    entry gets an empty plan, which chooses the default configuration. Raises InputError for a Triton that is not
-    supported.
+    `replace_linears` takes it as its argument `plan`; without it a layer calls `found_plan`. Where nothing
+    is known, the plan chooses default configurations. Raises InputError for a Triton that is not supported.
     """
     require_supported()
     database, toolchain = load_database(gpu), present_toolchain()[0]
@@ -221,7 +220,7 @@ _finding = threading.RLock()
 def found_plan(device: int, n: int, k: int) -> Plan:
     """The plan of a weight [n, k] for the CUDA device with this index, from its GPU's database. Found once per process.
 
-    The first weight without a near entry warns with `NotTuned`; so does a database that cannot be read. Raises
+    The first weight for which nothing is known warns with `NotTuned`; so does a database that cannot be read. Raises
     InputError for a Triton that is not supported.
     """
     plan = _found.get((device, n, k))
