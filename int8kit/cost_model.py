@@ -46,19 +46,31 @@ Fitted constants. A size of 128 x 128 means that the value is for such a tile, a
                             3270 wgmma
     EPILOGUE_CLOCKS         7030 clocks     epilogue of 128 x 128 of a cooperative tile, which nothing hides
     WGMMA_STREAM_K_CLOCKS   57700 clocks    storing and fetching the accumulators of 128 x 128
+    SWIGLU_PINGPONG         1.12            times the clocks of a ping-pong tile, whose other consumer cannot hide the
+                                            epilogue with SwiGLU; the median of 11 shapes on an H200
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple, Protocol
 
-from int8kit.database.schema import Resources
 from int8kit.gpus import Gpu
-from int8kit.spec import GemmShape, Kernel, Schedule, TileConfig, triton_uses_warpgroups, warp_grid
+from int8kit.spec import (
+    GemmShape,
+    Kernel,
+    Operation,
+    Schedule,
+    TileConfig,
+    shared_memory_bound,
+    triton_uses_warpgroups,
+    warp_grid,
+)
 
 REGISTERS_SM = 65536
 BLOCKS_SM = 16
 SHARED_BYTES_CLOCK = 128
+OTHER_REGISTERS = 64  # of a thread, beside its accumulators; compiled kernels have 40 to 100
 
 L2_REUSE = 3.0
 SMOOTHNESS = 5.0
@@ -76,9 +88,61 @@ WGMMA_COPY_CLOCKS = 1460.0
 WGMMA_TILE_CLOCKS = {Kernel.TRITON: 22500.0, Kernel.WGMMA: 3270.0}
 EPILOGUE_CLOCKS = 7030.0
 WGMMA_STREAM_K_CLOCKS = 57700.0
+SWIGLU_PINGPONG = 1.12
 
 
-def blocks_per_sm(config: TileConfig, resources: Resources, gpu: Gpu) -> int:
+class Resources(Protocol):
+    """Resources of a compiled kernel, as `database.schema.Resources` has them."""
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread."""
+
+    @property
+    def spill_bytes(self) -> int:
+        """Local memory of a thread."""
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+
+
+class Needs(NamedTuple):
+    """Resources of a kernel as plain numbers."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+
+
+class Machine(NamedTuple):
+    """The figures of a GPU that the model reads. The fields are those of `Gpu`."""
+
+    arch: int
+    sms: int
+    shared_memory: int
+    shared_memory_sm: int
+    threads_sm: int
+    l2_bytes: int
+    dram_gb_s: float
+    l2_gb_s: float
+    clock_mhz: float
+    int8_tops: float
+
+
+def machine_of(gpu: Gpu) -> Machine:
+    """The figures of `gpu`."""
+    return Machine(*(getattr(gpu, name) for name in Machine._fields))
+
+
+def assumed_needs(config: TileConfig, arch: int) -> Needs:
+    """Resources of a kernel that nobody has compiled: its accumulators, OTHER_REGISTERS, and the bound of its ring."""
+    warps = 4 if config.kernel is Kernel.WGMMA else config.num_warps
+    accumulators = config.block_m * config.block_n // (32 * warps)
+    return Needs(min(accumulators + OTHER_REGISTERS, 255), 0, shared_memory_bound(config, arch=arch))
+
+
+def blocks_per_sm(config: TileConfig, resources: Resources, gpu: Gpu | Machine) -> int:
     """Blocks resident on one multiprocessor; 0 if not even one fits.
 
     Registers are allocated in steps of 8 per thread. Each block takes 1 KiB of shared memory more than it asks for.
@@ -93,8 +157,16 @@ def blocks_per_sm(config: TileConfig, resources: Resources, gpu: Gpu) -> int:
     )
 
 
-def estimate(shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gpu) -> float:
+def estimate(
+    shape: GemmShape,
+    config: TileConfig,
+    resources: Resources,
+    gpu: Gpu | Machine,
+    operation: Operation = Operation.GEMM,
+) -> float:
     """Estimated time of one GEMM in microseconds; infinity if no block fits.
+
+    operation: SwiGLU writes half as much, and a ping-pong tile cannot hide its epilogue.
 
     Each round computes one tile per resident block and multiprocessor; the last round has the remaining tiles. So
 
@@ -107,9 +179,12 @@ def estimate(shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gp
     if resident == 0:
         return math.inf
     tiles = math.ceil(shape.m / config.block_m) * math.ceil(shape.n / config.block_n)
-    dram_us = _dram_bytes(shape, config, gpu, resident) / gpu.dram_gb_s / 1e3
+    written = 2 * shape.m * shape.n // (2 if operation is Operation.SWIGLU else 1)
+    dram_us = (_dram_bytes(shape, config, gpu, resident) + written) / gpu.dram_gb_s / 1e3
     if _uses_wgmma(config, gpu.arch):
         clocks = _wgmma_clocks(shape, config, gpu, tiles, resident)
+        if operation is Operation.SWIGLU and config.schedule is Schedule.PINGPONG:
+            clocks *= SWIGLU_PINGPONG
     else:
         clocks = _mma_clocks(shape, config, resources, gpu, tiles, resident)
     return LAUNCH_US + _smooth_maximum(clocks / gpu.clock_mhz, dram_us)
@@ -122,17 +197,16 @@ def _uses_wgmma(config: TileConfig, arch: int) -> bool:
     return config.kernel is Kernel.WGMMA
 
 
-def _dram_bytes(shape: GemmShape, config: TileConfig, gpu: Gpu, resident: int) -> float:
-    """Bytes between DRAM and L2: the output, the operands, and operands read again after they have left the L2.
+def _dram_bytes(shape: GemmShape, config: TileConfig, gpu: Gpu | Machine, resident: int) -> float:
+    """Bytes from DRAM to L2: the operands, and operands read again after they have left the L2.
 
     The tiles of a wave advance along K together, so each of their rows and columns is read once. A segment of stream-K
     advances alone, and reads bytes that no other segment needs at that time. An operand that stays in L2 is read once.
     """
     m, n, k = shape.m, shape.n, shape.k
     rows, columns = math.ceil(m / config.block_m), math.ceil(n / config.block_n)
-    written = 2 * m * n
     if (m + n) * k <= gpu.l2_bytes:
-        return (m + n) * k + written
+        return (m + n) * k
     at_once = gpu.sms * (config.stream_k or resident)
     segments = rows * columns % at_once if config.stream_k else 0
     waves = (rows * columns - segments) / at_once
@@ -147,11 +221,11 @@ def _dram_bytes(shape: GemmShape, config: TileConfig, gpu: Gpu, resident: int) -
         x += segments * config.block_m * k
     if n * k > gpu.l2_bytes / 2:
         w += segments * config.block_n * k
-    return max((m + n) * k, x + w) + written
+    return max((m + n) * k, x + w)
 
 
 def _mma_clocks(
-    shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gpu, tiles: int, resident: int
+    shape: GemmShape, config: TileConfig, resources: Resources, gpu: Gpu | Machine, tiles: int, resident: int
 ) -> float:
     """Clocks of all tiles by `mma.sync`.
 
@@ -197,7 +271,7 @@ def _mma_clocks(
     return clocks + (rounds + (rest > 0)) * TILE_LATENCY_CLOCKS * (1 + size) / 2
 
 
-def _wgmma_clocks(shape: GemmShape, config: TileConfig, gpu: Gpu, tiles: int, resident: int) -> float:
+def _wgmma_clocks(shape: GemmShape, config: TileConfig, gpu: Gpu | Machine, tiles: int, resident: int) -> float:
     """Clocks of the busiest multiprocessor's tiles by `wgmma`.
 
     A step of K takes the maximum of three times:

@@ -50,7 +50,8 @@ TIE = 0.01
 """Times that differ by at most this share count as equal: the tuner may choose either."""
 
 NEAR = 4.0
-"""A tuned extent serves extents up to this many times larger or smaller. Beyond it the default is the safer guess."""
+"""Extents that are this many times larger or smaller are near: the tuner tries a configuration there. The lookup takes
+it only where the cost model cannot rank."""
 
 K_MAX = 131071
 """Largest K whose int32 sums cannot overflow: 128 * 128 * K < 2**31."""
@@ -360,6 +361,45 @@ def default_config(shape: GemmShape) -> TileConfig:
     if shape.m <= 64:
         return TileConfig(64, 64, 128, num_warps=4, num_stages=4)
     return TileConfig(128, 128, 64, num_warps=8, num_stages=4)
+
+
+def supports(kernel: Kernel, shape: GemmShape, operation: Operation = Operation.GEMM) -> bool:
+    """Whether `kernel` can serve a shape whose output has two bytes an element. For others the Triton kernel serves.
+
+    The Gluon kernels copy 16 bytes of K at once. TMA, by which the wgmma kernel stores, writes 16 bytes at once.
+    """
+    columns = shape.n // 2 if operation is Operation.SWIGLU else shape.n
+    return kernel is Kernel.TRITON or (shape.k % 16 == 0 and (kernel is Kernel.MMA_SYNC or columns % 8 == 0))
+
+
+_FAST_DEFAULTS = {  # the largest M that each serves
+    Kernel.MMA_SYNC: (
+        (16, TileConfig(16, 64, 128, 4, 6, kernel=Kernel.MMA_SYNC)),
+        (64, TileConfig(64, 64, 128, 4, 5, kernel=Kernel.MMA_SYNC)),
+        (2**31, TileConfig(128, 128, 128, 4, 3, kernel=Kernel.MMA_SYNC)),
+    ),
+    Kernel.WGMMA: (
+        (64, TileConfig(64, 64, 128, 8, 10, kernel=Kernel.WGMMA)),
+        (2**31, TileConfig(128, 128, 128, 8, 6, kernel=Kernel.WGMMA)),
+    ),
+}
+_FASTEST_KERNEL = {90: Kernel.WGMMA} | dict.fromkeys((80, 86, 87, 88, 89, 120, 121), Kernel.MMA_SYNC)
+"""The fastest kernel by architecture. On sm_100 and its kin nobody has timed mma.sync, so the Triton kernel serves."""
+
+
+def architecture_default(
+    shape: GemmShape, arch: int, shared_memory: int, operation: Operation = Operation.GEMM
+) -> TileConfig:
+    """The configuration, by the fastest kernel of an architecture, of a shape that no database knows.
+
+    `default_config` where that kernel does not support the shape, or has no room. Arguments as for `why_illegal`.
+    """
+    kernel = _FASTEST_KERNEL.get(arch)
+    if kernel is not None and supports(kernel, shape, operation):
+        config = next(config for most, config in _FAST_DEFAULTS[kernel] if shape.m <= most)
+        if why_illegal(config, arch=arch, shared_memory=shared_memory) is None:
+            return config
+    return default_config(shape)
 
 
 def is_near(a: int, b: int) -> bool:

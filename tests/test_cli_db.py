@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -231,9 +232,24 @@ def test_explain(capfd):
         "was not tuned for rtx3090, nearest-m serves; tune it with `int8kit tune --gpu rtx3090 --shape 4000x12288x4608`"
         in err
     )
-    document = json.loads(call(capfd, "db", "explain", 7, 100, 64, "--gpu", "h200", "--json")[0])
+    document = json.loads(call(capfd, "db", "explain", 700, 3000, 2040, "--gpu", "rtx4090", "--json")[0])
     assert (document["level"], document["proven"]) == ("default", False)
-    assert document["levels"] == dict.fromkeys(("exact", "nearest-m", "nearest", "default"))
+    assert document["levels"] == dict.fromkeys(("exact", "nearest-m", "nearest", "model", "borrowed", "default"))
+    assert "no entry of rtx4090 is near; estimated" in document["why"]
+
+
+def test_explain_names_the_reason_of_a_rank(capfd):
+    """The estimated times of the first two, and the database that was borrowed."""
+    own = json.loads(call(capfd, "db", "explain", 700, 3000, 2048, "--gpu", "h200", "--json")[0])
+    assert (own["level"], own["proven"], own["config"]["kernel"]) == ("model", True, "wgmma")
+    assert re.fullmatch(r"measured for [0-9x]+; estimated [0-9.]+ us; next wgmma .*, [0-9.]+ us", own["why"])
+    lent = json.loads(call(capfd, "db", "explain", 4296, 12288, 4608, "--gpu", "h100", "--json")[0])
+    assert (lent["level"], lent["files"]) == ("borrowed", [])
+    assert lent["why"].startswith("from h200, measured for 4296x12288x4608; estimated ")
+    same = json.loads(call(capfd, "db", "explain", 4296, 12288, 4608, "--gpu", "h200", "--json")[0])
+    assert lent["config"] == same["config"]  # on a GPU like the lender its entry serves
+    out, _ = call(capfd, "db", "explain", 4296, 12288, 4608, "--gpu", "h100")
+    assert "->  borrowed" in out
 
 
 def test_the_published_schema_is_the_models(capfd):

@@ -1,16 +1,20 @@
 """database.py: lookup, merge and verification stamps of a database in memory."""
 
 from dataclasses import replace
+from statistics import geometric_mean
 
 import pytest
 from entries import GPU, A, B, C, entry, stamped
 
 from int8kit import files
+from int8kit.cost_model import Needs, estimate
 from int8kit.database import database, store
 from int8kit.database.database import Database
 from int8kit.lookup import Candidate
-from int8kit.spec import GemmShape, Kernel, Source, TileConfig, default_config, why_illegal
+from int8kit.spec import GemmShape, Kernel, Source, TileConfig, architecture_default, default_config, why_illegal
 from int8kit.toolchain import ANY_TOOLCHAIN, Toolchain
+
+NEEDS = Needs(100, 0, 32768)  # of `entry`
 
 
 def test_levels():
@@ -22,9 +26,14 @@ def test_levels():
     other = base.resolve(GemmShape(4096, 12000, 4608), ANY_TOOLCHAIN)
     assert (other.level, other.config) == ("nearest", C)
     for far in (GemmShape(17000, 4608, 4608), GemmShape(249, 4608, 4608), GemmShape(4096, 1000, 4608)):
-        assert base.resolve(far, ANY_TOOLCHAIN).config == default_config(far)
-        assert base.resolve(far, ANY_TOOLCHAIN).level == "default"
-    assert Database(GPU).resolve(GemmShape(3, 3, 3), ANY_TOOLCHAIN).level == "default"
+        default = architecture_default(far, 86, GPU.shared_memory)  # estimated to be faster than A, B and C
+        assert default.kernel is Kernel.MMA_SYNC
+        assert (base.resolve(far, ANY_TOOLCHAIN).config, base.resolve(far, ANY_TOOLCHAIN).level) == (default, "default")
+        unaligned = replace(far, k=4600)  # which the mma_sync kernel cannot copy
+        us = {config: estimate(unaligned, config, NEEDS, GPU) for config in (default_config(far), A, B, C)}
+        chosen = base.resolve(unaligned, ANY_TOOLCHAIN).config
+        assert us[chosen] < 1.05 * min(us.values())
+    assert Database(GPU).resolve(GemmShape(3, 3, 3), ANY_TOOLCHAIN).config == default_config(GemmShape(3, 3, 3))
 
 
 def test_provenance_names_another_toolchain():
@@ -81,8 +90,9 @@ def test_stamps_belong_to_a_kernel_and_a_configuration():
 def test_choices_for_shapes_without_an_entry():
     base = Database(GPU).merged([entry(m=1000)])
     far = GemmShape(9, 64, 64)
-    more = base.choices_without_entry([GemmShape(1000, 4608, 4608), GemmShape(1500, 4608, 4608), far], ANY_TOOLCHAIN)
-    assert [(choice.shape.m, choice.config) for choice in more] == [(9, default_config(far)), (1500, A)]
+    more = base.choices_without_entry([GemmShape(1000, 4608, 4608), GemmShape(1100, 4608, 4608), far], ANY_TOOLCHAIN)
+    default = architecture_default(far, 86, GPU.shared_memory)
+    assert [(choice.shape.m, choice.config) for choice in more] == [(9, default), (1100, A)]
     assert base.choices_without_entry([], ANY_TOOLCHAIN) == []
 
 
@@ -112,18 +122,24 @@ def test_candidates_are_ranked_once_per_toolchain(monkeypatch):
     assert [c for c, _ in base.candidates(new)] == [Candidate(GemmShape(4096, 4608, 4608), B)]
 
 
-@pytest.mark.parametrize("alias", ["rtx3090", "h200"])
-def test_nearest_m_is_never_slower_than_the_default(alias):
-    """Each timed entry is left out in turn; the nearest entry's kernel is looked up among those timed at its shape."""
+@pytest.mark.parametrize(("alias", "mean"), [("h200", 0.98), ("rtx3090", 0.96)])
+def test_choice_for_an_unknown_shape_is_fast(alias, mean):
+    """Each timed entry is left out in turn. The choice is compared with the entry where it was a finalist there.
+
+    The times of rtx3090 are those of its code on an H200, with other multiprocessors than it is ranked for.
+    """
     base = store.load(files.shipped("tuning_db") / f"{alias}.json")
-    timed = [e for e in base.entries if e.time_us and e.default_us]
-    ratios = []
+    timed = [e for e in base.entries if e.time_us and e.triton == "3.6.0"]
+    ratios, levels = [], set()
     for e in timed:
         others = replace(base, entries=tuple(o for o in base.entries if o.shape != e.shape))
-        near = {level: one for level, _, one in others.levels(e.shape, ANY_TOOLCHAIN)}["nearest-m"]
-        known = {r.config: r.time_us for r in (e, *(e.runners_up or ()))}
-        if near is not None:  # group_m does not change the kernel: take the slowest of those timed
-            same = [us for config, us in known.items() if replace(config, group_m=near.config.group_m) == near.config]
-            ratios += [known.get(near.config, max(same)) / e.default_us] if same else []
+        choice = others.resolve(e.shape, ANY_TOOLCHAIN)
+        levels.add(choice.level)
+        known = [(r.config, r.time_us) for r in (e, *(e.runners_up or ()))]  # group_m does not change the kernel
+        same = [us for config, us in known if replace(config, group_m=choice.config.group_m) == choice.config]
+        assert choice.level != "default" or choice.config.kernel is not Kernel.TRITON
+        ratios += [e.time_us / max(same)] if same else []
+    assert levels >= {"nearest-m", "model"}
     assert len(ratios) > 0.5 * len(timed)
-    assert max(ratios) <= 1.0
+    assert min(ratios) > 0.8
+    assert geometric_mean(ratios) > mean

@@ -126,7 +126,7 @@ def test_the_lookup_counts_shapes_by_level(tmp_path, monkeypatch):
     assert findings("rtx3090")["lookup"].found == "72 shapes of ideogram4 on rtx3090: 72 exact"
     assert findings("rtx3090")["proofs"].status == "ok"
     assert "72 of 72 configurations unproven" in findings("rtx5090")["proofs"].found
-    assert findings("h100")["lookup"].found == "72 shapes of ideogram4 on h100: 72 default"
+    assert findings("h100")["lookup"].found == "72 shapes of ideogram4 on h100: 72 borrowed"
     base = store.load(files.shipped("tuning_db") / "rtx3090.json")
     few = replace(base, entries=tuple(e for e in base.entries if e.m == 4296))
     (tmp_path / "tuning_db").mkdir()

@@ -14,7 +14,7 @@ import int8kit
 from int8kit import GemmShape, TileConfig, UnknownName, gpus, ops
 from int8kit.database import store
 from int8kit.kernels import gemm
-from int8kit.spec import default_config
+from int8kit.spec import Kernel, default_config
 
 SHAPE = GemmShape(4296, 12288, 4608)
 
@@ -116,15 +116,26 @@ def test_on_a_cpu_nothing_is_looked_up(monkeypatch):
     assert "plan" not in repr(layer)
 
 
-def test_the_first_layer_without_a_near_entry_warns_once(on_gpu):
+def test_the_first_layer_without_a_known_configuration_warns_once(on_gpu, monkeypatch):
+    """No file is there to borrow either."""
+    monkeypatch.setattr(store, "find", lambda alias: None)
     layers = [int8kit.Int8Linear(64, n, device="cuda") for n in (32, 48)]
     x = torch.empty(9, 64, device="cuda")
     with pytest.warns(int8kit.NotTuned, match=r"rtx3090 is near a weight \[32, 64\].*--shape 4096x32x64`"):
         layers[0](x)
     for layer in layers:
         layer(x)  # a second warning would be an error
-    assert not any(plan.candidates for plan in on_gpu)
+    assert not any(plan.configs for plan in on_gpu)
     assert "plan=default" in repr(layers[0])
+
+
+def test_a_layer_far_from_every_entry_is_ranked(on_gpu):
+    layer = int8kit.Int8Linear(64, 32, device="cuda")
+    layer(torch.empty(9, 64, device="cuda"))  # a warning would be an error
+    [plan] = on_gpu
+    assert not plan.candidates
+    assert f"plan=best of {len(plan.configs)} by the cost model" in repr(layer)
+    assert plan.choose(GemmShape(9, 32, 64)).kernel is not Kernel.TRITON
 
 
 def test_a_damaged_database_costs_speed_only(on_gpu):

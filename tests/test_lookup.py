@@ -10,12 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_spec import CONFIGS
 
-from int8kit import files, lookup, ops
+from int8kit import files, gpus, lookup, ops
 from int8kit.bench import contestants
+from int8kit.cost_model import Needs, machine_of
 from int8kit.database import store
 from int8kit.errors import ConfigError
 from int8kit.kernels import gemm
 from int8kit.lookup import Candidate, Level, Plan
+from int8kit.ranking import Evidence, Ranked, Ranking
 from int8kit.spec import (
     GemmShape,
     Kernel,
@@ -35,10 +37,23 @@ CANDIDATES = st.lists(st.builds(Candidate, SHAPES, CONFIGS, st.sampled_from(Oper
 DATABASES = sorted(files.shipped("tuning_db").glob("*.json"))
 
 
-@given(CANDIDATES, st.integers(1, 200))
-def test_plan_round_trips_through_its_text(candidates, sms):
-    plan = Plan(tuple(candidates), sms)
+MACHINE = "machine 90,132,232448,233472,2048,52428800,4800,5500,1980,1979"
+H200 = machine_of(gpus.get("h200"))
+NEEDS = st.builds(Needs, st.integers(0, 255), st.integers(0, 99), st.integers(0, 232448))
+RANKINGS = st.builds(
+    Ranking,
+    st.builds(H200._replace, sms=st.integers(1, 200), dram_gb_s=st.sampled_from((936, 939.25))),
+    st.lists(st.builds(Ranked, CONFIGS, NEEDS, st.booleans()), max_size=4).map(tuple),
+    st.sampled_from((None, H200)),
+    st.lists(st.builds(Evidence, SHAPES, CONFIGS), max_size=2).map(tuple),
+)
+
+
+@given(CANDIDATES, st.integers(1, 200), st.none() | RANKINGS)
+def test_plan_round_trips_through_its_text(candidates, sms, ranking):
+    plan = Plan(tuple(candidates), sms, ranking)
     assert Plan.from_text(plan.text) == plan
+    assert Plan.from_text(plan.text).text == plan.text
 
 
 def test_text_of_a_plan_names_kernels():
@@ -78,8 +93,12 @@ def test_every_field_of_a_configuration_is_in_the_text(name):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "format ''.*expected 'int8kit.plan/2'"),
-        ("int8kit.plan/3;82", "format 'int8kit.plan/3'"),
+        ("", "format ''.*expected 'int8kit.plan/3'"),
+        ("int8kit.plan/4;82", "format 'int8kit.plan/4'"),
+        ("int8kit.plan/3;82", "damaged plan"),
+        (f"int8kit.plan/3;82;{MACHINE};own 1,2 triton 64,64,64,4,3,8,0", "damaged plan"),
+        (f"int8kit.plan/3;82;{MACHINE};rent 1,2,3 triton 64,64,64,4,3,8,0", "damaged plan"),
+        (f"int8kit.plan/3;82;{MACHINE},7", "damaged plan"),
         ("int8kit.plan/2", "damaged plan"),
         ("int8kit.plan/2;82;gemm 4x4x4 triton 1,2,3", "damaged plan"),
         ("int8kit.plan/2;82;gemm 4x4x4 cublas 64,64,64,4,3,8,0", "damaged plan"),
@@ -122,14 +141,14 @@ def test_operation_prefers_its_own_entries_to_those_of_gemm():
 
 
 def test_added_level_serves_every_caller(monkeypatch):
-    """For example a cost model between the nearest shape and the default."""
-    model = Level("model", lambda request: HIGH if request.shape.m > 100 else None)
-    monkeypatch.setattr(lookup, "LEVELS", (*lookup.LEVELS[:-1], model, lookup.LEVELS[-1]))
+    """For example one between the nearest shape and the cost model."""
+    added = Level("added", lambda request: HIGH if request.shape.m > 100 else None)
+    monkeypatch.setattr(lookup, "LEVELS", (*lookup.LEVELS[:3], added, *lookup.LEVELS[3:]))
     far = GemmShape(70000, 16, 16)
     base = store.load(DATABASES[0])
-    assert base.resolve(far, ANY_TOOLCHAIN).level == "model"
+    assert base.resolve(far, ANY_TOOLCHAIN).level == "added"
     assert base.plan(16, 16, ANY_TOOLCHAIN).choose(far) == HIGH
-    assert base.resolve(GemmShape(3, 16, 16), ANY_TOOLCHAIN).level == "default"
+    assert base.resolve(GemmShape(3, 16, 16), ANY_TOOLCHAIN).level in ("model", "default")
 
 
 def shapes(base, count, seed):
@@ -162,7 +181,25 @@ def test_every_caller_finds_the_same(path, triton):
         explained = next(one for _, one, _ in base.levels(shape, toolchain) if one is not None)  # `db explain`
         assert explained == choice
         assert shape in listed or unlisted[shape] == choice.config
-    assert levels >= {"nearest-m", "nearest", "default"}
+    assert levels >= {"nearest-m", "model"}
+
+
+@pytest.mark.parametrize("alias", ["h100", "rtx3070"])
+def test_every_caller_borrows_the_same(alias):
+    """A GPU without a file: a known one, and one that no record names."""
+    gpu = gpus.GPUS.get(alias) or replace(gpus.get("rtx3090"), alias=alias, sms=46, l2_bytes=4 << 20)
+    toolchain = gemm.toolchain()
+    base, paths = store.merged_view(gpu, toolchain)
+    assert not paths
+    assert base.lender.gpu.alias == {"h100": "h200", "rtx3070": "rtx3090"}[alias]
+    levels = set()
+    for shape in shapes(base.lender, 100, 1):
+        choice = base.resolve(shape, toolchain)
+        levels.add(choice.level)
+        plan = base.plan(shape.n, shape.k, toolchain)
+        assert ops._choose(plan.text, Operation.GEMM, shape.m, shape.n, shape.k) == plan.choose(shape) == choice.config
+        assert why_illegal(choice.config, arch=gpu.arch, shared_memory=gpu.shared_memory) is None
+    assert "borrowed" in levels <= {"borrowed", "default"}
 
 
 def test_benchmark_finds_the_same(monkeypatch):

@@ -25,10 +25,11 @@ TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 LAYERS = [
     {"errors"}, {"files", "spec", "tiny_model"},
     {
-        "canonical", "damage", "gradient", "image_errors", "interrupt", "layer_state", "lookup", "models",
+        "canonical", "damage", "gradient", "image_errors", "interrupt", "layer_state", "models",
         "operand_checks", "peers", "progress", "reference", "saved_models", "toolchain",
     },
-    {"fingerprint", "gpus", "shapes_schema"}, {"kernels", "shapes_file"}, {"database"}, {"cost_model", "ops"},
+    {"fingerprint", "gpus", "shapes_schema"}, {"cost_model", "kernels", "shapes_file"},
+    {"ranking"}, {"lookup"}, {"database"}, {"ops"},
     {"adapters", "foreign_weights"}, {"layers", "timing"}, {"quantization"},
     {"trace", "tune", "verify", "runtime"}, {"bench"}, {"doctor"}, {"integrations"}, {"pipelines"},
     {"cli"}, {"__main__"},

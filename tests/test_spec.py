@@ -115,3 +115,28 @@ def test_errors_form_one_tree():
 
 def test_sources_are_ordered():
     assert Source.MEASURED.strength > Source.PROXY.strength > Source.MODELLED.strength
+
+
+@pytest.mark.parametrize(
+    ("arch", "shared_memory"), [(80, 166912), (86, 101376), (89, 101376), (90, 232448), (120, 101376)]
+)
+@pytest.mark.parametrize("m", [1, 16, 17, 64, 65, 40000])
+def test_default_of_an_architecture_is_its_fastest_kernel(arch, shared_memory, m):
+    fast = Kernel.WGMMA if arch == 90 else Kernel.MMA_SYNC
+
+    def kernel(n=4608, k=4608, memory=shared_memory, operation=spec.Operation.GEMM):
+        config = spec.architecture_default(GemmShape(m, n, k), arch, memory, operation)
+        assert why_illegal(config, arch=arch, shared_memory=shared_memory) is None
+        return config.kernel
+
+    assert kernel() is fast
+    assert kernel(k=4600) is Kernel.TRITON  # 4600 is no multiple of 16 bytes
+    assert kernel(n=4612) is (Kernel.TRITON if arch == 90 else fast)  # rows of 9224 bytes, which TMA cannot write
+    assert kernel(n=4616, operation=spec.Operation.SWIGLU) is (Kernel.TRITON if arch == 90 else fast)
+    assert kernel(memory=49152) is Kernel.TRITON  # no room for the ring
+
+
+def test_architectures_without_a_known_fastest_kernel_take_the_plain_one():
+    shape = GemmShape(100, 512, 512)
+    for arch in (100, 101, 103, 110):
+        assert spec.architecture_default(shape, arch, 232448) == spec.default_config(shape)

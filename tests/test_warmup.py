@@ -27,8 +27,9 @@ def test_the_tiny_model(quiet_interpreter, verb):
 
 
 @pytest.mark.parametrize("alias", ["h200", "rtx3090"])
-def test_every_configuration_that_a_plan_can_choose(alias):
-    """Those of the full model, for every number of rows."""
+def test_every_configuration_that_a_plan_can_choose(alias, monkeypatch):
+    """Those of the full model, for every number of rows, where kernels are compiled."""
+    monkeypatch.setattr(gemm, "interpreted", lambda: False)
     model, database = models.get("ideogram4"), store.load_database(alias)
     with torch.device("meta"):
         block = model.build()

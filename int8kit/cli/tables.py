@@ -94,15 +94,20 @@ def proven_by(entry: Entry, toolchain: Toolchain, arch: int) -> str:
     return ", ".join(proofs) or "no"
 
 
+_NOT_FOUND = {
+    "model": "none of the database's configurations is estimated to be the fastest",
+    "borrowed": "nothing borrowed is estimated to be the fastest",
+}
+
+
 def levels_table(levels: Iterable[tuple[str, Choice | None, Entry | None]]) -> str:
     """The configuration that each level of the lookup finds; an arrow marks the one that serves."""
     rows, served = [], False
-    for level, choice, entry in levels:
+    for level, choice, _ in levels:
         if choice is None:
-            rows.append(("", level, "", "no entry"))
+            rows.append(("", level, "", _NOT_FOUND.get(level, "no entry")))
         else:
-            why = choice.provenance if entry else "runs on every GPU"
-            rows.append(("" if served else "->", level, str(choice.config), why))
+            rows.append(("" if served else "->", level, str(choice.config), choice.provenance))
             served = True
     return fit(rows, ("", "level", "tile", "why"), wrap="why", left="*")
 

@@ -159,7 +159,7 @@ def _verify(
         runs = [run for run in runs if run.name in only]
     files_used = ", ".join(map(str, paths)) or "no database, so the defaults"
     entries = count(len(base.entries), "entry", "entries")
-    others = f", and the default configuration of {count(len(unlisted), 'shape')} without an entry" if unlisted else ""
+    others = f", and the choices for {count(len(unlisted), 'shape')} without an entry" if unlisted else ""
     for executor in found:
         reduced = ", at reduced M, N and K" if executor.on == "interpreter" else ""
         note(f"executing on {executor}{reduced}; {entries}{others}; {files_used}")

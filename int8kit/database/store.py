@@ -26,7 +26,7 @@ import platformdirs
 from pydantic import ValidationError
 
 from int8kit import damage, files, gpus
-from int8kit.database import upgrade
+from int8kit.database import borrow, upgrade
 from int8kit.database.database import Database, Key, identity_of
 from int8kit.database.schema import FORMAT, Document, Entry, Stamp
 from int8kit.errors import FileError, InputError
@@ -144,9 +144,9 @@ def known() -> list[Path]:
 def merged_view(gpu: Gpu, toolchain: Toolchain, given: Path | None = None) -> tuple[Database, tuple[Path, ...]]:
     """The database that serves a GPU, and the files that it comes from. Raises FileError.
 
-    given: the only file to read. By default the file that `find` returns, merged with the user's own. A user's entry
-    whose kernel has changed since does not replace another entry. Except for a given file, the record of a known GPU
-    holds: a file for a GPU of other limits is refused.
+    given: the only file to read; nothing is borrowed then. By default the file that `find` returns, merged with the
+    user's own. A user's entry whose kernel has changed since does not replace another entry. Except for a given file,
+    the record of a known GPU holds: a file for a GPU of other limits is refused.
     """
     base = given or find(gpu.alias)
     own = user_path(gpu.alias) if given is None else None
@@ -162,7 +162,18 @@ def merged_view(gpu: Gpu, toolchain: Toolchain, given: Path | None = None) -> tu
             _check_record(path, served, record)
             served, header = record, identity_of(record)
         database = replace(database.merged(fresh), gpu=served, header=header, policies=policies)
+    if given is None:
+        database = replace(database, lender=borrow.lender_of(database, toolchain, _readable))
     return database, paths
+
+
+def _readable(alias: str) -> Database | None:
+    """The database of a GPU, or None if there is no file or it cannot be read: `int8kit db check` reports that."""
+    path = find(alias)
+    try:
+        return load(path, alias) if path else None
+    except FileError:
+        return None
 
 
 def _check_record(path: Path, served: Gpu, record: Gpu) -> None:
@@ -189,9 +200,8 @@ def load_database(gpu: str | None = None) -> Database:
 def load_plans(gpu: str | None = None) -> Callable[[int, int], Plan]:
     """The function (n, k) -> `Plan` of a weight [n, k], from `load_database(gpu)` and for the installed Triton.
 
-    `replace_linears` takes it as its argument `plan`; without it a layer calls `found_plan`. A weight without a near
-    entry gets an empty plan, which chooses the default configuration. Raises InputError for a Triton that is not
-    supported.
+    `replace_linears` takes it as its argument `plan`; without it a layer calls `found_plan`. Where nothing
+    is known, the plan chooses default configurations. Raises InputError for a Triton that is not supported.
     """
     require_supported()
     database, toolchain = load_database(gpu), present_toolchain()[0]
@@ -210,7 +220,7 @@ _finding = threading.RLock()
 def found_plan(device: int, n: int, k: int) -> Plan:
     """The plan of a weight [n, k] for the CUDA device with this index, from its GPU's database. Found once per process.
 
-    The first weight without a near entry warns with `NotTuned`; so does a database that cannot be read. Raises
+    The first weight for which nothing is known warns with `NotTuned`; so does a database that cannot be read. Raises
     InputError for a Triton that is not supported.
     """
     plan = _found.get((device, n, k))
@@ -224,9 +234,9 @@ def _find_plan(device: int, n: int, k: int) -> Plan:
                 _sources[device] = _source_of(device)
             alias, plans = _sources[device]
             plan = plans(n, k)
-            is_first = all(other.candidates for other in _found.values())
+            is_first = all(other.configs for other in _found.values())
             _found[device, n, k] = plan
-            if alias and not plan.candidates and is_first:
+            if alias and not plan.configs and is_first:
                 warnings.warn(
                     f"no entry of {alias} is near a weight [{n}, {k}], so default configurations serve it: run "
                     f"`int8kit tune --shape 4096x{n}x{k}`, with the rows of your input for 4096",
@@ -264,7 +274,7 @@ def described(plan: Plan, n: int, k: int) -> str:
     shapes = sorted({candidate.shape for candidate in plan.candidates})
     own = [shape for shape in shapes if (shape.n, shape.k) == (n, k)]
     if not shapes:
-        return "default"
+        return f"best of {len(plan.configs)} by the cost model" if plan.configs else "default"
     names = ", ".join(map(str, (own or shapes)[:3]))
     more = len(own or shapes) - 3
     gpu = next((f" of {_sources[key[0]][0]}" for key, found in _found.items() if found is plan), "")

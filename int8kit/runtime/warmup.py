@@ -27,7 +27,7 @@ from int8kit.models import Join, Model
 from int8kit.progress import Progress, no_progress
 from int8kit.runtime import denoise, variants
 from int8kit.runtime.fused_ideogram4 import FusedIdeogram4
-from int8kit.spec import GemmShape, TileConfig, default_config
+from int8kit.spec import GemmShape, Kernel, Operation, TileConfig, default_config
 
 ROWS = 48
 """Rows of a trial: no kernel is compiled for a number of rows."""
@@ -107,8 +107,10 @@ def _products(
     """Each GEMM that a plan can choose: its name, and a launch."""
     toolchain, seen = gemm.toolchain(), set()
     for n, k, swiglu, bias in sorted(_weights(block, model)):
-        plan = database.plan(n, k, toolchain)
-        configs = {candidate.config for candidate in plan.candidates} or {default_config(GemmShape(4096, n, k))}
+        plan, shape = database.plan(n, k, toolchain), GemmShape(4096, n, k)
+        configs = plan.choosable(n, k, Operation.SWIGLU if swiglu else Operation.GEMM)
+        if gemm.interpreted():  # it runs one kernel alone
+            configs = {config for config in configs if config.kernel is Kernel.TRITON} or {default_config(shape)}
         for config in sorted(configs, key=str):
             key = (n, k, config, swiglu, bias)
             if key not in seen:

@@ -32,7 +32,7 @@ HOT_ROWS = 1024
 input comes from L2, and its programs start one after the other. On an H100, tiles that were 5 % faster by themselves
 were 12 % slower so."""
 
-INT_MM_ROWS = 17  # torch._int_mm takes no fewer rows
+INT_MM_ROWS, INT_MM_STEP = 17, 8  # torch._int_mm takes no fewer rows, and N and K that are multiples of 8
 
 
 class ContextLost(Exception):
@@ -47,7 +47,8 @@ class ShapeBench:
         self.code_arch, self.operands = code_arch, TimingOperands(shape, gpu, seed=seed)
         o = self.operands
         # torch._int_mm is exact too, and fast where the reference's float64 is slow
-        sums = torch._int_mm(o.xq, o.weights[0].t()) if shape.m >= INT_MM_ROWS else o.truth("sums")
+        able = shape.m >= INT_MM_ROWS and shape.n % INT_MM_STEP == shape.k % INT_MM_STEP == 0
+        sums = torch._int_mm(o.xq, o.weights[0].t()) if able else o.truth("sums")
         self.swiglu = isinstance(shape, SwigluShape)
         self.truth = o.gated(sums) if self.swiglu else o.dequantized(sums)
         self.out = poison(torch.empty_like(self.truth))

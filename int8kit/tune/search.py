@@ -188,7 +188,8 @@ def rank(
     for config in configs:
         resources = compiled.of(config, shape)
         if resources is not None and resources.spill_bytes == 0 and variant_of(config, shape) not in compiled.banned:
-            rows.append((cost_model.estimate(shape, config, resources, compiled.machine), config, resources))
+            us = cost_model.estimate(shape, config, resources, compiled.machine, operation_of(shape))
+            rows.append((us, config, resources))
     return sorted(rows, key=lambda row: row[:2])
 
 
@@ -287,7 +288,7 @@ def entry(history: ShapeHistory, final: RoundTimes, compiled: Compilations, sour
             "config": config,
             "kernel": gemm.kernel_hash(config.kernel),
             "resources": resources,
-            "model_us": round(cost_model.estimate(shape, config, resources, compiled.machine), 2),
+            "model_us": round(cost_model.estimate(shape, config, resources, compiled.machine, operation_of(shape)), 2),
             "time_us": round(times[config].p50, 2),
             "p20_us": round(times[config].p20, 2),
             "p80_us": round(times[config].p80, 2),

@@ -175,10 +175,10 @@ def _merged(case: StampCase, entry: Entry) -> str | None:
 
 
 def _preferred(case: StampCase) -> str | None:
-    """The entry that serves a shape between two equally near ones: the one of M = 200, if the other one is worse."""
+    """The entry that serves a shape between two equally near ones: the one of M = 882, if the other one is worse."""
     one = entry_of(case)
     near, far = (
-        one.model_copy(update={"m": m, "config": replace(one.config, group_m=g)}) for m, g in ((50, 3), (200, 5))
+        one.model_copy(update={"m": m, "config": replace(one.config, group_m=g)}) for m, g in ((800, 3), (882, 5))
     )
     strong = {"source": Source.MEASURED, "time_us": 9.0, "measured_on": "NVIDIA H200"}
     steps = {
@@ -191,11 +191,11 @@ def _preferred(case: StampCase) -> str | None:
     for name, (first, second, want) in steps.items():
         database = Database(GPUS["h200"], ()).merged([second, first])
         for got in (
-            database.resolve(replace(_SHAPE, m=100), TOOLCHAIN).config,
-            database.plan(_SHAPE.n, _SHAPE.k, TOOLCHAIN).choose(replace(_SHAPE, m=100)),
+            database.resolve(replace(_SHAPE, m=840), TOOLCHAIN).config,
+            database.plan(_SHAPE.n, _SHAPE.k, TOOLCHAIN).choose(replace(_SHAPE, m=840)),
         ):
             if got != want.config:
-                return f"M = 50 {name}: {got} serves, expected {want.config}"
+                return f"M = 800 {name}: {got} serves, expected {want.config}"
     both = Database(GPUS["h200"], ()).merged([one, one.model_copy(update={"triton": "3.8.0"})])
     if len(both.entries) != 2 or both.usable_entries(TOOLCHAIN) != [one]:
         return "entries of two Triton generations: expected that the present one is usable alone"
