@@ -1,6 +1,8 @@
 """The fused forward of Ideogram 4 on a GPU: against the CPU, as CUDA graphs, with LoRAs, and in every variant."""
 
 import copy
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -104,6 +106,25 @@ def test_attention_without_a_mask():
     want = attention.attend(q.float(), k.float(), v.float(), (60, 40), 2, 1)
     assert distance(out, want) < 0.004
     assert attention.name_of(DEVICE) in ("cudnn", "flash")
+
+
+def test_other_attention_keeps_torchs_order():
+    """In a new process, whether the first attention is ours or not."""
+    script = """
+import sys, torch
+from int8kit.runtime import attention
+q = torch.zeros(1, 1, 64, 64, device="cuda", dtype=torch.bfloat16)
+if sys.argv[1] == "ours":
+    with attention.backend(q.device):
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+torch.nn.functional.scaled_dot_product_attention(q, q, q)
+print(torch._C._get_sdp_priority_order())
+"""
+    orders = {
+        subprocess.run([sys.executable, "-c", script, first], capture_output=True, text=True, check=True).stdout
+        for first in ("ours", "torch's")
+    }
+    assert len(orders) == 1
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
