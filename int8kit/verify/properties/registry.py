@@ -25,6 +25,7 @@ from int8kit.verify.properties import (
     gemm,
     gemm_calls,
     gradients,
+    kernel_needs,
     launch_cache,
     layers,
     lookups,
@@ -205,9 +206,11 @@ PROPERTIES: dict[str, Property] = {
             always=lambda tiles, budget: gemm_calls.refused(), cost=50,
         ),
         _all_of_int8kit(
-            "fallback", "the Triton kernel serves operands that the named kernel cannot", gemm_calls.check_fallback,
+            "fallback", "the Triton kernel serves operands that the named kernel cannot", kernel_needs.check,
             strategy=lambda tiles, budget: sampled_from(tuple(gemm_calls.fallbacks("cuda"))),
-            always=lambda tiles, budget: gemm_calls.fallbacks("cuda" if budget.large_k else "cpu"), cost=50,
+            always=lambda tiles, budget: (
+                *gemm_calls.fallbacks("cuda" if budget.large_k else "cpu"), *kernel_needs.calls()
+            ), cost=50, mutants_of=tuple(Kernel),
         ),
         _all_of_int8kit(
             "operators", "each half of a torch operator has the bits and the layout of the reference",
