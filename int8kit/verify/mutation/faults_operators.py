@@ -147,4 +147,9 @@ FAULTS = (
         "    out = operands.out\n", "    out = operands.out\n    _ = operands.sx is None or operands.sx.abs_()\n",
         "negative scales of x become positive in place", "output",
     ),
+    Mutant(
+        "check-refuses-the-longest-row", "operand_checks.py",
+        "_is_sure(k > K_MAX_HELD)", "_is_sure(k >= K_MAX_HELD)",
+        "the CPU refuses a row of 16384, which a GPU takes", "operators",
+    ),
 )  # fmt: skip
