@@ -29,6 +29,7 @@ from int8kit.verify.properties import (
     launch_cache,
     layers,
     lookups,
+    modules,
     operator_tables,
     operators,
     order,
@@ -224,6 +225,11 @@ PROPERTIES: dict[str, Property] = {
         _all_of_int8kit(
             "layers", "an INT8 layer computes the linear of the weights and biases that it was made of", layers.check,
             strategy=lambda tiles, budget: layers.examples(), always=lambda tiles, budget: layers.always(),
+        ),
+        _all_of_int8kit(
+            "modules", "a module computes each linear that was exchanged as its weight, its scales and its hooks say",
+            modules.check, strategy=lambda tiles, budget: modules.examples(),
+            always=lambda tiles, budget: modules.always(),
         ),
         _all_of_int8kit(
             "lookup", "a plan and its text choose the configuration that the rule names", lookups.check,
