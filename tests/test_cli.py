@@ -196,8 +196,9 @@ def test_verify_proves_every_property(tmp_path):
     everywhere = {
         "accumulator", "output", "swiglu", "batch", "linearity", "zero rows", "nan rows", "strided", "repeats",
         "configuration", "quantize", "rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope",
-        "refusals", "fallback", "operators", "gradients", "layers", "lookup", "stamps", "launch cache", "row launches",
-        "tile order", "tile scheduler", "barriers", "bias", "row scale", "silu", "triton code", "mma_sync code",
+        "refusals", "fallback", "operators", "gradients", "layers", "modules", "lookup", "stamps",
+        "launch cache", "row launches", "tile order", "tile scheduler",
+        "barriers", "bias", "row scale", "silu", "triton code", "mma_sync code",
         "wgmma code", "row code", "entries",
     }  # fmt: skip
     assert names == everywhere if HERE == "cpu" else names > everywhere

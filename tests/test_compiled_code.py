@@ -14,7 +14,7 @@ from int8kit.spec import Kernel
 from int8kit.verify import executors, process_pool
 from int8kit.verify.process_pool import Call, Ending
 from int8kit.verify.properties import compiled_code, proof
-from int8kit.verify.properties.compiled_code import inspection, launched, variants
+from int8kit.verify.properties.compiled_code import inspection, launched, offsets, variants
 from int8kit.verify.properties.compiled_code.launched import Code
 from int8kit.verify.properties.compiled_code.ptx import parse
 from int8kit.verify.properties.compiled_code.values import Values
@@ -182,6 +182,39 @@ def test_a_slot_released_before_the_last_product_is_found(codes):
     assert "releases the last slot" in fault("wgmma", COOPERATIVE, replace(code, ptx=changed))
 
 
+WIDE = r"(mul|mad)\.(?:wide\.s32|lo\.s64) \t(%rd\d+), (%rd?\d+), (%rd?\d+)((?:, %rd\d+)?);"
+
+
+def in_32_bits(match):
+    """The same product of two registers in 32 bits, and its sum with a third one, if any, in 64 bits."""
+    _, to, *factors, term = match.groups()
+    short = [f"cvt.u32.u64 \t%r9000{i}, {one};\n\t" if "d" in one else f"mov.b32 \t%r9000{i}, {one};\n\t"
+             for i, one in enumerate(factors)]  # fmt: skip
+    sum_of = f"\n\tadd.s64 \t{to}, {to}{term};" if term else ""
+    return f"{''.join(short)}mul.lo.s32 \t%r90002, %r90000, %r90001;\n\tcvt.s64.s32 \t{to}, %r90002;{sum_of}"
+
+
+@pytest.mark.parametrize("variant", [MMA_SYNC, TRITON, ROW], ids=str)
+def test_every_product_with_a_stride_needs_64_bits(codes, variant):
+    code = codes[variant]
+    matches = list(re.finditer(WIDE, code.ptx))
+    found = [
+        fault("offsets", variant, replace(code, ptx=code.ptx[: one.start()] + in_32_bits(one) + code.ptx[one.end() :]))
+        for one in matches
+    ]
+    assert len(found) >= 2
+    assert all(why and "more than 32 bits" in why for why in found), found
+
+
+def test_the_offsets_of_every_matrix_are_followed(codes):
+    """Of the kernels in which TMA does not compute the addresses."""
+    matrices = {MMA_SYNC: {"x_ptr", "w_ptr", "out_ptr"}, TRITON: {"x_ptr", "w_ptr", "out_ptr"},
+                ROW: {"x_ptr", "mod_ptr", "q_ptr"}}  # fmt: skip
+    for variant, wanted in matrices.items():
+        assert wanted <= offsets.followed(codes[variant], variant.config), variant
+        assert fault("offsets", variant, codes[variant]) is None
+
+
 def test_a_staging_buffer_of_both_consumers_is_found(codes):
     """The addresses of one consumer's buffers become the other consumer's."""
     code = codes[WGMMA]
@@ -326,6 +359,9 @@ def test_values_of_thread_0():
     assert values.address("{%r1}, [%r5+8192], 4") == 64 + 8192
     assert values.of("%r10") is values.of("%r11") is None
     assert Values(parse(HEAD + body + "\tret;\n}\n"), {"%r9": 4}).of("%r10") == 5
+    assert Values(parse(HEAD + body + "\tret;\n}\n"), in_first_round=True).of("%r11") == 0
+    contrary = "\tsetp.eq.b32 %p1, %r1, 0;\n\tnot.pred %p2, %p1;\n\tselp.b32 %r2, 3, 4, %p2;\n"
+    assert Values(parse(HEAD + contrary + "\tret;\n}\n")).of("%r2") == 4
 
 
 def test_dtypes_of_variants_have_names():

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from int8kit import gpus, reference
-from int8kit.kernels import gemm, operands
+from int8kit.kernels import gemm, gemm_mma_sync, gemm_wgmma, operands
 from int8kit.spec import Kernel
 from int8kit.verify import executors
-from int8kit.verify.properties import gemm_calls
+from int8kit.verify.examples.encoding import from_json, to_json
+from int8kit.verify.properties import gemm_calls, kernel_needs
+from int8kit.verify.properties.kernel_needs import FREE, NEEDS, NeedCall
 
 EXECUTOR = executors.available(gpus.get("rtx3090"))[-1]
 
@@ -46,3 +48,24 @@ def test_a_wrong_fallback_is_found(monkeypatch):
     monkeypatch.setattr(gemm, "_notice", notice)
     monkeypatch.setattr(reference, "accumulate", lambda xq, wq: torch.zeros(len(xq), len(wq), dtype=torch.int32))
     assert "differ" in gemm_calls.check_fallback(next(c for c in cases if c.call == "accumulate"), EXECUTOR)
+
+
+def test_every_need_is_lacking_alone():
+    cases = list(kernel_needs.calls())
+    assert len(set(cases)) == len(cases)
+    for kernel in Kernel:
+        assert set(NEEDS[kernel]) | set(FREE[kernel]) == set(NEEDS[Kernel.MMA_SYNC]) | set(NEEDS[Kernel.WGMMA])
+        assert {c.lacks for c in cases if c.kernel is kernel} == {"", *NEEDS[kernel], *FREE[kernel]}
+    assert [why for c in cases if (why := kernel_needs.check(c, EXECUTOR))] == []
+    assert str(NeedCall(Kernel.WGMMA, "end of out")) == "wgmma kernel, bfloat16, end of out off by 8 bytes"
+    assert from_json(to_json(cases[-1])) == cases[-1]
+
+
+@pytest.mark.parametrize(("module", "kernel"), [(gemm_mma_sync, Kernel.MMA_SYNC), (gemm_wgmma, Kernel.WGMMA)])
+def test_a_need_that_is_not_looked_at_is_found(monkeypatch, module, kernel):
+    monkeypatch.setattr(module, "why_not", lambda operands: None)
+    for lacks in NEEDS[kernel]:
+        assert kernel_needs.check(NeedCall(kernel, lacks), EXECUTOR) == "served, expected a reason why not"
+    monkeypatch.setattr(module, "why_not", lambda operands: "never")
+    for lacks in ("", *FREE[kernel]):
+        assert "refused: never" in kernel_needs.check(NeedCall(kernel, lacks), EXECUTOR)

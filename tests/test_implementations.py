@@ -180,7 +180,7 @@ def test_every_property_is_run_by_default():
     other_code = replace(EXECUTOR, arch="sm86")
     assert set(names) - set(verify_kernels.names(other_code, Database(gpus.get("rtx3090")))) == {
         "quantize", "rms_norm_quantize", "residual_norm_quantize", "swiglu_quantize", "qk_norm_rope", "operators",
-        "gradients", "refusals", "fallback", "layers", "lookup", "stamps", "row launches", "row scale",
+        "gradients", "refusals", "fallback", "layers", "modules", "lookup", "stamps", "row launches", "row scale",
     }  # fmt: skip
 
 

@@ -60,7 +60,11 @@ def test_catalogue_covers_every_kernel():
 def test_faults_that_a_proof_finds_need_no_gpu():
     here = executors.available(gpus.get("rtx3090"))
     by_name = {mutant.name: mutant for mutant in CATALOGUE}
-    for name, proof in (("stale-workspace-slot", "tile scheduler"), ("wgmma-epilogue-too-early", "wgmma code")):
+    for name, proof in (
+        ("stale-workspace-slot", "tile scheduler"),
+        ("wgmma-epilogue-too-early", "wgmma code"),
+        ("wgmma-end-of-8-bytes", "fallback"),
+    ):
         assert by_name[name].needs_gpu
         assert campaign._not_runnable(by_name[name], here) is None
         assert campaign._trial(by_name[name], here).properties == (proof,)

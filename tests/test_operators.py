@@ -4,9 +4,10 @@ import pytest
 import torch
 from kernel_helpers import EXECUTOR
 
-from int8kit import ops, reference
+from int8kit import operand_checks, ops, reference
 from int8kit.errors import ShapeError
 from int8kit.kernels import gemm
+from int8kit.spec import K_MAX
 from int8kit.verify.properties import operator_tables, operators
 from int8kit.verify.properties.operators import PLANS, PRODUCTS, OperatorCase
 from int8kit.verify.runner import forbid_fallback
@@ -138,3 +139,27 @@ def test_a_fake_kernel_that_narrows_the_rows_is_caught(monkeypatch):
     monkeypatch.setattr(operators, "_public", lambda c, a: (bool(len(a["x"]) > 2), whole(c, a))[1])
     why = operators.check(operator_tables.base("quantize"), EXECUTOR)
     assert "the fake kernel narrows a number of rows" in why
+
+
+def _refuses_rows_apart(name, v, m, k):
+    if not v.is_contiguous():
+        raise ShapeError(name)
+
+
+@pytest.mark.parametrize(
+    ("check", "narrower", "operator"),
+    [
+        ("K_MAX_HELD", 16383, "rms_norm_quantize"),
+        ("HEAD_DIMS", (16, 32, 64, 128), "qk_norm_rope"),
+        ("HEAD_DIMS", (32, 64, 128, 256), "qk_norm_rope"),
+        ("_is_apart", lambda x: x.stride(-1) != 1, "scaled_mm"),
+        ("_is_apart", lambda x: x.stride(-1) != 1, "linear"),
+        ("_images", _refuses_rows_apart, "residual_norm_quantize"),
+    ],
+)
+def test_a_check_that_refuses_the_last_legal_operand_is_caught(monkeypatch, check, narrower, operator):
+    cases = [c for c in operator_tables._limits(operator_tables.base(operator)) if c.k < K_MAX]
+    assert [why for c in cases if (why := operators.check(c, EXECUTOR))] == []
+    monkeypatch.setattr(operand_checks, check, narrower)
+    with pytest.raises(ShapeError):
+        [operators.check(case, EXECUTOR) for case in cases]

@@ -31,9 +31,11 @@ CLASSES = {  # by name: the module, which is imported when it is needed, since i
     "Pair": "int8kit.verify.properties.launch_cache",
     "RefusedCall": "int8kit.verify.properties.gemm_calls",
     "FallbackCall": "int8kit.verify.properties.gemm_calls",
+    "NeedCall": "int8kit.verify.properties.kernel_needs",
     "OperatorCase": "int8kit.verify.properties.operators",
     "GradientCase": "int8kit.verify.properties.gradients",
     "LayerCase": "int8kit.verify.properties.layers",
+    "ModuleCase": "int8kit.verify.properties.modules",
     "LookupCase": "int8kit.verify.properties.lookups",
     "StampCase": "int8kit.verify.properties.stamps",
 }

@@ -159,7 +159,7 @@ def _not_runnable(mutant: Mutant, executors: list[Executor]) -> Verdict | None:
     """The verdict on a mutant that nothing here can execute, with the reason; or None."""
     about = mutant.name, mutant.file, mutant.fault
     if executors[-1].on == "interpreter":
-        runs = not mutant.needs_gpu or _proof_here(mutant, executors[-1])
+        runs = not mutant.needs_gpu or _shown_here(mutant, executors[-1])
         return None if runs else Verdict(*about, "needs a GPU", evidence=mutant.needs_gpu)
     gpu = present()
     if mutant.kernel is Kernel.WGMMA and gpu is not None and gpu.arch != 90:
@@ -167,9 +167,10 @@ def _not_runnable(mutant: Mutant, executors: list[Executor]) -> Verdict | None:
     return None
 
 
-def _proof_here(mutant: Mutant, executor: Executor) -> bool:
-    """Whether a proof should catch the fault that runs no kernel: one that reads code, or the tile scheduler's."""
-    return mutant.expected in registry.PROOFS and registry.PROOFS[mutant.expected].why_not(executor) is None
+def _shown_here(mutant: Mutant, executor: Executor) -> bool:
+    """Whether a property that runs no Gluon kernel should catch the fault: `fallback`, or a proof."""
+    proof = registry.PROOFS.get(mutant.expected)
+    return mutant.expected == "fallback" or (proof is not None and proof.why_not(executor) is None)
 
 
 def _trial(mutant: Mutant, executors: list[Executor]) -> Trial:

@@ -46,6 +46,9 @@ MMA_SYNC_FAULTS = (
                "the worker that completes a tile adds its own segment twice"),
     _mma_sync("mma-sync-tile-offset-of-32-bits", "x_ptr + row.to(gl.int64) * stride_xm", "x_ptr + row * stride_xm",
               "offsets of the tiles of x overflow beyond 2**31 bytes"),
+    _mma_sync("mma-sync-store-offset-of-32-bits", "gl.expand_dims(rows.to(gl.int64) * stride_om, 1)",
+              "gl.expand_dims((rows * stride_om).to(gl.int64), 1)",
+              "offsets of the rows of the output overflow beyond 2**31 elements", "mma_sync code"),
     _scheduler("fix-up-without-barrier", "    barrier()  # all threads", "    pass  # all threads",
                "one thread counts a segment that other threads are still storing"),
     _scheduler("counters-not-zeroed", "torch.zeros(max(leftover, 1)", "torch.ones(max(leftover, 1)",
@@ -92,4 +95,7 @@ WGMMA_FAULTS = (
            "a tile of one chunk overwrites its staging buffer while the last tile's store reads it", "wgmma code"),
     _wgmma("wgmma-store-past-n", "if operands.out.shape[1] * operands.out.itemsize % 16:", "if False:",
            "rows of an output that end inside 16 bytes are stored past their end", "launch cache"),
+    _wgmma("wgmma-end-of-8-bytes", "if operands.out.shape[1] * operands.out.itemsize % 16:",
+           "if operands.out.shape[1] * operands.out.itemsize % 8:",
+           "TMA stores 8 bytes past the last column of the output", "fallback"),
 )  # fmt: skip

@@ -147,4 +147,26 @@ FAULTS = (
         "    out = operands.out\n", "    out = operands.out\n    _ = operands.sx is None or operands.sx.abs_()\n",
         "negative scales of x become positive in place", "output",
     ),
+    Mutant(
+        "check-refuses-the-longest-row", "operand_checks.py",
+        "_is_sure(k > K_MAX_HELD)", "_is_sure(k >= K_MAX_HELD)",
+        "the CPU refuses a row of 16384, which a GPU takes", "operators",
+    ),
+    Mutant(
+        "tied-bias-of-the-first", "quantization.py",
+        "Int8Linear.from_int8(first.weight, first.weight_scale, bias, found)",
+        "Int8Linear.from_int8(first.weight, first.weight_scale, first.bias, found)",
+        "two linears with one weight get the bias of the first one", "modules",
+    ),
+    Mutant(
+        "hooks-of-the-forward-alone", "quantization.py",
+        "    for name in _HOOKS:", "    for name in _HOOKS[:3]:",
+        "a layer loses the hooks before the forward and of the backward", "modules",
+    ),
+    Mutant(
+        "scale-blocks-exchanged", "foreign_weights.py",
+        "factor.repeat_interleave(block[0], 0)[:n].repeat_interleave(block[1], 1)[:, :k]",
+        "factor.repeat_interleave(block[1], 0)[:n].repeat_interleave(block[0], 1)[:, :k]",
+        "the rows and the columns of a block of scales are exchanged", "modules",
+    ),
 )  # fmt: skip

@@ -4,6 +4,7 @@
     shapes     no row, one row, several images, x of one and of three axes, slices of larger matrices; N = K
     plans      each plan at several M: the candidates' own, between them, and far from them
     values     every kind of data and of scales; K whose sums pass 2**24; many rows, and wide N
+    limits     the least and the largest extents that an operator takes
     gradients  each operand that requires a gradient, of an operator that has none
     refusals   each operand of a wrong dtype, shape, stride and device
 
@@ -19,6 +20,7 @@ import torch
 from hypothesis import strategies as st
 
 from int8kit import ops
+from int8kit.kernels.qk_norm_rope import HEAD_DIMS
 from int8kit.kernels.row_primitives import K_MAX_HELD
 from int8kit.spec import K_MAX
 from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES, SCALE_KINDS
@@ -47,6 +49,7 @@ def always() -> Iterator[OperatorCase]:
         yield from _dtypes(base(operator))
         yield from _shapes(base(operator))
         yield from _values(base(operator))
+        yield from _limits(base(operator))
         yield from _gradients(base(operator))
         yield from refusals(base(operator))
         if operator in PRODUCTS:
@@ -85,6 +88,23 @@ def _values(c: OperatorCase) -> Iterator[OperatorCase]:
             yield replace(c, rows=(1100,), n=16, k=16)
     elif c.operator != "qk_norm_rope":
         yield from (replace(c, k=k, rows=(3, 1)) for k in (1, 5000))
+
+
+def _limits(c: OperatorCase) -> Iterator[OperatorCase]:
+    """The extents next to the ones that `refusals` has; vectors of one element, whose stride means nothing."""
+    one = replace(c, rows=(1,), dtype=torch.bfloat16)
+    if c.operator in PRODUCTS:
+        n = 2 if c.operator.endswith("swiglu") else 1
+        yield from (replace(one, n=n, k=1), replace(one, n=n, contiguous=False))
+        if c.operator == "linear":
+            yield replace(one, n=n, k=K_MAX)
+    elif c.operator == "qk_norm_rope":
+        yield from (replace(one, n=1, k=k) for k in HEAD_DIMS)
+        yield replace(one, n=128)
+    else:
+        yield replace(one, rows=(2, 1), k=K_MAX_HELD, contiguous=False)
+        if c.operator == "quantize":
+            yield replace(one, k=K_MAX_HELD + 1)
 
 
 def _gradients(c: OperatorCase) -> Iterator[OperatorCase]:

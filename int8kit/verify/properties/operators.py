@@ -73,7 +73,7 @@ class OperatorCase:
     vectors: torch.dtype = torch.float32  # of bias, weights, modulations, gates, cos and sin
     out_dtype: torch.dtype = torch.bfloat16  # of a scaled product
     left_out: tuple[str, ...] = ()  # optional operands that are None
-    contiguous: bool = True  # False: x is a slice of a larger matrix, or a transposed one
+    contiguous: bool = True  # False: each matrix is a slice of a larger one, or x is transposed; see `_loose`
     eps: float = 1e-5
     plan: int = 0  # index of PLANS
     kind: str = "normal"  # of x, one of FLOAT_KINDS; with a NaN or an infinity in it, some scales are NaN
@@ -123,7 +123,8 @@ def arguments(c: OperatorCase, device: str) -> dict[str, Any]:
         return plain if c.contiguous else _sliced(plain)
 
     def vectors(*shape: int, around: float = 0.0) -> torch.Tensor:
-        return (torch.randn(*shape, generator=g) * 0.5 + around).to(c.vectors)
+        made = (torch.randn(*shape, generator=g) * 0.5 + around).to(c.vectors)
+        return made if c.contiguous else _loose(made)
 
     a: dict[str, Any]
     if c.operator in PRODUCTS:
@@ -162,8 +163,9 @@ def _of_product(c: OperatorCase, g: torch.Generator) -> dict[str, Any]:
     m = _count(c.rows)
     large = c.k > LARGE_K  # sums beyond 2**24, where float32 loses their low bits
     kind = "opposed" if large else "uniform"
-    wq, sw = int8_matrix(c.n, c.k, kind, 4, "cpu"), scales(c.n, c.scales, 5, "cpu")
-    common = {"bias": torch.randn(c.n, generator=g).to(c.vectors), "plan": PLANS[c.plan]}
+    loose: Callable[[torch.Tensor], torch.Tensor] = _unchanged if c.contiguous else _loose
+    wq, sw = int8_matrix(c.n, c.k, kind, 4, "cpu"), loose(scales(c.n, c.scales, 5, "cpu"))
+    common = {"bias": loose(torch.randn(c.n, generator=g).to(c.vectors)), "plan": PLANS[c.plan]}
     if c.operator.startswith("linear"):
         x = float_matrix(m, c.k, c.kind, 3, c.dtype, "cpu") if m else torch.empty(0, c.k, dtype=c.dtype)
         x = x.abs() if large else x
@@ -173,7 +175,7 @@ def _of_product(c: OperatorCase, g: torch.Generator) -> dict[str, Any]:
         return {"x": x, "wq": wq, "sw": sw, **common}
     xq = int8_matrix(m, c.k, kind, 6, "cpu") if m else torch.empty(0, c.k, dtype=torch.int8)
     both = {"xq": xq if c.contiguous else _sliced(xq), "wq": wq if c.contiguous else _sliced(wq)}
-    return {**both, "sx": scales(m, c.scales, 7, "cpu"), "sw": sw, "bias": common["bias"],
+    return {**both, "sx": loose(scales(m, c.scales, 7, "cpu")), "sw": sw, "bias": common["bias"],
             "out_dtype": c.out_dtype, "plan": common["plan"]}  # fmt: skip
 
 
@@ -191,6 +193,15 @@ def _sliced(plain: torch.Tensor) -> torch.Tensor:
     wide = torch.full((*plain.shape[:-1], plain.shape[-1] + 8), 1, dtype=plain.dtype)
     wide[..., 3 : 3 + plain.shape[-1]] = plain
     return wide[..., 3 : 3 + plain.shape[-1]]
+
+
+def _loose(plain: torch.Tensor) -> torch.Tensor:
+    """`plain` as a part of a larger tensor, if an operator takes that: rows of a table, or a vector of one element."""
+    return _sliced(plain) if plain.dim() > 1 or plain.numel() == 1 else plain
+
+
+def _unchanged(plain: torch.Tensor) -> torch.Tensor:
+    return plain
 
 
 def _wrong(value: Any, fault: str) -> Any:

@@ -25,9 +25,11 @@ from int8kit.verify.properties import (
     gemm,
     gemm_calls,
     gradients,
+    kernel_needs,
     launch_cache,
     layers,
     lookups,
+    modules,
     operator_tables,
     operators,
     order,
@@ -210,9 +212,11 @@ PROPERTIES: dict[str, Property] = {
             always=lambda tiles, budget: gemm_calls.refused(), cost=50,
         ),
         _all_of_int8kit(
-            "fallback", "the Triton kernel serves operands that the named kernel cannot", gemm_calls.check_fallback,
+            "fallback", "the Triton kernel serves operands that the named kernel cannot", kernel_needs.check,
             strategy=lambda tiles, budget: sampled_from(tuple(gemm_calls.fallbacks("cuda"))),
-            always=lambda tiles, budget: gemm_calls.fallbacks("cuda" if budget.large_k else "cpu"), cost=50,
+            always=lambda tiles, budget: (
+                *gemm_calls.fallbacks("cuda" if budget.large_k else "cpu"), *kernel_needs.calls()
+            ), cost=50, mutants_of=tuple(Kernel),
         ),
         _all_of_int8kit(
             "operators", "each half of a torch operator has the bits and the layout of the reference",
@@ -226,6 +230,11 @@ PROPERTIES: dict[str, Property] = {
         _all_of_int8kit(
             "layers", "an INT8 layer computes the linear of the weights and biases that it was made of", layers.check,
             strategy=lambda tiles, budget: layers.examples(), always=lambda tiles, budget: layers.always(),
+        ),
+        _all_of_int8kit(
+            "modules", "a module computes each linear that was exchanged as its weight, its scales and its hooks say",
+            modules.check, strategy=lambda tiles, budget: modules.examples(),
+            always=lambda tiles, budget: modules.always(),
         ),
         _all_of_int8kit(
             "lookup", "a plan and its text choose the configuration that the rule names", lookups.check,

@@ -16,7 +16,7 @@ Check = Callable[[Code, TileConfig | None], str | None]
 
 def checks() -> dict[str, Check]:
     """Every check by its name."""
-    from int8kit.verify.properties.compiled_code import arithmetic, memory, synchronization
+    from int8kit.verify.properties.compiled_code import arithmetic, memory, offsets, synchronization
 
     return {
         "early start": synchronization.early_start,
@@ -27,6 +27,7 @@ def checks() -> dict[str, Check]:
         "staging buffers": memory.staging,
         "slots": memory.slots,
         "output masks": synchronization.masks,
+        "offsets": offsets.offsets,
         "rounding": arithmetic.rounding,
         "operations": arithmetic.operations,
         "tensor cores": arithmetic.tensor_cores,

@@ -26,11 +26,15 @@ _SHARED = "global_smem"
 class Values:
     """The values of a program's registers in thread 0, as far as constants decide them; all numbers are 0 or more.
 
-    known: values of registers that are given, such as a loop's counter.
+    known: values of registers that are given, such as a loop's counter. in_first_round: a register with several
+    definitions has the value of the first one that constants decide, as in the first round of a loop.
     """
 
-    def __init__(self, program: Program, known: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, program: Program, known: Mapping[str, int] | None = None, *, in_first_round: bool = False
+    ) -> None:
         self._definitions = program.definitions
+        self._most = 10**6 if in_first_round else 1  # definitions of a register that is followed
         self._found: dict[str, int | None] = dict(known or {})
 
     def address(self, operands: str) -> int | None:
@@ -51,7 +55,9 @@ class Values:
         if term not in self._found:
             self._found[term] = None  # of a value that depends on itself
             definitions = self._definitions.get(term, [])
-            self._found[term] = self._computed(definitions[0]) if len(definitions) == 1 else None
+            if len(definitions) <= self._most:
+                values = (self._computed(one) for one in definitions)
+                self._found[term] = next((value for value in values if value is not None), None)
         return self._found[term]
 
     def _computed(self, one: Instruction) -> int | None:
@@ -66,7 +72,7 @@ class Values:
         if name in ("mov", "cvt", "cvta", "shfl"):
             return known[0]
         if name == "not":
-            return ~known[0]
+            return 1 - known[0] if "pred" in modifiers else ~known[0]
         if name == "setp":
             return int(_COMPARED[modifiers[0]](*known)) if modifiers[0] in _COMPARED else None
         if name == "selp":
