@@ -61,11 +61,11 @@ def side_by_side(parts: Sequence[Any], given: Inputs, plans: Plans) -> torch.Ten
 
 def gated(gate: Any, up: Any, given: Inputs, plans: Plans) -> torch.Tensor:
     """silu(gate(x)) * up(x), [M, F]."""
-    pair = [base for part in (gate, up) if (base := _int8_base(part)) is not None and not _active(part)]
-    biased = {one.bias is None for one in pair}
-    if len(pair) < 2 or len(biased) > 1 or not tied_weights.are_distinct(pair):
-        hidden: torch.Tensor = torch.nn.functional.silu(gate(given.normed())) * up(given.normed())
-        return hidden
+    pair = [base for part in (gate, up) if (base := _int8_base(part)) is not None]
+    alike = len(pair) == 2 and (pair[0].bias is None) == (pair[1].bias is None) and tied_weights.are_distinct(pair)
+    if not alike or _active(gate) or _active(up):
+        first, third = (side_by_side((part,), given, plans) for part in (gate, up))
+        return torch.nn.functional.silu(first) * third
     weight = tied_weights.in_turn(*pair)
     scales = torch.stack([one.weight_scale for one in pair], 1).flatten()  # the kernel reads them without a stride
     biases: list[torch.Tensor] = [one.bias for one in pair if one.bias is not None]
@@ -114,7 +114,10 @@ def _add_adapters(part: Any, given: Inputs, out: torch.Tensor) -> None:
     for name in _active(part):
         a, b = part.lora_A[name], part.lora_B[name]
         x = part.lora_dropout[name](given.normed().to(a.weight.dtype))
-        out += b(a(x)) * part.scaling[name]
+        if b.bias is None and b.weight.dtype == out.dtype:
+            out.addmm_(a(x), b.weight.t(), alpha=part.scaling[name])  # one pass over `out` instead of four
+        else:
+            out += b(a(x)) * part.scaling[name]
 
 
 def _side_by_side_bias(bases: Sequence[Int8Linear]) -> torch.Tensor | None:
