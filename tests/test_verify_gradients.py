@@ -8,7 +8,7 @@ import torch
 from kernel_helpers import EXECUTOR
 
 from int8kit import gradient, ops
-from int8kit.errors import ShapeError
+from int8kit.errors import InputError, ShapeError
 from int8kit.kernels import gemm
 from int8kit.spec import GemmShape, Kernel
 from int8kit.verify import implementations
@@ -90,6 +90,51 @@ def test_second_derivative_without_the_bias_is_caught(monkeypatch):
     whole = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, bias=None: whole(x, w))
     assert gradients.check(case, EXECUTOR) == "the second derivative for bias: absent"
+
+
+def test_batch_along_another_axis_is_caught(monkeypatch):
+    """The operators hold the rule of vmap itself, so its code is exchanged."""
+    cases = [c for c in CASES if c.axes]
+    assert {c.axes for c in cases} == set(gradients.AXES)
+    assert {c.operator for c in cases} == {"linear", "linear_swiglu"}
+
+    def of_first_axis(name, info, in_dims, x, *others):
+        return getattr(torch.ops.int8kit, name)(x, *others), 0
+
+    def without_copy(name, info, in_dims, *operands):
+        operator = getattr(torch.ops.int8kit, name)
+        calls = [
+            [o if d is None else o.select(d, i) for o, d in zip(operands, in_dims, strict=True)]
+            for i in range(info.batch_size)
+        ]
+        return torch.stack([operator(*call) for call in calls]), 0
+
+    def fails(case):
+        try:
+            return gradients.check(case, EXECUTOR)
+        except (ShapeError, RuntimeError) as error:
+            return str(error)
+
+    monkeypatch.setattr(gradient.batched, "__code__", of_first_axis.__code__)
+    assert all(fails(c) for c in cases)
+    monkeypatch.setattr(gradient.batched, "__code__", without_copy.__code__)
+    assert any(fails(c) for c in cases if c.axes[1:] != (None, None, None))
+
+
+def test_refusals_without_a_tangent_are_caught(monkeypatch):
+    case = replace(BASE, way="no tangent", bias=None)
+    assert gradients.check(case, EXECUTOR) is None
+    monkeypatch.setattr(ops.gradient, "refuse_tangents", _refuses_levels)
+    with pytest.raises(InputError):
+        gradients.check(case, EXECUTOR)
+    monkeypatch.undo()
+    monkeypatch.setattr(gradient.LinearSwiGLU, "jvp", lambda ctx, *tangents: None)
+    assert "expected InputError" in gradients.check(replace(BASE, way="hessian"), EXECUTOR)
+
+
+def _refuses_levels(*operands):
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise InputError("a level")
 
 
 @pytest.mark.parametrize(("layout", "k", "strides"), [("expanded", 40, (0, 1)), ("overlapping", 40, (16, 1)),

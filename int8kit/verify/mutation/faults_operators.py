@@ -169,4 +169,20 @@ FAULTS = (
         "factor.repeat_interleave(block[1], 0)[:n].repeat_interleave(block[0], 1)[:, :k]",
         "the rows and the columns of a block of scales are exchanged", "modules",
     ),
+    Mutant(
+        "vmap-along-the-first-axis", "gradient.py",
+        "operator(x.movedim(in_dims[0] or 0, 0), *others), 0", "operator(x, *others), 0",
+        "vmap along another axis of x than the first one computes other rows", "gradients",
+    ),
+    Mutant(
+        "vmap-of-weights-in-place", "gradient.py",
+        "one.select(dim, i).contiguous()", "one.select(dim, i)",
+        "vmap along the columns of a weight is refused", "gradients",
+    ),
+    Mutant(
+        "level-taken-for-a-tangent", "gradient.py",
+        "if isinstance(operand, torch.Tensor) and forward_ad.unpack_dual(operand).tangent is not None:",
+        "if isinstance(operand, torch.Tensor):",
+        "a linear without a tangent is refused where another operation has one", "gradients",
+    ),
 )  # fmt: skip

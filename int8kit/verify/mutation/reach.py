@@ -38,12 +38,22 @@ _LIKELY: dict[str, tuple[str, ...]] = {
     "operands": ("refusals", "output", "accumulator", "swiglu", "launch cache", "operators"),
     "gemm": ("refusals", "fallback", "output", "accumulator", "swiglu"),
     "ops": ("operators",),
+    "operand_checks": ("operators", "refusals"),
+    "gradient": ("gradients",),
     "lookup": ("lookup", "operators"),
 }
 _UNREACHED: dict[str, tuple[str, ...]] = {
     "launch": _OF_PYTHON,
     "activations": _OF_PYTHON,
     "ops": (*GEMM, *_GEMM_MORE, *ROWS, *_ROWS_MORE, "stamps"),
+    "operand_checks": (
+        *GEMM,
+        *(name for name in _GEMM_MORE if name != "refusals"),
+        *ROWS,
+        *_ROWS_MORE,
+        *_OF_PYTHON,
+    ),
+    "gradient": (*GEMM, *_GEMM_MORE, *ROWS, *_ROWS_MORE, *_OF_PYTHON),
     "lookup": (*GEMM, *_GEMM_MORE, *ROWS, *_ROWS_MORE),
     **{
         name: (*GEMM, *_GEMM_MORE, *_OF_PYTHON, *(row for row in ROWS if row not in _LIKELY[name]))

@@ -30,6 +30,8 @@ FILES: dict[str, tuple[Kernel, ...]] = {
     "kernels/operands.py": tuple(Kernel),
     "kernels/gemm.py": tuple(Kernel),
     "ops.py": _PLAIN,
+    "operand_checks.py": _PLAIN,
+    "gradient.py": _PLAIN,
     "lookup.py": _PLAIN,
 }
 """The files that are mutated, and the kernels whose configurations run them. Row kernels have no configurations."""
@@ -87,6 +89,7 @@ _PARTS: dict[tuple[str, str], str] = {
     ("lookup", "_exact"): _TUNING,
     ("lookup", "LEVELS"): _TUNING,
     ("ops", "Operator"): "it is a type",
+    ("operand_checks", "_not_floats"): _TEXT,
 }
 """Functions, classes and constants that are left out, by the stem of the file ("" for each) and their name."""
 

@@ -4,11 +4,13 @@
     backward    torch.autograd.grad of x, of the bias, or of both     every bit, the dtype, and None where not asked
     func        torch.func.grad                                       the same
     second      a backward of the backward, for x, bias and gradient  float64, to SECOND of the largest number
-    vmap        torch.vmap over x, over the bias, over both           the bits of one call after the other
+    vmap        torch.vmap over any operands, along any axes          the bits of one call after the other
     autocast    x in fp32, under autocast to another dtype            the reference of x in that dtype
     no floats   x of a dtype that is refused, under autocast          InputError
     tangent     torch.func.jvp                                        InputError
+    hessian     torch.func.jacfwd of torch.func.grad                  InputError
     dual        torch.autograd.forward_ad.make_dual                   InputError
+    no tangent  inside of forward_ad.dual_level, without a tangent    the bits of a call outside of it
     scales      sw requires a gradient                                InputError
 
 A row of the incoming gradient has one number, and the weights of a gate and of its up have no column in common. So
@@ -34,9 +36,15 @@ from int8kit.verify.executors import Executor
 from int8kit.verify.implementations import Implementation
 
 SECOND = 1e-3
-WAYS = ("backward", "func", "second", "vmap", "autocast", "no floats", "tangent", "dual", "scales")
+WAYS = ("backward", "func", "second", "vmap", "autocast", "no floats", "tangent", "hessian", "dual", "no tangent",
+        "scales")  # fmt: skip
 LAYOUTS = ("", "transposed", "apart", "expanded")
 NEEDS = ("x", "bias", "x,bias")
+AXES: tuple[tuple[int | None, ...], ...] = (
+    (1, None, None, None), (2, None, None, None), (-1, None, None, None), (None, 0, None, None), (None, 1, None, None),
+    (None, 2, None, None), (None, None, 1, None), (None, None, None, 1), (2, 1, 1, 1), (1, 2, 0, None), (0, None, 1, 0),
+)  # fmt: skip
+"""Axes of x, wq, sw and the bias along which vmap has a batch; None: that operand is the same for all."""
 _PUBLIC: dict[str, Callable[..., torch.Tensor]] = {"linear": ops.int8_linear, "linear_swiglu": ops.int8_linear_swiglu}
 
 
@@ -54,13 +62,14 @@ class GradientCase:
     way: str = "backward"  # one of WAYS
     seed: int = 0
     layout: str = ""  # of x and of the incoming gradient, one of LAYOUTS; "": contiguous
+    axes: tuple[int | None, ...] = ()  # of AXES, for vmap; (): the first axis of the operands in `needs`
 
     def __str__(self) -> str:
         short = [str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.bias)]
         return (
             f"{self.way} of {self.operator} for {self.needs}, rows {list(self.rows)}, N = {self.n}, K = {self.k}, "
             f"{short[0]}, {short[1]} bias, seed {self.seed}"
-            f"{f', {self.layout} x' if self.layout else ''}"
+            f"{f', {self.layout} x' if self.layout else ''}{f', axes {self.axes}' if self.axes else ''}"
         )
 
     @property
@@ -75,7 +84,8 @@ def check(c: GradientCase, on: Executor | Implementation) -> str | None:
         return None
     way: dict[str, Callable[[GradientCase, str], str | None]] = {
         "backward": _backward, "func": _func, "second": _second, "vmap": _vmap, "autocast": _autocast,
-        "no floats": _no_floats, "tangent": _refused, "dual": _refused, "scales": _refused,
+        "no floats": _no_floats, "tangent": _refused, "hessian": _refused, "dual": _refused, "no tangent": _no_tangent,
+        "scales": _refused,
     }  # fmt: skip
     return way[c.way](c, on.device)
 
@@ -227,15 +237,17 @@ def _second(c: GradientCase, device: str) -> str | None:
 
 def _vmap(c: GradientCase, device: str) -> str | None:
     a, others = _operands(c, device), _operands(GradientCase(**{**vars(c), "seed": c.seed + 1}), device)
-    both = [torch.stack((a[name], others[name])) for name in c.names]
+    axes = dict(zip(("x", "wq", "sw", "bias"), c.axes, strict=True)) if c.axes else dict.fromkeys(c.names, 0)
+    batched = {name: axis for name, axis in axes.items() if axis is not None and a[name] is not None}
+    both = [torch.stack((a[name], others[name]), axis) for name, axis in batched.items()]
 
     def call(*operands: torch.Tensor) -> torch.Tensor:
-        return _call(c, a, **dict(zip(c.names, operands, strict=True)))
+        return _call(c, a, **dict(zip(batched, operands, strict=True)))
 
     with torch.no_grad():
-        got = torch.vmap(call)(*both)
-        want = torch.stack([call(*(one[i] for one in both)) for i in range(2)])
-    return bitwise_diff(got.contiguous(), want)
+        got = torch.vmap(call, in_dims=tuple(batched.values()))(*both) if batched else call()[None]
+        want = [call(*(part[name] for name in batched)) for part in ((a, others) if batched else (a,))]
+    return bitwise_diff(got.contiguous(), torch.stack(want))
 
 
 def _autocast(c: GradientCase, device: str) -> str | None:
@@ -261,6 +273,13 @@ def _no_floats(c: GradientCase, device: str) -> str | None:
     return None
 
 
+def _no_tangent(c: GradientCase, device: str) -> str | None:
+    a = _operands(c, device)
+    want = _call(c, a)
+    with forward_ad.dual_level():
+        return bitwise_diff(_call(c, a), want)
+
+
 def _refused(c: GradientCase, device: str) -> str | None:
     a = _operands(c, device)
     a["x"] = a["x"].contiguous()  # torch itself refuses the tangent of an expanded one
@@ -271,6 +290,12 @@ def _refused(c: GradientCase, device: str) -> str | None:
         elif c.way == "dual":
             with forward_ad.dual_level():
                 _call(c, a, **{name: forward_ad.make_dual(a[name], torch.ones_like(a[name]))})
+        elif c.way == "hessian":
+
+            def total(operand: torch.Tensor) -> torch.Tensor:
+                return _call(c, a, **{name: operand}).sum()
+
+            torch.func.jacfwd(torch.func.grad(total))(a[name])
         else:
             torch.func.jvp(lambda t: _call(c, a, **{name: t}), (a[name],), (torch.ones_like(a[name]),))
     except InputError:
@@ -300,7 +325,7 @@ def examples() -> st.SearchStrategy[GradientCase]:
 def always() -> Iterator[GradientCase]:
     """Each way of each operator, in every dtype of x and of the bias; sums of the bias beyond 256.
 
-    Also each way of x with no axis of rows, with no row, and in each layout.
+    Also each way of x with no axis of rows, with no row, and in each layout; and vmap along each of AXES.
     """
     for operator in _PUBLIC:
         for dtype in OUT_DTYPES:
@@ -316,3 +341,6 @@ def always() -> Iterator[GradientCase]:
             for layout in LAYOUTS[1:]:
                 for rows in ((5,), (3, 2)):
                     yield GradientCase(operator, rows, 40, 24, torch.float32, torch.float32, way=way, layout=layout)
+        for axes in AXES:
+            for dtype in (torch.float32, torch.bfloat16):
+                yield GradientCase(operator, (5, 2), 40, 24, dtype, torch.float32, way="vmap", axes=axes)
