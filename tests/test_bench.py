@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from int8kit.bench.contestants import Contestant
 from int8kit.cli import tables
 from int8kit.database import store
 from int8kit.errors import CheckFailed, FileError, InputError, ShapeError, UnknownName
+from int8kit.kernels.gemm import Fallback
 from int8kit.spec import GemmShape, SwigluShape
 from int8kit.timing import captured, gpu_state, interleave
 from int8kit.timing.captured import PreparedContestant
@@ -41,7 +43,9 @@ SETTING = gemm.Setting(rounds=3, device="cpu", copies=3, timer=timer)
 @pytest.fixture(scope="module")
 def result():
     listed = contestants.ours(H200, arch="sm86") + contestants.standard()
-    return gemm.measure_shapes([SHAPE, GemmShape(17, 32, 64)], listed, H200, SETTING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Fallback)  # the interpreter does not run the kernels that the lookup chooses
+        return gemm.measure_shapes([SHAPE, GemmShape(17, 32, 64)], listed, H200, SETTING)
 
 
 def right(o):
@@ -108,7 +112,7 @@ def test_every_contestant_is_compared_with_the_reference(result):
         assert all(row["differs"] == 0 for row in own)
         assert rows["int_mm", "gemm"]["differs"] == 0  # int32 accumulators
         assert rows["bf16", "gemm"]["differs"] > shape["elements"] // 2
-        assert rows["int8kit", "gemm"]["note"].endswith("default")
+        assert rows["int8kit", "gemm"]["note"].endswith("model")  # the level of the lookup
     result.conclude()
 
 
