@@ -27,7 +27,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from int8kit import __version__, files, gpus, shapes_file
 from int8kit.database import store
-from int8kit.errors import Int8kitError
+from int8kit.errors import InputError, Int8kitError
 from int8kit.gpus import Gpu
 from int8kit.kernels import present_toolchain
 from int8kit.spec import operation_of, plain
@@ -156,16 +156,22 @@ def _gpu(torch: Any) -> Iterator[Finding]:
         yield Finding("GPU", "failed", "no CUDA device", remedy)
         return
     for device in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(device)
-        arch = properties.major * 10 + properties.minor
-        text = f"{properties.name}, sm_{arch}, {properties.total_memory / GIB:.0f} GiB"
-        known = any(gpu.name == properties.name for gpu in gpus.GPUS.values())
-        if arch < 80:
-            yield Finding(f"GPU {device}", "failed", text, "int8kit needs sm_80 or later: GeForce RTX 30 series, A100")
-        elif not known:
-            yield Finding(f"GPU {device}", "note", f"{text}; no record", "run `int8kit tune` to measure it")
-        else:
-            yield Finding(f"GPU {device}", "ok", text)
+        yield _one_gpu(torch, device)
+
+
+def _one_gpu(torch: Any, device: int) -> Finding:
+    """Whether int8kit supports a CUDA device, and whether its figures are known."""
+    properties = torch.cuda.get_device_properties(device)
+    size = f"{properties.multi_processor_count} SMs, {properties.total_memory / GIB:.0f} GiB"
+    text = f"{properties.name}, sm_{properties.major * 10 + properties.minor}, {size}"
+    if reason := gpus.why_unsupported(properties):
+        return Finding(f"GPU {device}", "failed", text, f"{reason}; use another GPU, or the CPU")
+    gpu = gpus.of_device(device)
+    if gpu.alias in gpus.GPUS:
+        return Finding(f"GPU {device}", "ok", f"{text}: {gpu.alias}")
+    if store.find(gpu.alias) or store.user_path(gpu.alias).is_file():
+        return Finding(f"GPU {device}", "ok", f"{text}: {gpu.alias}, with a database and without a record")
+    return Finding(f"GPU {device}", "note", f"{text}: {gpu.alias}, no record", "run `int8kit tune` to measure it")
 
 
 def _driver() -> str | None:
@@ -230,7 +236,7 @@ def _databases(name: str | None) -> Iterator[Finding]:
     """The database's files, the number of shipped shapes on each level of the lookup, and unproven configurations."""
     toolchain = present_toolchain()[0]
     try:
-        gpu = gpus.resolve(name)
+        gpu = _examined(name)
         database, paths = store.merged_view(gpu, toolchain)
         shapes = shapes_file.int8_shapes(shapes_file.read(files.shipped("shapes") / "ideogram4.json"))
     except Int8kitError as error:
@@ -253,6 +259,16 @@ def _databases(name: str | None) -> Iterator[Finding]:
         yield Finding("proofs", "note", text, f"run `int8kit verify --gpu {gpu.alias}` on a GPU")
     else:
         yield Finding("proofs", "ok", f"all {len(choices)} configurations, under Triton {toolchain.triton}")
+
+
+def _examined(name: str | None) -> Gpu:
+    """The named GPU, else the present one, else the RTX 3090. A GPU that is not supported has its own finding."""
+    if name is not None:
+        return gpus.get(name)
+    try:
+        return gpus.resolve(None)
+    except InputError:
+        return gpus.get("rtx3090")
 
 
 def _label(path: Path, gpu: Gpu) -> str:

@@ -30,6 +30,18 @@ def shipped(folder: str) -> Path:
     return inside if inside.is_dir() else package.parent / folder
 
 
+def user_folder() -> Path:
+    """The folder of the user's own databases."""
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir("int8kit")) / "tuning_db"
+
+
+def database_folders() -> tuple[Path, ...]:
+    """The folders of database files: ./tuning_db, the shipped one, and the user's own."""
+    return Path("tuning_db"), shipped("tuning_db"), user_folder()
+
+
 def read_json(path: Path, *formats: str, remedy: str) -> dict[str, Any]:
     """The document in `path`, whose "format" must be one of `formats`. Raises FileError with `remedy` otherwise.
 
@@ -192,7 +204,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         if target.exists():
             before = target.stat()
-            with contextlib.suppress(OSError):  # only root may give a file away
+            with contextlib.suppress(OSError, AttributeError):  # only root may give a file away; Windows cannot
                 os.chown(temporary, before.st_uid, before.st_gid)
             os.chmod(temporary, stat.S_IMODE(before.st_mode))
         else:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from int8kit import saved_models
+from int8kit import gpus, saved_models
 from int8kit.errors import InputError
 from int8kit.integrations import lora
 from int8kit.layers import Int8Linear
@@ -86,11 +86,12 @@ def optimize(
     whose tuning database serves. keep_float="cpu" keeps the float linears on the CPU for `restore`.
 
     All or nothing: an error leaves the pipeline as it was. A second call changes nothing. LoRAs are loaded before or
-    after, by the pipeline's own methods. Raises InputError for a pipeline without a denoiser, and for weights that are
-    offloaded by layer or by group.
+    after, by the pipeline's own methods. Raises InputError for a pipeline without a denoiser, for weights that are
+    offloaded by layer or by group, and for a GPU that int8kit does not support.
     """
     if keep_float not in ("cpu", False):
         raise InputError(f"keep_float={keep_float!r}: expected 'cpu' or False")
+    gpus.present()  # refuses a GPU that is not supported
     parts = _denoisers(pipe)
     for name, model in parts.items():
         _check(name, model)

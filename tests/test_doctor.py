@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from driver import pretend, properties
 
 from int8kit import doctor, files, gpus
 from int8kit.database import store
@@ -94,31 +95,26 @@ def test_missing_and_old_packages_name_their_extra(monkeypatch):
     assert found["extra tune"].status == found["extra nf4"].status == found["extra lora"].status == "ok"
 
 
-class Properties:
-    """A GPU of torch."""
-
-    def __init__(self, name, major, minor):
-        self.name, self.major, self.minor, self.total_memory = name, major, minor, 24 << 30
-
-
 @pytest.mark.parametrize(
-    ("properties", "status", "word"),
+    ("given", "hip", "status", "word"),
     [
-        (Properties("NVIDIA GeForce RTX 3090", 8, 6), "ok", "sm_86, 24 GiB"),
-        (Properties("NVIDIA RTX A6000", 8, 6), "note", "no record"),
-        (Properties("Tesla T4", 7, 5), "failed", "sm_75"),
+        (("NVIDIA GeForce RTX 3090", 8, 6, 82, 24), None, "ok", "sm_86, 82 SMs, 24 GiB: rtx3090"),
+        (("NVIDIA GeForce RTX 3080", 8, 6, 70, 12), None, "ok", ": rtx3080-12gb"),
+        (("NVIDIA Made Up", 8, 6, 70, 12), None, "note", ": madeup-70sm-12gb, no record"),
+        (("Tesla T4", 7, 5, 40, 16), None, "failed", "sm_75"),
+        (("AMD Radeon RX 9070 XT", 12, 0, 64, 16), "7.2", "failed", "Radeon"),
     ],
 )
-def test_a_gpu(monkeypatch, properties, status, word):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+def test_a_gpu(monkeypatch, given, hip, status, word):
+    pretend(monkeypatch, properties(*given), hip)
     monkeypatch.setattr(doctor, "_driver", lambda: "570.86.15")
     driver, gpu = doctor._gpu(torch)
     assert (driver.status, driver.found) == ("ok", "570.86.15")
     assert gpu.status == status
     assert word in gpu.found
     assert bool(gpu.remedy) is (status != "ok")
+    if status == "failed":
+        assert findings()["database"].found.startswith("rtx3090: ")
 
 
 def test_the_lookup_counts_shapes_by_level(tmp_path, monkeypatch):

@@ -82,7 +82,9 @@ def measure(setting: ModelSetting = ModelSetting(), *, note: Callable[[str], Non
     for name in setting.variants:
         if reason := variants.why_not(name, device, present):
             raise InputError(f"variant {name!r}: {reason}")
-    database, paths = store.merged_view(gpus.resolve(setting.gpu), gemm.toolchain(), setting.database)
+    database, paths = store.merged_view(
+        store.served_gpu(setting.gpu, setting.database), gemm.toolchain(), setting.database
+    )
     used = results.DatabaseUsed(files=tuple(path.name for path in paths), entries=len(database.entries))
     header = results.header("model", results.Policy(timing=wall_clock.POLICY, database=used))
     calls: dict[str, Step] = {}

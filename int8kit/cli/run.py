@@ -83,6 +83,7 @@ def run(
     )
     generate.check(request)
     named = gpus.get(gpu) if gpu is not None else None
+    gpus.present()  # refuses a GPU that is not supported, before diffusers loads
     if database is not None:
         store.load(database, named.alias if named else None)
     for target in png.targets(output, len(request.prompts) * images):

@@ -132,7 +132,7 @@ def _verify(
     exhaustive: bool, stamp: bool, as_json: bool, markdown: bool,
     output: Path | None,
 ) -> None:  # fmt: skip
-    from int8kit import gpus, shapes_file
+    from int8kit import shapes_file
     from int8kit.cli import tables
     from int8kit.database import store
     from int8kit.kernels import gemm
@@ -140,7 +140,7 @@ def _verify(
     from int8kit.verify.properties import entries as entry_property
     from int8kit.verify.properties.budget import budget
 
-    gpu = named or gpus.resolve(None)
+    gpu = named or store.served_gpu(None, database)
     toolchain = gemm.toolchain()
     base, paths = store.merged_view(gpu, toolchain, database)
     wanted = shapes_file.int8_shapes(shapes_file.read(shapes or shapes_file.find()))

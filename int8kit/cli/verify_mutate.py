@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,8 @@ def mutate(
     """
     if examples is not None and examples < 1:
         raise InputError(f"--examples {examples}: expected 1 or more")
+    if not hasattr(os, "fork"):
+        raise InputError("verify mutate needs os.fork, which this system lacks; run it on Linux or WSL")
     _check_options(only, generate, part, kernel, rule, at_least, examples)
     check_output(output, force)
     named = named_gpu(gpu)

@@ -71,9 +71,9 @@ def _header(database: Database) -> Iterator[str]:
         yield f"header: no text for policy {missing}, which entries name"
 
 
-def _record_of(name: str | None) -> Gpu | None:
-    """The record of the GPU with this driver name."""
-    return next((gpu for gpu in gpus.GPUS.values() if gpu.name == name), None)
+def _record_of(name: str | None, own: Gpu) -> Gpu | None:
+    """The record of the GPU with this driver name; `own`, the file's GPU, if it has the name."""
+    return own if own.name == name else next((gpu for gpu in gpus.GPUS.values() if gpu.name == name), None)
 
 
 def _finalists(entry: Entry) -> list[Entry | RunnerUp]:
@@ -154,7 +154,7 @@ class _EntryChecks:
             if entry.p20_us or entry.p80_us or entry.default_us or entry.bf16_us:
                 yield "has quantiles or reference times, but no time_us"
             return
-        timed = _record_of(entry.measured_on)
+        timed = _record_of(entry.measured_on, self.gpu)
         for one in _finalists(entry):
             yield from self._quantiles(one)
             if timed is not None and one.time_us is not None:
@@ -193,7 +193,7 @@ class _EntryChecks:
     def _contradicts(self, stamp: Stamp) -> Iterator[str]:
         if stamp.executor == "cross_arch" and stamp.arch != self.gpu.arch:
             yield f"a stamp for sm_{stamp.arch} code in a file for sm_{self.gpu.arch}: copied"
-        device = _record_of(stamp.device)
+        device = _record_of(stamp.device, self.gpu)
         if stamp.executor == "native" and device is not None and stamp.arch != device.arch:
             yield f"a native stamp for sm_{stamp.arch} code on {device.name}, which is sm_{device.arch}"
 

@@ -21,11 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import filelock
 import platformdirs
 from pydantic import ValidationError
 
-from int8kit import damage, files, gpus
+from int8kit import damage, files, gpus, locks
 from int8kit.database import borrow, upgrade
 from int8kit.database.database import Database, Key, identity_of
 from int8kit.database.schema import FORMAT, Document, Entry, Stamp
@@ -77,10 +76,11 @@ def load(path: Path, alias: str | None = None) -> Database:
         raise FileError(f"{str(path)!r} has numerics {found.numerics}; expected {NUMERICS_VERSION}; {_remedy(path)}")
     if alias is not None and header.alias != alias:
         raise FileError(f"{str(path)!r} is for the GPU {header.alias!r}, not for {alias!r}; {_remedy(path)}")
-    gpu = gpus.GPUS.get(header.alias)
-    if gpu is None or identity_of(gpu) != header:
-        like = gpu or gpus.GPUS["rtx3090"]
-        gpu = replace(like, **header.model_dump(exclude_none=True))
+    gpu, identity = gpus.GPUS.get(header.alias), header.model_dump(exclude_none=True)
+    if gpu is None:
+        gpu = gpus.described(identity)
+    elif identity_of(gpu) != header:
+        gpu = replace(gpu, **identity)
     return Database(gpu, tuple(sorted(found.entries, key=lambda e: e.key)), header, found.policies)
 
 
@@ -131,7 +131,7 @@ def find(alias: str) -> Path | None:
 
 def user_path(alias: str) -> Path:
     """The user's own database of a GPU. `merged_view` merges it over the shipped one."""
-    return Path(platformdirs.user_data_dir("int8kit")) / "tuning_db" / f"{alias}.json"
+    return files.user_folder() / f"{alias}.json"
 
 
 def known() -> list[Path]:
@@ -146,7 +146,7 @@ def merged_view(gpu: Gpu, toolchain: Toolchain, given: Path | None = None) -> tu
 
     given: the only file to read; nothing is borrowed then. By default the file that `find` returns, merged with the
     user's own. A user's entry whose kernel has changed since does not replace another entry. Except for a given file,
-    the record of a known GPU holds: a file for a GPU of other limits is refused.
+    the figures of `gpu` hold: a file for a GPU of other limits is refused.
     """
     base = given or find(gpu.alias)
     own = user_path(gpu.alias) if given is None else None
@@ -158,9 +158,11 @@ def merged_view(gpu: Gpu, toolchain: Toolchain, given: Path | None = None) -> tu
         fresh = [e for e in loaded.entries if e.key not in present or not e.is_stale(toolchain)]
         policies = {**database.policies, **loaded.policies}
         served, header = loaded.gpu, loaded.header
-        if path != given and (record := gpus.GPUS.get(gpu.alias)) is not None:
+        if path != given:
+            record = gpus.GPUS.get(gpu.alias, gpu)
             _check_record(path, served, record)
-            served, header = record, identity_of(record)
+            served = record
+            header = identity_of(record) if record.alias in gpus.GPUS else header
         database = replace(database.merged(fresh), gpu=served, header=header, policies=policies)
     if given is None:
         database = replace(database, lender=borrow.lender_of(database, toolchain, _readable))
@@ -176,14 +178,25 @@ def _readable(alias: str) -> Database | None:
         return None
 
 
+def served_gpu(name: str | None, given: Path | None = None) -> Gpu:
+    """The GPU whose database serves: the named one, else the present one, else the one of a `given` file, else rtx3090.
+
+    A given file for the present kind of GPU serves under the file's alias. Raises UnknownName, FileError.
+    """
+    if name is not None or given is None:
+        return gpus.resolve(name)
+    here, of_file = gpus.present(), load(given).gpu
+    return of_file if here is None or gpus.same(here, of_file) else here
+
+
 def _check_record(path: Path, served: Gpu, record: Gpu) -> None:
     """Raise FileError for a file whose GPU has the alias of another GPU: its configurations may not run there."""
     for name in ("arch", "sms", "shared_memory"):
         found, known = getattr(served, name), getattr(record, name)
         if found != known:
             raise FileError(
-                f"{str(path)!r} is for another GPU named {record.alias!r}: {name} = {found}, but {known} in the "
-                "record; delete the file, and tune with another alias in --gpu-spec"
+                f"{str(path)!r} is for another GPU named {record.alias!r}: {name} = {found}, but {known} in "
+                f"{record.name}; delete the file, and tune with another alias in --gpu-spec"
             )
 
 
@@ -313,11 +326,10 @@ def stamp(path: Path, stamps: dict[Key, Sequence[Stamp]], proven: Database | Non
     return after != before
 
 
-def lock_of(path: Path, timeout: float = 60) -> filelock.BaseFileLock:
+def lock_of(path: Path, timeout: float = 60) -> locks.Lock:
     """A lock for the file `path`. The lock file is kept in the user's cache folder, so that `tuning_db/` stays clean.
 
-    timeout: seconds that acquiring waits before it raises filelock.Timeout. The operating system releases the lock when
-    its process ends.
+    timeout: seconds that acquiring waits before it raises locks.Held.
     """
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     folder = Path(platformdirs.user_cache_dir("int8kit")) / "locks"
@@ -325,4 +337,4 @@ def lock_of(path: Path, timeout: float = 60) -> filelock.BaseFileLock:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"cannot make the lock folder {str(folder)!r} ({error.strerror}); set XDG_CACHE_HOME") from None
-    return filelock.FileLock(folder / f"{name}.lock", timeout=timeout)
+    return locks.Lock(folder / f"{name}.lock", str(path), timeout)

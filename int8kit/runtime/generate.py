@@ -144,7 +144,8 @@ def generate(request: ImageRequest, progress: Progress = no_progress) -> Generat
     present = gpus.present()
     memory.check_size(request.height, request.width, present)
     toolchain = present_toolchain()[0]
-    database, paths = store.merged_view(gpus.resolve(request.gpu), toolchain, request.database)
+    served = store.served_gpu(request.gpu, request.database)
+    database, paths = store.merged_view(served, toolchain, request.database)
     device = torch.device("cpu" if present is None else "cuda")
     if reason := variants.why_not(request.variant, device, present):
         raise InputError(f"variant {request.variant!r}: {reason}")

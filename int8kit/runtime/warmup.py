@@ -70,7 +70,7 @@ def warm_up(
         raise InputError(f"no CUDA device for the model {model.name!r}: nothing is compiled without one")
     device = torch.device("cpu" if present is None else "cuda")
     toolchain = gemm.toolchain()
-    found, paths = store.merged_view(gpus.resolve(gpu), toolchain, database)
+    found, paths = store.merged_view(store.served_gpu(gpu, database), toolchain, database)
     block = _one_block(model, device)
     jobs = [
         *_products(block, model, found, device),

@@ -30,10 +30,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-import filelock
 from pydantic import ValidationError
 
-from int8kit import files
+from int8kit import files, locks
 from int8kit.database import store
 from int8kit.database.schema import Entry, Resources
 from int8kit.errors import FileError, InputError
@@ -66,13 +65,10 @@ class Journal:
         self._lock = store.lock_of(self.path, timeout=0)
         try:
             self._lock.acquire()
-        except filelock.Timeout:
+        except locks.Held as error:
             raise FileError(
                 f"another tuner is writing {str(database)!r}; wait for it, or name another file with --output"
-            ) from None
-        except OSError as error:
-            raise FileError(
-                f"cannot lock {self._lock.lock_file!r} ({error.strerror}); set XDG_CACHE_HOME to a writable folder"
+                f"{error.left_over}"
             ) from None
         try:
             self._kept = self._earlier()  # bytes of the file that stay; None: it is replaced

@@ -38,7 +38,7 @@ from int8kit import cost_model
 from int8kit.database.database import Database
 from int8kit.database.schema import Entry, GpuState, Resources, RunnerUp
 from int8kit.errors import CheckFailed
-from int8kit.gpus import Gpu
+from int8kit.gpus import Gpu, same
 from int8kit.spec import (
     POLICY,
     TIE,
@@ -151,7 +151,7 @@ def source_of(gpu: Gpu, present: Iterable[Gpu]) -> tuple[Source, Gpu | None]:
     """
     present = list(present)
     for one in present:
-        if one.alias == gpu.alias:
+        if one.alias == gpu.alias or same(one, gpu):
             return Source.MEASURED, one
     able = [one for one in present if gpu.arch in runnable_archs(one.arch)]
     if able:

@@ -39,6 +39,13 @@ TICK_S = 1.0  # between two searches for silent children
 Report = Callable[[Any], None]
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # macOS and Windows have none
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Call:
     """A function and its argument. Both are pickled; the function is also given a way to report its progress."""
@@ -87,7 +94,7 @@ def run_all(
     SILENCE_S by default. on_report and on_ending are given the index of the call. Whatever they raise, as an interrupt
     does, ends all children and clears their places.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    threads = max(1, cores() // processes)
     waiting, endings = deque(range(len(calls))), dict[int, Ending]()
     children: dict[Connection, _Child] = {}
     try:
@@ -187,7 +194,10 @@ class _Child:
 
     def _kill(self) -> None:
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # with a compiler that it may have started
+            if hasattr(os, "killpg"):
+                os.killpg(self.process.pid, signal.SIGKILL)  # with a compiler that it may have started
+            else:
+                self.process.kill()
         self.process.wait()
 
 

@@ -5,7 +5,6 @@ run_all([PropertyRun("output", executor), ...], VerifyKernels(database), process
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -63,7 +62,7 @@ class VerifyKernels:
 
 def process_count(executor: Executor) -> int:
     """Number of children to run: one for each core, and on a GPU no more than its memory can serve."""
-    cores = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+    cores = min(process_pool.cores(), MAX_PROCESSES)
     if executor.on == "interpreter":
         return cores
     return max(1, min(cores, torch.cuda.mem_get_info()[0] // HUGE_STRIDE_BYTES))

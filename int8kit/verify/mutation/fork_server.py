@@ -16,7 +16,6 @@ import contextlib
 import importlib
 import json
 import os
-import resource
 import select
 import signal
 import socket
@@ -27,6 +26,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+try:
+    import resource
+except ImportError:  # Windows: `verify mutate` refuses before a server starts
+    resource = None  # type: ignore[assignment]
 
 _PRELOADED = (
     "numpy", "torch", "triton", "triton.language", "triton.compiler", "triton.language.extra.cuda",

@@ -13,7 +13,6 @@ compiler.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +40,7 @@ def compiling(index: int) -> Iterator[Place]:
 
 def inspect(wanted: Sequence[Variant], report: Report) -> Outcome:
     """Compile and check the variants, up to MAX_PROCESSES at a time."""
-    cores = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+    cores = min(process_pool.cores(), MAX_PROCESSES)
     processes = max(1, min(cores, len(wanted) // PER_PROCESS))
     shares = [tuple(wanted[first::processes]) for first in range(processes)]
     package = str(Path(int8kit.__file__).parent)
