@@ -13,9 +13,11 @@ Only `present` and `of_device` ask the driver.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -65,13 +67,23 @@ def get(name: str) -> Gpu:
             return found
     with_files = list(_with_files())
     here = None
-    with contextlib.suppress(InputError):  # of another kind: it has no name here
-        here = present()
+    if "torch" in sys.modules or _has_driver():  # elsewhere a wrong name is reported at once, before torch is imported
+        with contextlib.suppress(InputError):  # of another kind: it has no name here
+            here = present()
     for text in ("alias", "name"):
         if (found := _named(wanted, text, [*with_files, *([here] if here else [])])) is not None:
             return found
     aliases = {*GPUS, *(gpu.alias for gpu in with_files)}
     raise UnknownName("GPU", name, aliases, "describe another one in a file for `int8kit tune --gpu-spec`")
+
+
+def _has_driver() -> bool:
+    """Whether NVIDIA's driver can be loaded here."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _named(wanted: str, text: str, listed: Iterable[Gpu]) -> Gpu | None:

@@ -556,7 +556,7 @@ def test_an_interrupt_during_the_import_is_one_line(monkeypatch, capfd):
 def test_tune_without_a_gpu_starts_no_worker(monkeypatch, verb):
     monkeypatch.setattr(workers, "Workers", None)  # which cannot be called
     _, err = verb("tune", status=2)
-    assert "no GPU here to tune for; name one with --gpu: a100, h100" in err
+    assert "no GPU here to tune for; name one with --gpu: a10, a100" in err
 
 
 def test_the_defaults_overwrite_no_committed_file(tmp_path, monkeypatch, verb):

@@ -60,6 +60,25 @@ def test_wrong_layer_is_caught(monkeypatch, name, broken, words):
     assert found is None if words is None else words in found
 
 
+@pytest.mark.parametrize("step", layers.UNLOADED)
+def test_a_layer_that_was_not_loaded_and_gives_numbers_is_caught(monkeypatch, step):
+    whole = layers._loaded
+
+    def filled(c, layer, device):
+        made = whole(c, layer, device)
+        made.weight_scale.fill_(1.0)
+        return made
+
+    monkeypatch.setattr(layers, "_loaded", filled)
+    assert "want nan" in layers.check(replace(BASE, step=step), EXECUTOR)
+
+
+def test_a_state_of_an_earlier_version_that_is_lost_is_caught(monkeypatch):
+    monkeypatch.setattr(layers.Int8Linear, "_load_from_state_dict", torch.nn.Module._load_from_state_dict)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        layers.check(replace(BASE, step="old names"), EXECUTOR)
+
+
 def test_cast_that_changes_the_scales_is_caught(monkeypatch):
     monkeypatch.setattr(Int8Linear, "_apply", torch.nn.Module._apply)
     with pytest.raises(ShapeError, match=r"weight_scale is torch\.float16"):

@@ -9,7 +9,8 @@ from kernel_helpers import EXECUTOR
 from int8kit import foreign_weights, quantization
 from int8kit.layers import Int8Linear
 from int8kit.verify.examples.encoding import from_json, to_json
-from int8kit.verify.properties import modules
+from int8kit.verify.properties import choices, modules
+from int8kit.verify.properties.choices import ChoiceCase
 from int8kit.verify.properties.modules import ModuleCase
 
 CASES = list(modules.always())
@@ -78,3 +79,23 @@ def test_a_wrong_scale_is_caught(monkeypatch):
         if c.stored is not None and c.call == "quantize_" and c.bias is None:
             assert "differ" in modules.check(c, EXECUTOR)
             assert modules.check(replace(c, kind="plain", stored=None), EXECUTOR) is None
+
+
+CHOICES = [c for c in choices.always() if isinstance(c, ChoiceCase)]
+
+
+def test_the_policy_holds():
+    assert [f"{c}: {why}" for c in CHOICES if (why := choices.check(c, EXECUTOR))] == []
+    assert {choices._expected(c) for c in CHOICES} == {False, True}
+    assert from_json(to_json(CHOICES[-1])) == CHOICES[-1]
+    assert str(CHOICES[0]) == "the default policy for 'to_q' [16, 16], inside"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("smallest", 257), ("smallest", 240), ("multiple", 8), ("multiple", 32), ("few_rows", None),
+     ("inner_only", False), ("force", ["*"]), ("skip", ["*"])],
+)  # fmt: skip
+def test_another_default_policy_is_caught(monkeypatch, field, value):
+    monkeypatch.setitem(choices._POLICIES, "default", replace(quantization.Policy(), **{field: value}))
+    assert any(choices.check(c, EXECUTOR) for c in CHOICES if c.policy == "default")

@@ -13,13 +13,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from kernel_helpers import EXECUTOR
 
-from int8kit import gpus, lookup, ops
+from int8kit import gpus, lookup, operand_checks, ops, spec
 from int8kit.database.database import Database
 from int8kit.kernels import gemm, launch, quantize, row_primitives
-from int8kit.kernels.qk_norm_rope import HeadTile
+from int8kit.kernels.qk_norm_rope import HEAD_DIMS, HeadTile
 from int8kit.kernels.row_primitives import K_MAX_HELD, RowTile
 from int8kit.verify import property_runs, replay, runner, verify_kernels
-from int8kit.verify.examples import encoding, regressions, row_memory, strategies
+from int8kit.verify.examples import encoding, limits, regressions, row_memory, strategies
 from int8kit.verify.properties import lookups, proof, registry, row_kernels, row_launches, row_tables, stamps
 from int8kit.verify.properties.budget import budget
 from int8kit.verify.properties.launch_store import stored_kernels
@@ -59,9 +59,9 @@ def test_examples_have_every_kind_and_dtype_and_operand(kernel):
     assert {e.other_dtype for e in table} == {"", *names}
     assert {e.special for e in table} == {"", *with_vectors, *(f"extreme {name}" for name in with_vectors)}
     laid_out = {tuple(e.layout.split()) for e in table if e.layout}
-    assert {name for _, name in laid_out} == names - set(row_kernels.VECTORS)
-    assert {layout for layout, _ in laid_out} >= {"expanded", "overlapping"}
     outputs = {"q"} if kernel == "quantize" else set()
+    assert {name for _, name in laid_out} == outputs | names - set(row_kernels.VECTORS)
+    assert {layout for layout, _ in laid_out} >= {"expanded", "overlapping"}
     assert {e.huge_stride for e in table} == {"", *outputs, *names - set(row_kernels.VECTORS)}
     assert max(e.m * e.k * e.heads for e in table) > 2**31
     tails = {(e.tile.chunk, e.k % e.tile.chunk) for e in table if isinstance(e.tile, RowTile)}
@@ -396,3 +396,13 @@ def test_a_stored_kernel_is_launched_once_for_each_program(compiled):
     assert type(compiled["_quantize", 1, "key", ()]) is SimpleNamespace
     assert row_launches._programs(row_launches.base("qk_norm_rope")) == 1
     assert row_launches._programs(replace(row_launches.base("qk_norm_rope"), heads=5)) == 2
+
+
+def test_limits_are_the_kernels_limits():
+    """The verifier has its own numbers, so that a narrower kernel fails; a wider one needs new numbers there."""
+    assert limits.K_MAX == spec.K_MAX == row_tables.LONGEST
+    assert limits.K_MAX_HELD == row_primitives.K_MAX_HELD == operand_checks.K_MAX_HELD
+    assert limits.HEAD_DIMS == HEAD_DIMS == operand_checks.HEAD_DIMS
+    assert (
+        row_primitives.CHUNKS, row_primitives.WARPS, row_primitives.BLOCK.value
+    ) == (limits.CHUNKS, limits.WARPS, limits.BLOCK)  # fmt: skip

@@ -185,7 +185,8 @@ def served_gpu(name: str | None, given: Path | None = None) -> Gpu:
     """
     if name is not None or given is None:
         return gpus.resolve(name)
-    here, of_file = gpus.present(), load(given).gpu
+    of_file = load(given).gpu  # first: a missing file is reported before torch is imported
+    here = gpus.present()
     return of_file if here is None or gpus.same(here, of_file) else here
 
 

@@ -35,6 +35,7 @@ CLASSES = {  # by name: the module, which is imported when it is needed, since i
     "OperatorCase": "int8kit.verify.properties.operators",
     "GradientCase": "int8kit.verify.properties.gradients",
     "LayerCase": "int8kit.verify.properties.layers",
+    "ChoiceCase": "int8kit.verify.properties.choices",
     "ModuleCase": "int8kit.verify.properties.modules",
     "LookupCase": "int8kit.verify.properties.lookups",
     "StampCase": "int8kit.verify.properties.stamps",

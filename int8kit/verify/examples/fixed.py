@@ -11,9 +11,10 @@ from types import MappingProxyType
 
 import torch
 
-from int8kit.spec import K_MAX, GemmShape, Kernel, TileConfig, default_config
+from int8kit.spec import GemmShape, Kernel, TileConfig, default_config
 from int8kit.verify.examples.epilogue_table import TABLE_K, TABLE_M, TABLE_N
 from int8kit.verify.examples.layouts import LAYOUTS
+from int8kit.verify.examples.limits import K_MAX
 from int8kit.verify.examples.strategies import OUT_DTYPES, Draw, HugeStride, Variant
 
 RANGES: Mapping[str, tuple[int, int]] = MappingProxyType(

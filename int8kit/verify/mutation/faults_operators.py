@@ -185,4 +185,37 @@ FAULTS = (
         "if isinstance(operand, torch.Tensor):",
         "a linear without a tangent is refused where another operation has one", "gradients",
     ),
+    Mutant(
+        "longest-k-refused", "spec.py", "K_MAX = 131071\n", "K_MAX = 131070\n",
+        "a GEMM of the longest K that int32 holds is refused", "operators",
+    ),
+    Mutant(
+        "output-of-one-column-refused", "kernels/quantize.py",
+        "if k > 1 and q.stride(1) != 1:", "if q.stride(1) != 1:",
+        "an output of one column needs a stride of 1, which says nothing", "quantize",
+    ),
+    Mutant(
+        "new-layer-of-ones", "layers.py",
+        "torch.full((out_features,), torch.nan, device", "torch.full((out_features,), 1.0, device",
+        "a layer that was not loaded gives numbers", "layers",
+    ),
+    Mutant(
+        "emptied-layer-not-marked", "layers.py",
+        "made = made.fill_(torch.nan)  # of to_empty", "made = made.fill_(1.0)  # of to_empty",
+        "a layer that was moved from meta without values gives numbers", "layers",
+    ),
+    Mutant(
+        "old-weights-not-found", "layer_state.py",
+        '_OLD_NAMES = {"wq": "weight", "sw"', '_OLD_NAMES = {"sw"',
+        "the weights of an earlier version's state dict are not found", "layers",
+    ),
+    Mutant(
+        "policy-leaves-the-smallest", "quantization.py",
+        "if min(n, k) < policy.smallest:", "if min(n, k) <= policy.smallest:",
+        "the default policy leaves a linear of the smallest size that it should take", "modules",
+    ),
+    Mutant(
+        "largest-numbers-divided-by-128", "foreign_weights.py", ".float() / 127)", ".float() / 128)",
+        "the scales of an 8-bit weight of bitsandbytes are too small", "modules",
+    ),
 )  # fmt: skip

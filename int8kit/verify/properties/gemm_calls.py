@@ -22,8 +22,9 @@ import torch
 from int8kit import operand_checks, reference
 from int8kit.errors import ShapeError
 from int8kit.kernels import gemm
-from int8kit.spec import K_MAX, GemmShape, Kernel, TileConfig
+from int8kit.spec import GemmShape, Kernel, TileConfig
 from int8kit.verify.compare import another_default_dtype, bitwise_diff
+from int8kit.verify.examples.limits import K_MAX
 from int8kit.verify.examples.strategies import int8_matrix, scales
 from int8kit.verify.executors import Executor
 from int8kit.verify.implementations import Implementation

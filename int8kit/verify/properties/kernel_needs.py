@@ -23,13 +23,15 @@ from int8kit.verify.properties.gemm_calls import STRIDE_MAX, FallbackCall, check
 
 NEEDS: dict[Kernel, tuple[str, ...]] = {
     Kernel.TRITON: (),
-    Kernel.MMA_SYNC: ("k", "address of x", "address of w", "stride of x", "stride of w", "far x", "far w"),
+    Kernel.MMA_SYNC: (
+        "columns apart", "k", "address of x", "address of w", "stride of x", "stride of w", "far x", "far w",
+    ),
     Kernel.WGMMA: (
-        "k", "address of x", "address of w", "address of out", "stride of x", "stride of w", "stride of out",
-        "end of out", "sm_86", "sm_100", "sm_120",
+        "columns apart", "k", "address of x", "address of w", "address of out", "stride of x", "stride of w",
+        "stride of out", "end of out", "sm_86", "sm_100", "sm_120",
     ),
 }  # fmt: skip
-"""The needs of each kernel."""
+"""The needs of each kernel. Columns are apart where there is one: K = N = 1, and its stride is 2."""
 
 FREE: dict[Kernel, tuple[str, ...]] = {
     Kernel.TRITON: (*NEEDS[Kernel.WGMMA], "far x", "far w"),
@@ -88,6 +90,8 @@ def check_need(c: NeedCall, on: Executor | Implementation) -> str | None:
 
 def _operands(c: NeedCall, device: str) -> Operands:
     """The operands of a call, in memory of their own. Nothing reads them."""
+    if c.lacks == "columns apart":
+        return _apart(c, device)
     k = K + (c.bytes if c.lacks == "k" else 0)
     dtype = torch.int32 if c.int32 else c.out
     columns = N + (c.bytes // dtype.itemsize if c.lacks == "end of out" else 0)
@@ -98,6 +102,18 @@ def _operands(c: NeedCall, device: str) -> Operands:
     if c.int32:
         return Operands(x, w, None, None, None, out)
     return Operands(x, w, torch.ones(M, device=device), torch.ones(columns, device=device), None, out)
+
+
+def _apart(c: NeedCall, device: str) -> Operands:
+    """Operands of one column each, and vectors of one element, whose strides of 2 say nothing."""
+    x, w, out = (
+        torch.empty(rows, 4, dtype=dtype, device=device)[:, ::2][:, :1]
+        for rows, dtype in ((M, torch.int8), (1, torch.int8), (M, torch.int32 if c.int32 else c.out))
+    )
+    if c.int32:
+        return Operands(x, w, None, None, None, out)
+    sw, bias = (torch.ones(2, dtype=dtype, device=device)[::2] for dtype in (torch.float32, torch.bfloat16))
+    return Operands(x, w, torch.ones(M, device=device), sw, bias, out)
 
 
 def _matrix(c: NeedCall, name: str, rows: int, width: int, dtype: torch.dtype, device: str) -> torch.Tensor:

@@ -7,13 +7,15 @@
     from_linears  a gate and an up                           `reference.linear_swiglu` of the rows in turn
 
 A part without a bias beside parts with one has a bias of zeros. Afterwards the layer may be cast, copied, or loaded
-from a state dict or a pickle. A cast changes the bias alone. The expected weight never passes through the layer.
+from a state dict or a pickle, also of an earlier version or with scales of another dtype. A cast changes the bias
+alone. A layer that was not loaded gives NaN. The expected weight never passes through the layer.
 """
 
 from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -22,13 +24,16 @@ from hypothesis import strategies as st
 
 from int8kit import reference
 from int8kit.layers import Int8Linear, Int8SwiGLU
+from int8kit.lookup import Plan
 from int8kit.verify.compare import bitwise_diff
 from int8kit.verify.examples.strategies import OUT_DTYPES
 from int8kit.verify.executors import Executor
 from int8kit.verify.implementations import Implementation
 
 MADE = ("from_linear", "from_int8", "joined", "from_linears")
-STEPS = ("", "cast", "copy", "state dict", "pickle")
+UNLOADED = ("new", "to_empty")
+LOADED = ("state dict", "old names", "float64 scales", "bfloat16 scales")
+STEPS = ("", "cast", "copy", "pickle", "old pickle", *LOADED, *UNLOADED)
 Biases = tuple[torch.dtype | None, ...]
 
 
@@ -60,8 +65,11 @@ def check(c: LayerCase, on: Executor | Implementation) -> str | None:
     wq, sw, bias = _weight(c, linears)
     if c.step == "cast" and bias is not None:
         bias = bias.to(torch.float16)
+    if c.step == "bfloat16 scales":
+        sw = sw.bfloat16().float()
     swiglu = c.made == "from_linears"
     want = (reference.linear_swiglu if swiglu else reference.linear)(x, wq, sw, bias)
+    want = torch.full_like(want, torch.nan) if c.step in UNLOADED else want
     layer = _after(c, _layer(c, linears).to(on.device), on.device)
     if (layer.bias is None) is not (bias is None):
         return f"the layer has {'no' if layer.bias is None else 'a'} bias, expected the opposite"
@@ -117,18 +125,38 @@ def _after(c: LayerCase, layer: Int8Linear, device: str) -> Int8Linear:
         return layer.to(torch.float16)
     if c.step == "copy":
         return copy.deepcopy(layer)
-    if c.step == "state dict":
-        dtype = None if layer.bias is None else layer.bias.dtype
-        made = type(layer)(layer.in_features, layer.out_features, layer.bias is not None, device, dtype)
-        made.load_state_dict(layer.state_dict())
-        return made
+    if c.step in (*LOADED, *UNLOADED):
+        return _loaded(c, layer, device)
     if c.step == "pickle":
         file = io.BytesIO()
         torch.save(layer, file)
         file.seek(0)
         loaded: Int8Linear = torch.load(file, weights_only=False)
         return loaded
+    if c.step == "old pickle":
+        old = {"wq": layer.weight.detach().clone(), "sw": layer.weight_scale, "bias": layer.bias}
+        restored = type(layer).__new__(type(layer))
+        restored.__setstate__({**vars(layer), "_buffers": old, "_parameters": {}, "plan": Plan()})
+        return restored
     return layer
+
+
+def _loaded(c: LayerCase, layer: Int8Linear, device: str) -> Int8Linear:
+    """A new layer inside a module, loaded with the state of `layer` as the step says, or not loaded."""
+    dtype = None if layer.bias is None else layer.bias.dtype
+    place = "meta" if c.step == "to_empty" else device
+    made = type(layer)(layer.in_features, layer.out_features, layer.bias is not None, place, dtype)
+    if c.step in UNLOADED:
+        return made.to_empty(device=device) if c.step == "to_empty" else made
+    state = {f"inner.{name}": value for name, value in layer.state_dict().items()}
+    if c.step == "old names":
+        state |= {"inner.wq": state.pop("inner.weight"), "inner.sw": state.pop("inner.weight_scale")}
+    elif c.step.endswith(" scales"):
+        state["inner.weight_scale"] = state["inner.weight_scale"].to(getattr(torch, c.step.removesuffix(" scales")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # scales were rounded
+        torch.nn.ModuleDict({"inner": made}).load_state_dict(state)
+    return made
 
 
 def _parts(made: str) -> Iterator[Biases]:

@@ -23,8 +23,9 @@ from int8kit.errors import ConfigError
 from int8kit.gpus import GPUS
 from int8kit.lookup import Candidate, Plan, lookup
 from int8kit.ranking import Evidence, Ranked, Ranking
-from int8kit.spec import K_MAX, GemmShape, Kernel, Operation, Schedule, Source, TileConfig
+from int8kit.spec import GemmShape, Kernel, Operation, Schedule, Source, TileConfig
 from int8kit.toolchain import Toolchain
+from int8kit.verify.examples.limits import K_MAX
 from int8kit.verify.executors import Executor
 from int8kit.verify.implementations import Implementation
 

@@ -10,6 +10,8 @@
     attributes      in training mode, with own tensors           the same on the layers
     transposed      weights whose columns lie together
     float64         weights and biases in float64                the bias in float32
+    bitsandbytes    8-bit weights of bitsandbytes                the integers, and the largest numbers / 127
+    tensor class    int8 weights of a class with dequantize()    the integers and scales of the class
     int8, fp8       integers or fp8 with scales beside them      the integers and scales themselves; fp8 times scales
 
 A scale is one number, one for each row, or one for each block of the weight. The expected weight is computed here.
@@ -34,7 +36,8 @@ from int8kit.verify.examples.strategies import OUT_DTYPES
 from int8kit.verify.executors import Executor
 from int8kit.verify.implementations import Implementation
 
-KINDS = ("plain", "shared", "tied", "left", "half tied", "hooks", "attributes", "transposed", "float64")
+KINDS = ("plain", "shared", "tied", "left", "half tied", "hooks", "attributes", "transposed", "float64",
+         "bitsandbytes", "tensor class")  # fmt: skip
 STORED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 SCALED = ("one", "rows", "column", "blocks")
 """Scales beside a stored weight. Blocks are for fp8 alone."""
@@ -42,6 +45,30 @@ NAMES = ("weight_scale", "scale_weight", "weight_scale_inv")
 BLOCK = (8, 16)
 CALLS = ("quantize_", "replace_linears")
 PATHS = ("first", "inner.second")
+
+
+class _Int8Params(torch.nn.Parameter):
+    """A stand-in for the 8-bit weight of bitsandbytes, which is recognized by its name."""
+
+    SCB: torch.Tensor  # the largest number of each row
+
+
+_Int8Params.__name__, _Int8Params.__module__ = "Int8Params", "bitsandbytes.nn.modules"
+
+
+class _Quantized(torch.nn.Parameter):
+    """A stand-in for the tensor classes of other libraries."""
+
+    qdata: torch.Tensor
+    scale: torch.Tensor  # [N, 1]
+
+    def dequantize(self) -> torch.Tensor:
+        """The float weight."""
+        return self.qdata * self.scale
+
+    def detach(self) -> torch.Tensor:
+        """The weight itself: the classes of other libraries keep their class here."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -73,10 +100,11 @@ Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 def check(c: ModuleCase, on: Executor | Implementation) -> str | None:
     """How an exchanged module differs from the expected one, or None."""
     linears = _linears(c)
-    weights = [_quantized(c, linear) for linear in linears]
+    weights = [_quantized(c, linear, number) for number, linear in enumerate(linears)]
     root = torch.nn.ModuleDict({"first": linears[0], "inner": torch.nn.ModuleDict({"second": linears[1]})}).to(
         on.device
     )
+    _wrap(c, linears, on.device)
     counts: list[str] = []
     handles = [one for linear in dict.fromkeys(linears) for one in _hook(linear, counts)] if c.kind == "hooks" else []
     wanted = PATHS[: 1 if c.kind in ("left", "half tied") else 2]
@@ -136,10 +164,33 @@ def _store(c: ModuleCase, linear: torch.nn.Linear, g: torch.Generator) -> None:
         linear.block_size = list(BLOCK)  # type: ignore[assignment]
 
 
-def _quantized(c: ModuleCase, linear: torch.nn.Linear) -> Weight:
+def _integers(c: ModuleCase, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The int8 weight of linear `number` in another class, and its row scales or largest numbers."""
+    g = torch.Generator().manual_seed(c.seed + 10 + number)
+    return torch.randint(-127, 128, (c.n, c.k), generator=g).to(torch.int8), torch.rand(c.n, generator=g) + 0.5
+
+
+def _wrap(c: ModuleCase, linears: list[torch.nn.Linear], device: str) -> None:
+    """Give linears on `device` weights of another class. A move to a device would lose it."""
+    for number, linear in enumerate(linears):
+        whole, rows = (part.to(device) for part in _integers(c, number))
+        if c.kind == "bitsandbytes":
+            params = _Int8Params(whole, requires_grad=False)
+            params.SCB = rows
+            linear.weight = params
+        elif c.kind == "tensor class":
+            wrapped = _Quantized(torch.zeros(c.n, c.k, device=device), requires_grad=False)
+            wrapped.qdata, wrapped.scale = whole, rows[:, None]
+            linear.weight = wrapped
+
+
+def _quantized(c: ModuleCase, linear: torch.nn.Linear, number: int) -> Weight:
     """The expected int8 weight, scales and bias."""
     bias = None if linear.bias is None else linear.bias.detach().clone()
     bias = bias.float() if bias is not None and bias.dtype is torch.float64 else bias
+    if c.kind in ("bitsandbytes", "tensor class"):
+        whole, rows = _integers(c, number)
+        return whole, rows / torch.full((), 127.0) if c.kind == "bitsandbytes" else rows, bias
     weight = linear.weight.detach().contiguous()
     if c.stored is None:
         return *reference.quantize(weight), bias

@@ -20,9 +20,7 @@ import torch
 from hypothesis import strategies as st
 
 from int8kit import ops
-from int8kit.kernels.qk_norm_rope import HEAD_DIMS
-from int8kit.kernels.row_primitives import K_MAX_HELD
-from int8kit.spec import K_MAX
+from int8kit.verify.examples.limits import HEAD_DIMS, K_MAX, K_MAX_HELD
 from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES, SCALE_KINDS
 from int8kit.verify.properties.operators import PLANS, PRODUCTS, OperatorCase, arguments
 

@@ -20,6 +20,7 @@ from int8kit.verify.examples import fixed
 from int8kit.verify.examples.strategies import Draw, HugeStride, draws, takes_operands
 from int8kit.verify.implementations import Implementation
 from int8kit.verify.properties import (
+    choices,
     compiled_code,
     exhaustive,
     gemm,
@@ -233,8 +234,8 @@ PROPERTIES: dict[str, Property] = {
         ),
         _all_of_int8kit(
             "modules", "a module computes each linear that was exchanged as its weight, its scales and its hooks say",
-            modules.check, strategy=lambda tiles, budget: modules.examples(),
-            always=lambda tiles, budget: modules.always(),
+            choices.check, strategy=lambda tiles, budget: modules.examples(),
+            always=lambda tiles, budget: choices.always(),
         ),
         _all_of_int8kit(
             "lookup", "a plan and its text choose the configuration that the rule names", lookups.check,

@@ -24,14 +24,15 @@ from hypothesis import strategies as st
 from int8kit import reference
 from int8kit.errors import InputError
 from int8kit.kernels import quantize as quantize_module
-from int8kit.kernels.qk_norm_rope import HEAD_DIMS, HeadTile, qk_norm_rope
+from int8kit.kernels.qk_norm_rope import HeadTile, qk_norm_rope
 from int8kit.kernels.residual_norm_quantize import residual_norm_quantize
 from int8kit.kernels.rms_norm_quantize import rms_norm_quantize
-from int8kit.kernels.row_primitives import CHUNKS, WARPS, RowTile
+from int8kit.kernels.row_primitives import RowTile
 from int8kit.kernels.swiglu_quantize import swiglu_quantize
 from int8kit.verify.compare import Unchanged, another_default_dtype, bitwise_diff
 from int8kit.verify.examples.guarded_buffers import SENTINEL, GuardedOutput, huge_stride_matrix
 from int8kit.verify.examples.layouts import laid_out
+from int8kit.verify.examples.limits import CHUNKS, HEAD_DIMS, WARPS
 from int8kit.verify.examples.row_memory import LARGE, GuardedAllocations, only_rows, picked, placed
 from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES, float_matrix, sizes
 from int8kit.verify.executors import Executor
@@ -318,9 +319,12 @@ class _Given:
         self.values = GuardedOutput(e.m, e.k, 2 * e.padding, CHUNKS[-1] // e.k + 2, torch.int8, device)
         self.column = torch.full((3, e.m), SENTINEL, dtype=torch.float32, device=device)
         self.huge = huge_stride_matrix(e.m, e.k, torch.int8, device) if e.huge_stride == "q" else None  # not guarded
-        self.out = self.values.view if self.huge is None else self.huge, self.column[1]
+        self.apart = torch.full((e.m, 4), SENTINEL, dtype=torch.int8, device=device)
+        q = self.values.view if self.huge is None else self.huge
+        q = self.apart[:, 1::2][:, :1] if e.layout == "apart q" else q
+        self.out = q, self.column[1]
 
     def written_outside(self) -> str | None:
         """As text, or None."""
-        outside = int((self.column[::2] != SENTINEL).sum())
-        return f"{outside} elements around the scales were written" if outside else self.values.written_outside()
+        outside = int((self.column[::2] != SENTINEL).sum()) + int((self.apart[:, [0, 2, 3]] != SENTINEL).sum())
+        return f"{outside} elements around the outputs were written" if outside else self.values.written_outside()

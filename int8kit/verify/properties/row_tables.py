@@ -18,9 +18,9 @@ import torch
 
 from int8kit.kernels.launch import interpreted
 from int8kit.kernels.qk_norm_rope import HeadTile
-from int8kit.kernels.row_primitives import BLOCK, CHUNKS, K_MAX_HELD, RowTile
-from int8kit.spec import K_MAX
+from int8kit.kernels.row_primitives import RowTile
 from int8kit.verify.examples.layouts import LAYOUTS
+from int8kit.verify.examples.limits import BLOCK, CHUNKS, K_MAX, K_MAX_HELD
 from int8kit.verify.examples.strategies import FLOAT_KINDS, OUT_DTYPES
 from int8kit.verify.properties.row_kernels import DEFAULT_EPS, OPERANDS, PER_IMAGE, TABLES, VECTORS, RowExample
 
@@ -62,7 +62,7 @@ def range_of(kernel: str, extent: str) -> Range | None:
         ("quantize", "k"): Range(1, LONGEST),
     }
     if norms and extent == "chunk":
-        return Range(CHUNKS[0], BLOCK.value)
+        return Range(CHUNKS[0], BLOCK)
     return exceptions.get((kernel, extent), RANGES[extent])
 
 
@@ -93,7 +93,7 @@ def _dtypes(kernel: str) -> Iterator[RowExample]:
 
 
 def _chunks(kernel: str) -> tuple[int, ...]:
-    return tuple(chunk for chunk in CHUNKS if chunk <= BLOCK.value or kernel in ("quantize", "swiglu_quantize"))
+    return tuple(chunk for chunk in CHUNKS if chunk <= BLOCK or kernel in ("quantize", "swiglu_quantize"))
 
 
 def _widths(kernel: str) -> Iterator[RowExample]:
@@ -177,6 +177,7 @@ def _layouts(kernel: str) -> Iterator[RowExample]:
     if kernel == "quantize":
         for given_out in (False, True):
             yield from (replace(images, given_out=given_out, padding=padding) for padding in (0, 3))
+        yield replace(images, k=1, given_out=True, layout="apart q")
     if kernel == "residual_norm_quantize":  # sums beyond the largest fp16
         for seed in (1, 3):
             weight = replace(images, special="extreme branch_weight", seed=seed)
@@ -201,8 +202,8 @@ def _refused(small: RowExample) -> Iterator[RowExample]:
         yield from (replace(small, k=k, refused="k") for k in (8, 24, 512))
     else:
         yield replace(small, k=K_MAX_HELD + 1, rows=1, refused="k")
-        if BLOCK.value == max(_chunks(small.kernel)):
-            yield replace(small, tile=RowTile(2 * BLOCK.value, 16), refused="tile")
+        if max(_chunks(small.kernel)) == BLOCK:
+            yield replace(small, tile=RowTile(2 * BLOCK, 16), refused="tile")
 
 
 def wrong_tensors(kernel: str) -> Iterator[tuple[str, tuple[str, ...]]]:

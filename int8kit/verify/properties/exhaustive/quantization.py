@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from int8kit.kernels import quantize
-from int8kit.kernels.row_primitives import K_MAX_HELD
+from int8kit.verify.examples.limits import K_MAX_HELD
 from int8kit.verify.executors import Executor
 from int8kit.verify.properties.exhaustive import bits, device_kernels
 from int8kit.verify.properties.proof import Outcome, Report

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from int8kit.kernels import gemm_wgmma, l2_swizzle, stream_k
-from int8kit.spec import DOMAINS, K_MAX, Kernel, TileConfig
+from int8kit.spec import DOMAINS, Kernel, TileConfig
+from int8kit.verify.examples.limits import K_MAX
 from int8kit.verify.executors import Executor
 from int8kit.verify.properties.exhaustive import device_kernels
 from int8kit.verify.properties.exhaustive.device_python import Array, Language, evaluate, in_programs, plain
