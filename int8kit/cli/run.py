@@ -83,11 +83,11 @@ def run(
     )
     generate.check(request)
     named = gpus.get(gpu) if gpu is not None else None
-    gpus.present()  # refuses a GPU that is not supported, before diffusers loads
     if database is not None:
         store.load(database, named.alias if named else None)
     for target in png.targets(output, len(request.prompts) * images):
         files.check_target(target, ours=png.is_ours, force=force)
+    gpus.present()  # refuses a GPU that is not supported, before diffusers loads
     with stages() as stage:
         step = stage("importing diffusers and transformers", 1)
         quiet_libraries()
